@@ -1,0 +1,16 @@
+//! Compiles `proto/` into `OUT_DIR` with a protoc written in Rust; generated code is never committed.
+
+use std::error::Error;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let files = protox::compile(["proto/ext_proc.proto", "proto/health.proto"], ["proto"])?;
+    let mut prost = prost_build::Config::new();
+    // Bodies and header values stay slices of the received HTTP/2 frames.
+    prost.bytes(["."]);
+    tonic_prost_build::configure()
+        .build_client(true)
+        .build_transport(false)
+        .compile_fds_with_config(files, prost)?;
+    Ok(())
+}

@@ -1,0 +1,22 @@
+//! pinpod picks the endpoint that should serve an LLM request and tells Envoy over ext_proc.
+//!
+//! A request meets the rooms in this order: [`extproc`] (Envoy's dialect) → [`request`] (bytes to
+//! [`request::InferenceRequest`]) → [`control`] (the use case, top to bottom) → [`scheduling`]
+//! (filter, score, pick) → [`response`] (usage, timing, release).
+//!
+//! Beside the path: [`datalayer`] (endpoints and what is scraped from them), [`plugin`] (what all
+//! plugins share), [`config`] (`EndpointPickerConfig` to running plugins), [`telemetry`] (logs and
+//! metrics), [`epp`] (the process). [`sim`] is a separate room: a stand-in for a vLLM pod.
+
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod datalayer;
+pub mod epp;
+pub mod extproc;
+pub mod plugin;
+pub mod request;
+pub mod response;
+pub mod scheduling;
+pub mod sim;
+pub mod telemetry;
