@@ -1,1 +1,12 @@
-//! datalayer (stub).
+//! What is known about endpoints: which exist ([`store`], fed by [`discovery`]) and what their
+//! engines last reported ([`scrape`]).
+//!
+//! Readers take immutable snapshots and never wait for a writer. Does not know requests.
+
+pub mod discovery;
+pub mod endpoint;
+pub mod scrape;
+pub mod store;
+
+pub use endpoint::{Endpoint, EndpointIndex, EndpointSpec, EngineMetrics, InFlightSlot, LoraState};
+pub use store::{EndpointListener, EndpointStore};

@@ -1,1 +1,152 @@
-//! scheduling (stub).
+//! Filter, score, pick: from a request and its candidates to the endpoints that should serve it.
+//!
+//! Scheduling does no I/O, never awaits and takes no lock that another request can hold for long.
+//! It does not know Envoy or the response. Entry point: [`scheduler::Scheduler::schedule`].
+
+use std::cell::RefCell;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crate::datalayer::{Endpoint, EngineMetrics};
+use crate::plugin::Attributes;
+use crate::request::InferenceRequest;
+
+/// One endpoint still in the running, with its metrics frozen for this request. In-flight load is
+/// read live from the endpoint.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    /// The endpoint.
+    pub endpoint: Arc<Endpoint>,
+    /// Metrics as of the start of scheduling.
+    pub metrics: Arc<EngineMetrics>,
+}
+
+/// The candidates a hook may look at: a selection of the request's candidate list.
+#[derive(Debug, Clone, Copy)]
+pub struct Candidates<'a> {
+    all: &'a [Candidate],
+    selected: &'a [u32],
+}
+
+impl<'a> Candidates<'a> {
+    /// `selected` are positions in `all`; one out of range is never yielded.
+    pub fn new(all: &'a [Candidate], selected: &'a [u32]) -> Self {
+        Self { all, selected }
+    }
+
+    /// Number of selected candidates.
+    pub fn len(&self) -> usize {
+        self.selected.len()
+    }
+
+    /// True when none is left.
+    pub fn is_empty(&self) -> bool {
+        self.selected.is_empty()
+    }
+
+    /// `(position, candidate)` in selection order. The position addresses attribute columns.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &'a Candidate)> + Clone + use<'a> {
+        let all = self.all;
+        self.selected
+            .iter()
+            .filter_map(move |&i| Some((i as usize, all.get(i as usize)?)))
+    }
+}
+
+/// What hooks may read of the request being scheduled.
+#[derive(Debug, Clone, Copy)]
+pub struct Cycle<'a> {
+    /// The request.
+    pub request: &'a InferenceRequest,
+    /// Columns written by data producers, addressed by candidate position.
+    pub attributes: &'a Attributes,
+    /// Clock reading of this decision.
+    pub now: tokio::time::Instant,
+    /// Random numbers of this decision; seeded when picks must be reproducible.
+    pub rng: &'a RefCell<fastrand::Rng>,
+}
+
+/// Narrows the selection. Runs in the order the profile lists it.
+pub trait Filter: Send + Sync + Debug {
+    /// Writes the positions to keep into `keep` (given empty), in the order they should go on.
+    fn filter(&self, cycle: &Cycle<'_>, candidates: Candidates<'_>, keep: &mut Vec<u32>);
+}
+
+/// Rates candidates. The framework clamps to `[0, 1]`, treats NaN as 0, and applies weights.
+pub trait Scorer: Send + Sync + Debug {
+    /// Writes one value per selected candidate, in selection order; `scores` is given zeroed.
+    fn score(&self, cycle: &Cycle<'_>, candidates: Candidates<'_>, scores: &mut [f64]);
+}
+
+/// Chooses from weighted totals.
+pub trait Picker: Send + Sync + Debug {
+    /// Reorders `scored` so that the best come first and truncates it to at most the configured number.
+    fn pick(&self, cycle: &Cycle<'_>, scored: &mut Vec<Scored>);
+}
+
+/// A candidate with its weighted total.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scored {
+    /// Position in the request's candidate list.
+    pub position: u32,
+    /// Weighted sum of clamped scores.
+    pub total: f64,
+}
+
+/// What one profile chose.
+#[derive(Debug, Clone, Default)]
+pub struct ProfilePicks {
+    /// Profile name.
+    pub profile: String,
+    /// Positions in the candidate list, best first; never empty in a result.
+    pub picks: Vec<u32>,
+}
+
+/// What scheduling decided.
+#[derive(Debug, Default)]
+pub struct SchedulingResult {
+    /// The profile whose picks become the destination.
+    pub primary: ProfilePicks,
+    /// Picks of further profiles (for example `prefill`).
+    pub others: Vec<ProfilePicks>,
+}
+
+impl SchedulingResult {
+    /// All profiles, primary first.
+    pub fn profiles(&self) -> impl Iterator<Item = &ProfilePicks> {
+        std::iter::once(&self.primary).chain(&self.others)
+    }
+}
+
+/// Decides which profiles run and how their picks become the result.
+pub trait ProfileHandler: Send + Sync + Debug {
+    /// Positions (in configuration order) of the profiles to run next, given the results so far; an
+    /// empty answer ends the loop. `done[i]` is `None` for a profile that has not run, `Some(None)`
+    /// for one that failed.
+    fn next_profiles(
+        &self,
+        cycle: &Cycle<'_>,
+        profiles: &[String],
+        done: &[Option<Option<ProfilePicks>>],
+        run: &mut Vec<usize>,
+    );
+
+    /// Combines the results once the loop ended.
+    fn combine(
+        &self,
+        cycle: &Cycle<'_>,
+        profiles: &[String],
+        done: Vec<Option<Option<ProfilePicks>>>,
+    ) -> Result<SchedulingResult, ScheduleError>;
+}
+
+/// Why no endpoint was chosen.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ScheduleError {
+    /// The filters of a needed profile left nothing: 429, dropped reason `rejected-saturated`.
+    #[error("no endpoints available for the given request")]
+    FiltersLeftNothing,
+    /// The profile handler could not use the results: 429.
+    #[error("failed to find target endpoint: {0}")]
+    Handler(String),
+}

@@ -1,0 +1,168 @@
+//! One `ip:port` that serves a model, what its engine last reported, and what was sent to it since.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use tokio::time::Instant;
+
+/// What discovery says about an endpoint. Two specs with equal fields describe the same endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointSpec {
+    /// Unique within the namespace; for Kubernetes `<pod>-rank-<port index>`.
+    pub name: String,
+    /// Namespace, `default` outside Kubernetes.
+    pub namespace: String,
+    /// Where requests go.
+    pub address: SocketAddr,
+    /// Labels, for role and label filters and the engine type.
+    pub labels: BTreeMap<String, String>,
+    /// Data-parallel rank: index of the port among the pool's target ports.
+    pub rank: u32,
+}
+
+/// Dense number of a live endpoint: at most the pool size, reused only after every
+/// [`super::EndpointListener`] has forgotten the previous holder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EndpointIndex(pub u32);
+
+/// Which in-flight producer's counters to use; see [`MAX_IN_FLIGHT_PRODUCERS`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct InFlightSlot(pub(crate) u8);
+
+/// Instances of `inflight-load-producer` a configuration may have; more is a start-up error.
+pub const MAX_IN_FLIGHT_PRODUCERS: usize = 4;
+
+/// An endpoint while it is in the pool. Shared by the store, requests and background tasks.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// As discovered.
+    pub spec: EndpointSpec,
+    /// Dense index for per-endpoint tables.
+    pub index: EndpointIndex,
+    /// `ip:port` (IPv6 bracketed), ready to be a header value.
+    pub host_port: Bytes,
+    /// Last scrape; [`EngineMetrics::default`] before the first.
+    metrics: ArcSwap<EngineMetrics>,
+    in_flight: [InFlightLoad; MAX_IN_FLIGHT_PRODUCERS],
+    removed: AtomicBool,
+}
+
+impl Endpoint {
+    /// A new endpoint without metrics or load. Called by the store; public for benches and tests.
+    pub fn new(spec: EndpointSpec, index: EndpointIndex) -> Self {
+        Self {
+            host_port: Bytes::from(spec.address.to_string()),
+            spec,
+            index,
+            metrics: ArcSwap::from_pointee(EngineMetrics::default()),
+            in_flight: Default::default(),
+            removed: AtomicBool::new(false),
+        }
+    }
+
+    /// `ip:port` as text.
+    pub fn host_port_str(&self) -> &str {
+        std::str::from_utf8(&self.host_port).unwrap_or_default()
+    }
+
+    /// The last scrape.
+    pub fn metrics(&self) -> Arc<EngineMetrics> {
+        self.metrics.load_full()
+    }
+
+    /// Publishes a scrape.
+    pub fn set_metrics(&self, metrics: EngineMetrics) {
+        self.metrics.store(Arc::new(metrics));
+    }
+
+    /// Live load booked by the producer that owns `slot`.
+    pub fn in_flight(&self, slot: InFlightSlot) -> &InFlightLoad {
+        &self.in_flight[usize::from(slot.0) % MAX_IN_FLIGHT_PRODUCERS]
+    }
+
+    /// True once discovery dropped the endpoint: nothing new may be recorded under its index.
+    pub fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::Acquire)
+    }
+
+    /// Marks the endpoint as gone; called by the store before listeners are told.
+    pub(super) fn mark_removed(&self) {
+        self.removed.store(true, Ordering::Release);
+    }
+}
+
+/// Requests and prompt tokens sent to an endpoint and not yet answered.
+#[derive(Debug, Default)]
+pub struct InFlightLoad {
+    requests: AtomicI64,
+    tokens: AtomicI64,
+}
+
+impl InFlightLoad {
+    /// Adds; paired with exactly one [`Self::release`] by a guard.
+    pub fn book(&self, requests: i64, tokens: i64) {
+        self.requests.fetch_add(requests, Ordering::Relaxed);
+        self.tokens.fetch_add(tokens, Ordering::Relaxed);
+    }
+
+    /// Takes back what was booked.
+    pub fn release(&self, requests: i64, tokens: i64) {
+        self.requests.fetch_sub(requests, Ordering::Relaxed);
+        self.tokens.fetch_sub(tokens, Ordering::Relaxed);
+    }
+
+    /// Requests in flight, never below zero.
+    pub fn requests(&self) -> i64 {
+        self.requests.load(Ordering::Relaxed).max(0)
+    }
+
+    /// Tokens in flight, never below zero.
+    pub fn tokens(&self) -> i64 {
+        self.tokens.load(Ordering::Relaxed).max(0)
+    }
+}
+
+/// What one scrape told. Fields an engine does not report keep their previous value.
+#[derive(Debug, Clone, Default)]
+pub struct EngineMetrics {
+    /// Requests waiting in the engine's queue.
+    pub waiting_requests: u32,
+    /// Requests the engine is running.
+    pub running_requests: u32,
+    /// Share of KV blocks held by running requests, `0..=1`.
+    pub kv_cache_usage: f64,
+    /// Tokens per engine KV block, when reported.
+    pub block_size_tokens: Option<u32>,
+    /// KV blocks of the engine, when reported.
+    pub kv_blocks: Option<u32>,
+    /// LoRA adapters, when reported.
+    pub lora: Option<Arc<LoraState>>,
+    /// Custom scalars in the order of the extractor's `customMetrics`.
+    pub custom: Vec<Option<f64>>,
+    /// When a core field was last refreshed; `None` before the first successful scrape.
+    pub updated_at: Option<Instant>,
+}
+
+impl EngineMetrics {
+    /// True when the last refresh is at most `threshold` before `now`.
+    pub fn is_fresh(&self, now: Instant, threshold: Duration) -> bool {
+        self.updated_at
+            .is_some_and(|at| now.saturating_duration_since(at) <= threshold)
+    }
+}
+
+/// LoRA adapters of an engine.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LoraState {
+    /// Loaded and serving.
+    pub active: Vec<String>,
+    /// Requested, not loaded yet.
+    pub waiting: Vec<String>,
+    /// How many fit at once.
+    pub max_active: u32,
+}

@@ -1,0 +1,1 @@
+//! Engine metrics over HTTP (filled by the data layer).

@@ -1,0 +1,139 @@
+//! What a parser found in a body: fields by value where they are short, the prompt by position.
+
+use std::ops::Range;
+
+/// The API a body belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ApiKind {
+    /// `chat/completions` and its render variant.
+    ChatCompletions,
+    /// `completions` and its render variant.
+    Completions,
+    /// `embeddings`.
+    Embeddings,
+    /// `responses`.
+    Responses,
+    /// `conversations`.
+    Conversations,
+    /// `images/generations`.
+    Images,
+    /// Anthropic `messages`.
+    Messages,
+    /// vLLM `inference/v1/generate`.
+    VllmGenerate,
+    /// SGLang `/generate`.
+    SglangGenerate,
+    /// Bytes that are forwarded without being read.
+    Raw,
+}
+
+/// Result of parsing one body.
+#[derive(Debug, Clone)]
+pub struct Payload {
+    /// The API.
+    pub api: ApiKind,
+    /// The `model` field, if the API has one and the body names it.
+    pub model: Option<ModelField>,
+    /// True when the API lets the model name be rewritten in the body.
+    pub rewritable: bool,
+    /// Offset right behind the `{` of the top-level object, where a missing `model` can be spliced in.
+    pub object_start: Option<usize>,
+    /// `stream` is literally `true`.
+    pub stream: bool,
+    /// The client's limit on output tokens.
+    pub max_output_tokens: Option<u64>,
+    /// Isolates the prefix cache (`cache_salt`, for SGLang `extra_key`).
+    pub cache_salt: Option<String>,
+    /// Prompts in order; several for a batch. Empty when the API has none that is understood.
+    pub prompts: Vec<Prompt>,
+    /// The response phase is not interpreted for this request.
+    pub skip_response: bool,
+}
+
+impl Payload {
+    /// A payload whose body is forwarded without having been read.
+    pub fn raw(skip_response: bool) -> Self {
+        Self {
+            api: ApiKind::Raw,
+            model: None,
+            rewritable: false,
+            object_start: None,
+            stream: false,
+            max_output_tokens: None,
+            cache_salt: None,
+            prompts: Vec::new(),
+            skip_response,
+        }
+    }
+}
+
+/// A top-level `model` string.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelField {
+    /// The decoded name.
+    pub name: String,
+    /// Where the JSON string lies, quotes included; a rewrite replaces exactly these bytes.
+    pub range: Range<usize>,
+}
+
+/// One prompt of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Prompt {
+    /// Text, in the order it counts towards the prefix (tools, then system, then messages).
+    Text(Vec<Segment>),
+    /// Token ids the client supplied.
+    Tokens {
+        /// The ids in order.
+        ids: Vec<u32>,
+        /// Media placed inside the ids; `token_offset` is set.
+        media: Vec<MediaItem>,
+    },
+}
+
+/// A piece of a text prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Segment {
+    /// Bytes of the body.
+    Body {
+        /// Position; for a JSON string the bytes between its quotes.
+        range: Range<usize>,
+        /// How to read them.
+        encoding: TextEncoding,
+    },
+    /// An image, video or audio clip.
+    Media(MediaItem),
+}
+
+/// How the bytes of a [`Segment::Body`] become text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TextEncoding {
+    /// As they are: raw JSON, or a JSON string without escapes.
+    Verbatim,
+    /// Inside of a JSON string with at least one backslash escape.
+    JsonEscaped,
+}
+
+/// A media item of a prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MediaItem {
+    /// `image`, `video` or `audio`.
+    pub modality: &'static str,
+    /// xxHash64 (seed 0) of the URL or data, or of the engine's own hash string.
+    pub hash: u64,
+    /// Placeholder position in token ids, when the client gave one.
+    pub token_offset: Option<u32>,
+    /// Placeholder length in tokens, when the client gave one.
+    pub tokens: Option<u32>,
+}
+
+/// Why a body was refused. The text reaches the client behind `inference error: BadRequest - `.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ParseError(pub String);
+
+impl ParseError {
+    /// An error with this client-facing text.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+}
