@@ -10,6 +10,8 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use crate::plugin::{InFlightSlot, MAX_IN_FLIGHT_PRODUCERS};
+
 /// What discovery says about an endpoint. Two specs with equal fields describe the same endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EndpointSpec {
@@ -29,13 +31,6 @@ pub struct EndpointSpec {
 /// [`super::EndpointListener`] has forgotten the previous holder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct EndpointIndex(pub u32);
-
-/// Which in-flight producer's counters to use; see [`MAX_IN_FLIGHT_PRODUCERS`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct InFlightSlot(pub(crate) u8);
-
-/// Instances of `inflight-load-producer` a configuration may have; more is a start-up error.
-pub const MAX_IN_FLIGHT_PRODUCERS: usize = 4;
 
 /// An endpoint while it is in the pool. Shared by the store, requests and background tasks.
 #[derive(Debug)]
@@ -82,7 +77,7 @@ impl Endpoint {
 
     /// Live load booked by the producer that owns `slot`.
     pub fn in_flight(&self, slot: InFlightSlot) -> &InFlightLoad {
-        &self.in_flight[usize::from(slot.0) % MAX_IN_FLIGHT_PRODUCERS]
+        &self.in_flight[slot.position() % MAX_IN_FLIGHT_PRODUCERS]
     }
 
     /// True once discovery dropped the endpoint: nothing new may be recorded under its index.

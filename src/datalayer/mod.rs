@@ -8,5 +8,5 @@ pub mod endpoint;
 pub mod scrape;
 pub mod store;
 
-pub use endpoint::{Endpoint, EndpointIndex, EndpointSpec, EngineMetrics, InFlightSlot, LoraState};
+pub use endpoint::{Endpoint, EndpointIndex, EndpointSpec, EngineMetrics, LoraState};
 pub use store::{EndpointListener, EndpointStore};

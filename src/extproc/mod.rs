@@ -1,1 +1,11 @@
-//! extproc (stub).
+//! Envoy's dialect: ext_proc messages in, ext_proc messages out.
+//!
+//! [`service`] is the gRPC face, [`stream`] the state machine of one HTTP request, [`mutation`] and
+//! [`immediate`] build messages and decide nothing. What to answer is decided by
+//! [`crate::control::Director`]; this room knows no endpoints, plugins or prompts.
+
+pub mod immediate;
+pub mod mutation;
+pub mod proto;
+pub mod service;
+pub mod stream;

@@ -7,10 +7,21 @@
 use std::any::Any;
 use std::marker::PhantomData;
 
-use crate::datalayer::InFlightSlot;
-use crate::datalayer::endpoint::MAX_IN_FLIGHT_PRODUCERS;
-
 use super::PluginError;
+
+/// Instances of `inflight-load-producer` a configuration may have; more is a start-up error.
+pub const MAX_IN_FLIGHT_PRODUCERS: usize = 4;
+
+/// Which in-flight producer's counters of an endpoint to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct InFlightSlot(u8);
+
+impl InFlightSlot {
+    /// Position among an endpoint's counters, below [`MAX_IN_FLIGHT_PRODUCERS`].
+    pub fn position(self) -> usize {
+        usize::from(self.0)
+    }
+}
 
 /// Position of a per-request, per-candidate column of `T`.
 pub struct Column<T> {
@@ -72,6 +83,13 @@ impl DataKeys {
             slot,
             of: PhantomData,
         }
+    }
+
+    /// The current instance publishes `data_type` under `producer` instead of its own name.
+    pub fn produce_as<T: 'static>(&mut self, data_type: &'static str, producer: &str) -> Column<T> {
+        let slot = self.slot::<T>(data_type, producer);
+        self.keys[slot].produced_by.push(self.current.clone());
+        Column { slot, of: PhantomData }
     }
 
     /// The current instance cannot work without `data_type` from the instance called `producer`.

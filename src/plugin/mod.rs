@@ -4,9 +4,12 @@
 //! Does not know any hook: each room owns its hook traits, `config` owns the list of plugin types.
 
 pub mod data;
+pub mod duration;
+mod lease;
 pub mod params;
 
-pub use data::{Attributes, Column, DataKeys};
+pub use data::{Attributes, Column, DataKeys, InFlightSlot, MAX_IN_FLIGHT_PRODUCERS};
+pub use lease::{Lease, Leases};
 pub use params::{ParamError, Parameters};
 
 /// How settled a plugin is. Alpha needs `--allow-experimental-plugins`.

@@ -2,11 +2,22 @@
 //!
 //! The body is read once, forward, as the slices it arrived in; nothing of the prompt is copied and
 //! no document tree is built. Does not know Envoy, endpoints or scheduling.
-//! Entry points: `parsers::ParserSet::resolve` (path to parser) and [`Parser::parse`].
+//! Entry points: [`parsers::ParserSet::resolve`] (path to parser) and [`Parser::parse`].
 
+pub mod anthropic;
 pub mod body;
+mod fields;
 pub mod headers;
+pub mod keys;
+pub mod openai;
+pub mod parsers;
+pub mod passthrough;
 pub mod payload;
+pub mod rewrite;
+pub mod scan;
+pub mod sglang_http;
+pub mod text;
+pub mod vllm_http;
 
 pub use body::Body;
 pub use headers::{Header, Headers};

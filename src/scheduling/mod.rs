@@ -7,9 +7,23 @@ use std::cell::RefCell;
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::datalayer::{Endpoint, EngineMetrics};
 use crate::plugin::Attributes;
 use crate::request::InferenceRequest;
+
+pub mod attributes;
+pub mod filters;
+mod hooks;
+pub mod pickers;
+pub mod profile_handlers;
+pub mod scheduler;
+pub mod scorers;
+#[cfg(test)]
+pub(crate) mod test_support;
+
+pub use hooks::{DataProducer, PreRequest, ProducerError, SaturationDetector};
 
 /// One endpoint still in the running, with its metrics frozen for this request. In-flight load is
 /// read live from the endpoint.
@@ -94,21 +108,21 @@ pub struct Scored {
 }
 
 /// What one profile chose.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProfilePicks {
     /// Profile name.
-    pub profile: String,
+    pub profile: Arc<str>,
     /// Positions in the candidate list, best first; never empty in a result.
-    pub picks: Vec<u32>,
+    pub picks: SmallVec<[u32; 4]>,
 }
 
 /// What scheduling decided.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone)]
 pub struct SchedulingResult {
     /// The profile whose picks become the destination.
     pub primary: ProfilePicks,
     /// Picks of further profiles (for example `prefill`).
-    pub others: Vec<ProfilePicks>,
+    pub others: SmallVec<[ProfilePicks; 2]>,
 }
 
 impl SchedulingResult {
@@ -118,25 +132,30 @@ impl SchedulingResult {
     }
 }
 
+/// How far a profile is while the handler decides.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum ProfileRun {
+    /// Not asked for.
+    #[default]
+    NotRun,
+    /// Its filters left nothing.
+    Failed,
+    /// It chose.
+    Picked(ProfilePicks),
+}
+
 /// Decides which profiles run and how their picks become the result.
 pub trait ProfileHandler: Send + Sync + Debug {
-    /// Positions (in configuration order) of the profiles to run next, given the results so far; an
-    /// empty answer ends the loop. `done[i]` is `None` for a profile that has not run, `Some(None)`
-    /// for one that failed.
-    fn next_profiles(
-        &self,
-        cycle: &Cycle<'_>,
-        profiles: &[String],
-        done: &[Option<Option<ProfilePicks>>],
-        run: &mut Vec<usize>,
-    );
+    /// Writes the positions of the profiles to run next into `run` (given empty), given what ran so
+    /// far; leaving it empty ends the loop. `names` and `runs` are in configuration order.
+    fn next_profiles(&self, cycle: &Cycle<'_>, names: &[Arc<str>], runs: &[ProfileRun], run: &mut Vec<usize>);
 
-    /// Combines the results once the loop ended.
+    /// Combines the runs once the loop ended; takes what it needs out of `runs`.
     fn combine(
         &self,
         cycle: &Cycle<'_>,
-        profiles: &[String],
-        done: Vec<Option<Option<ProfilePicks>>>,
+        names: &[Arc<str>],
+        runs: &mut [ProfileRun],
     ) -> Result<SchedulingResult, ScheduleError>;
 }
 

@@ -1,1 +1,7 @@
-//! Built-in data producers (filled in).
+//! Data producers: what scheduling plugins want to know about a request and its candidates.
+
+pub mod approx_prefix;
+pub mod block_hash;
+pub mod inflight_load;
+pub mod prefix_index;
+pub mod token;

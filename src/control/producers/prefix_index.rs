@@ -1,0 +1,417 @@
+//! The approximate prefix index: which endpoints were sent which block hashes.
+//!
+//! A block hash stands for its whole prefix, so one entry per hash with the endpoints that hold it
+//! stores a shared prefix once. Entries live in [`SHARDS`] tables; consecutive runs of
+//! [`SEGMENT_BLOCKS`] of a chain share a shard, so that a walk takes few locks. Lookups and refreshes
+//! take a shard's read lock for well under a microsecond; only blocks new to an endpoint write.
+//!
+//! Recency is a clock per endpoint that ticks when a block enters, or returns to, the younger half
+//! of its capacity. A holder is live while its stamp is less than `capacity` ticks old, so an
+//! endpoint never has more than `capacity` live blocks, exactly, and the least recently sent go
+//! first, up to half a capacity of slack. Dead holders are removed when a shard fills up.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+use arc_swap::ArcSwap;
+use hashbrown::HashTable;
+use parking_lot::RwLock;
+use smallvec::SmallVec;
+
+/// Tables, each with a lock of its own.
+const SHARDS: usize = 64;
+/// Consecutive blocks of a chain that share a shard.
+const SEGMENT_BLOCKS: usize = 64;
+/// Bytes of an entry: key, holders, and the table's control byte, at the table's load of 7/8.
+const ENTRY_BYTES: usize = 40;
+/// Bytes of a holder past the first one of an entry.
+const EXTRA_HOLDER_BYTES: usize = 8;
+
+/// Default bound on the whole index.
+pub const DEFAULT_BUDGET_BYTES: usize = 64 << 20;
+
+/// Index of block hashes by endpoint.
+#[derive(Debug)]
+pub struct PrefixIndex {
+    shards: Vec<RwLock<Shard>>,
+    clocks: ArcSwap<Vec<Arc<EndpointClock>>>,
+    /// Bytes a shard may use before it is swept.
+    shard_budget: usize,
+    entries: AtomicUsize,
+}
+
+/// Recency of one endpoint index.
+#[derive(Debug)]
+struct EndpointClock {
+    now: AtomicU32,
+    capacity: AtomicU32,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    table: HashTable<Entry>,
+    extra_holders: usize,
+}
+
+#[derive(Debug)]
+struct Entry {
+    hash: u64,
+    /// Sorted by endpoint; never empty.
+    holders: SmallVec<[Holder; 2]>,
+}
+
+#[derive(Debug)]
+struct Holder {
+    endpoint: u32,
+    stamp: AtomicU32,
+}
+
+impl EndpointClock {
+    fn age(&self, stamp: u32) -> u32 {
+        self.now.load(Ordering::Relaxed).wrapping_sub(stamp)
+    }
+
+    fn capacity(&self) -> u32 {
+        self.capacity.load(Ordering::Relaxed)
+    }
+
+    fn is_live(&self, holder: &Holder) -> bool {
+        self.age(holder.stamp.load(Ordering::Relaxed)) < self.capacity()
+    }
+
+    fn tick(&self) -> u32 {
+        self.now.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+    }
+}
+
+/// Endpoints still matching during a walk; reused between lookups.
+#[derive(Debug, Default)]
+pub struct WalkScratch {
+    alive: Vec<u32>,
+    next: Vec<u32>,
+}
+
+impl PrefixIndex {
+    /// An empty index that uses at most about `budget_bytes`.
+    pub fn new(budget_bytes: usize) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
+            clocks: ArcSwap::default(),
+            shard_budget: (budget_bytes / SHARDS).max(ENTRY_BYTES * 16),
+            entries: AtomicUsize::new(0),
+        }
+    }
+
+    /// Entries over all shards.
+    pub fn len(&self) -> usize {
+        self.entries.load(Ordering::Relaxed)
+    }
+
+    /// True when nothing is stored.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Adds to `matched[endpoint]` how many consecutive blocks of `chain`, from its first, each
+    /// endpoint holds. `matched` is as long as the largest endpoint index that is asked for; others
+    /// are skipped. One walk, whatever the number of endpoints; stops when nobody matches.
+    pub fn match_chain(&self, chain: &[u64], matched: &mut [u32], scratch: &mut WalkScratch) {
+        let clocks = self.clocks.load();
+        let WalkScratch { alive, next } = scratch;
+        alive.clear();
+        let mut first = true;
+        for segment in chain.chunks(SEGMENT_BLOCKS) {
+            let Some(shard) = self.shard(segment) else { return };
+            let shard = shard.read();
+            for hash in segment {
+                let Some(entry) = shard.table.find(*hash, |entry| entry.hash == *hash) else { return };
+                next.clear();
+                let live = entry.holders.iter().filter(|holder| {
+                    clocks.get(holder.endpoint as usize).is_some_and(|clock| clock.is_live(holder))
+                });
+                let mut before = alive.iter().peekable();
+                for holder in live {
+                    let stays = first || {
+                        while before.next_if(|e| **e < holder.endpoint).is_some() {}
+                        before.next_if(|e| **e == holder.endpoint).is_some()
+                    };
+                    if stays {
+                        next.push(holder.endpoint);
+                        if let Some(count) = matched.get_mut(holder.endpoint as usize) {
+                            *count += 1;
+                        }
+                    }
+                }
+                if next.is_empty() {
+                    return;
+                }
+                first = false;
+                std::mem::swap(alive, next);
+            }
+        }
+    }
+
+    /// Records that `endpoint` was sent `chain`, and that it keeps `capacity` blocks. Nothing is
+    /// recorded once `is_gone` says so; it is asked under the lock that [`Self::forget`] takes.
+    pub fn insert(&self, endpoint: u32, chain: &[u64], capacity: u32, is_gone: impl Fn() -> bool) {
+        let clock = self.clock(endpoint);
+        clock.capacity.store(capacity.max(1), Ordering::Relaxed);
+        // Tail first: the head ends up youngest, as engines evict tails before heads.
+        for segment in chain.chunks(SEGMENT_BLOCKS).rev() {
+            let Some(shard) = self.shard(segment) else { return };
+            if shard.read().refresh(endpoint, &clock, segment) {
+                continue;
+            }
+            let mut shard = shard.write();
+            if is_gone() {
+                return;
+            }
+            let before = shard.table.len();
+            shard.add(endpoint, &clock, segment);
+            if shard.bytes() > self.shard_budget {
+                shard.sweep(&self.clocks.load(), self.shard_budget);
+            }
+            let after = shard.table.len();
+            drop(shard);
+            self.entries.fetch_add(after, Ordering::Relaxed);
+            self.entries.fetch_sub(before, Ordering::Relaxed);
+        }
+    }
+
+    /// Removes everything recorded for `endpoint`. O(index).
+    pub fn forget(&self, endpoint: u32) {
+        for shard in &self.shards {
+            let mut shard = shard.write();
+            let before = shard.table.len();
+            shard.retain(|holder| holder.endpoint != endpoint);
+            self.entries.fetch_sub(before - shard.table.len(), Ordering::Relaxed);
+        }
+    }
+
+    fn shard(&self, segment: &[u64]) -> Option<&RwLock<Shard>> {
+        // The table uses the low and the top seven bits of a hash; take others.
+        let first = *segment.first()?;
+        self.shards.get((first >> 32) as usize % SHARDS)
+    }
+
+    fn clock(&self, endpoint: u32) -> Arc<EndpointClock> {
+        let position = endpoint as usize;
+        if let Some(clock) = self.clocks.load().get(position) {
+            return Arc::clone(clock);
+        }
+        let new = || Arc::new(EndpointClock { now: AtomicU32::new(0), capacity: AtomicU32::new(1) });
+        self.clocks.rcu(|clocks| {
+            let mut clocks = Vec::clone(clocks);
+            while clocks.len() <= position {
+                clocks.push(new());
+            }
+            clocks
+        });
+        self.clocks.load().get(position).map_or_else(new, Arc::clone)
+    }
+}
+
+impl Shard {
+    fn bytes(&self) -> usize {
+        self.table.capacity() * ENTRY_BYTES + self.extra_holders * EXTRA_HOLDER_BYTES
+    }
+
+    /// Refreshes the stamps of `segment`; false when the endpoint lacks one of its blocks.
+    fn refresh(&self, endpoint: u32, clock: &EndpointClock, segment: &[u64]) -> bool {
+        segment.iter().rev().all(|hash| {
+            let entry = self.table.find(*hash, |entry| entry.hash == *hash);
+            let holder = entry.and_then(|entry| {
+                let at = entry.holders.binary_search_by_key(&endpoint, |h| h.endpoint).ok()?;
+                entry.holders.get(at)
+            });
+            holder.map(|holder| touch(holder, clock)).is_some()
+        })
+    }
+
+    fn add(&mut self, endpoint: u32, clock: &EndpointClock, segment: &[u64]) {
+        for hash in segment.iter().rev() {
+            let entry = self.table.entry(*hash, |entry| entry.hash == *hash, |entry| entry.hash);
+            let entry = entry.or_insert_with(|| Entry { hash: *hash, holders: SmallVec::new() }).into_mut();
+            match entry.holders.binary_search_by_key(&endpoint, |h| h.endpoint) {
+                Ok(at) => {
+                    if let Some(holder) = entry.holders.get(at) {
+                        touch(holder, clock);
+                    }
+                }
+                Err(at) => {
+                    if !entry.holders.is_empty() {
+                        self.extra_holders += 1;
+                    }
+                    entry.holders.insert(at, Holder { endpoint, stamp: AtomicU32::new(clock.tick()) });
+                }
+            }
+        }
+    }
+
+    /// Makes room: removes dead holders, then ever younger ones, until a quarter of the budget is
+    /// free. Amortised over the insertions that filled it.
+    fn sweep(&mut self, clocks: &[Arc<EndpointClock>], budget: usize) {
+        let mut share = 1.0;
+        while share > 0.01 {
+            self.retain(|holder| {
+                clocks.get(holder.endpoint as usize).is_some_and(|clock| {
+                    let age = clock.age(holder.stamp.load(Ordering::Relaxed));
+                    f64::from(age) < f64::from(clock.capacity()) * share
+                })
+            });
+            self.table.shrink_to_fit(|entry| entry.hash);
+            let used = self.table.len() * ENTRY_BYTES + self.extra_holders * EXTRA_HOLDER_BYTES;
+            if used <= budget / 4 * 3 && self.bytes() <= budget {
+                return;
+            }
+            share *= 0.75;
+        }
+        self.table.clear();
+        self.table.shrink_to_fit(|entry| entry.hash);
+        self.extra_holders = 0;
+    }
+
+    fn retain(&mut self, keep: impl Fn(&Holder) -> bool) {
+        let mut extra = 0;
+        self.table.retain(|entry| {
+            entry.holders.retain(|holder| keep(holder));
+            extra += entry.holders.len().saturating_sub(1);
+            !entry.holders.is_empty()
+        });
+        self.extra_holders = extra;
+    }
+}
+
+/// A block in the older half moves to the front; a young one is left alone, which saves the write.
+fn touch(holder: &Holder, clock: &EndpointClock) {
+    if clock.age(holder.stamp.load(Ordering::Relaxed)) >= clock.capacity() / 2 {
+        holder.stamp.store(clock.tick(), Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A chain of `n` blocks whose hashes follow from `root`.
+    fn chain(root: u64, n: usize) -> Vec<u64> {
+        let mut rng = fastrand::Rng::with_seed(root);
+        (0..n).map(|_| rng.u64(..)).collect()
+    }
+
+    fn matched(index: &PrefixIndex, chain: &[u64], endpoints: usize) -> Vec<u32> {
+        let mut matched = vec![0; endpoints];
+        index.match_chain(chain, &mut matched, &mut WalkScratch::default());
+        matched
+    }
+
+    fn insert(index: &PrefixIndex, endpoint: u32, chain: &[u64], capacity: u32) {
+        index.insert(endpoint, chain, capacity, || false);
+    }
+
+    #[test]
+    fn the_longest_consecutive_prefix_counts() {
+        let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
+        let blocks = chain(1, 200);
+        insert(&index, 0, &blocks[..150], 1000);
+        insert(&index, 2, &blocks, 1000);
+        insert(&index, 1, &blocks[..1], 1000);
+        assert_eq!(matched(&index, &blocks, 4), [150, 1, 200, 0]);
+        assert_eq!(matched(&index, &chain(2, 5), 3), [0, 0, 0]);
+        assert_eq!(index.len(), 200, "shared blocks are stored once");
+    }
+
+    #[test]
+    fn a_gap_ends_the_match() {
+        let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
+        let blocks = chain(3, 10);
+        insert(&index, 1, &blocks, 1000);
+        insert(&index, 0, &blocks[5..], 1000);
+        insert(&index, 0, &blocks[..2], 1000);
+        assert_eq!(matched(&index, &blocks, 2), [2, 10]);
+    }
+
+    #[test]
+    fn an_endpoint_keeps_at_most_its_capacity_and_forgets_the_oldest() {
+        let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
+        let chains: Vec<_> = (0..10).map(|i| chain(i + 10, 10)).collect();
+        for blocks in &chains {
+            insert(&index, 0, blocks, 50);
+        }
+        let held: Vec<u32> = chains.iter().map(|c| matched(&index, c, 1)[0]).collect();
+        assert_eq!(held, [0, 0, 0, 0, 0, 10, 10, 10, 10, 10]);
+        // Chain 5 is the oldest; used again, it outlives chain 6.
+        insert(&index, 0, &chains[5], 50);
+        insert(&index, 0, &chain(99, 10), 50);
+        assert_eq!(matched(&index, &chains[5], 1), [10]);
+        assert_eq!(matched(&index, &chains[6], 1), [0]);
+    }
+
+    #[test]
+    fn a_chain_loses_its_tail_before_its_head() {
+        let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
+        let blocks = chain(4, 10);
+        insert(&index, 0, &blocks, 12);
+        insert(&index, 0, &chain(5, 6), 12);
+        // 16 blocks into 12: the four oldest are the last four of the first chain.
+        assert_eq!(matched(&index, &blocks, 1), [6]);
+    }
+
+    #[test]
+    fn a_removed_endpoint_is_forgotten_and_cannot_come_back_late() {
+        let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
+        let blocks = chain(6, 100);
+        insert(&index, 0, &blocks, 1000);
+        insert(&index, 1, &blocks[..40], 1000);
+        index.forget(0);
+        assert_eq!(matched(&index, &blocks, 2), [0, 40]);
+        assert_eq!(index.len(), 40);
+        index.insert(0, &blocks, 1000, || true);
+        assert_eq!(matched(&index, &blocks, 2), [0, 40]);
+    }
+
+    #[test]
+    fn the_budget_holds_and_the_youngest_stay() {
+        let budget = 1 << 20;
+        let index = PrefixIndex::new(budget);
+        for i in 0..2000 {
+            insert(&index, u32::try_from(i % 8).unwrap(), &chain(i, 100), u32::MAX);
+        }
+        let used: usize = index.shards.iter().map(|s| s.read().bytes()).sum();
+        assert!(used <= budget, "{used}");
+        assert!(index.len() > budget / ENTRY_BYTES / 8, "{}", index.len());
+        assert!(index.len() * ENTRY_BYTES <= budget);
+        let youngest = matched(&index, &chain(1999, 100), 8);
+        assert!(youngest[7] >= 64, "{youngest:?}");
+    }
+
+    #[test]
+    fn it_agrees_with_a_naive_model() {
+        let seed = fastrand::u64(..);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
+        let chains: Vec<_> = (0..20).map(|i| chain(seed ^ i, 150)).collect();
+        let mut naive: Vec<std::collections::HashSet<u64>> = vec![std::collections::HashSet::new(); 6];
+        for step in 0..500 {
+            let blocks = rng.choice(&chains).unwrap();
+            let cut = &blocks[..rng.usize(..=blocks.len())];
+            let endpoint = rng.usize(..naive.len());
+            match rng.u8(..10) {
+                0 => {
+                    index.forget(u32::try_from(endpoint).unwrap());
+                    naive[endpoint].clear();
+                }
+                1..=4 => {
+                    insert(&index, u32::try_from(endpoint).unwrap(), cut, u32::MAX);
+                    naive[endpoint].extend(cut);
+                }
+                _ => {}
+            }
+            let wanted: Vec<u32> = naive
+                .iter()
+                .map(|held| u32::try_from(blocks.iter().take_while(|b| held.contains(b)).count()).unwrap())
+                .collect();
+            assert_eq!(matched(&index, blocks, naive.len()), wanted, "seed {seed}, step {step}");
+        }
+    }
+}

@@ -1,0 +1,554 @@
+//! The state machine of one HTTP request: every message Envoy may send, in every body mode.
+//!
+//! It does no I/O: [`Exchange::on_message`] takes a message and queues replies, [`Exchange::pop`]
+//! hands them out in order. [`super::service`] moves them over gRPC. Dropping an exchange at any
+//! point releases everything its request holds.
+//!
+//! Envoy ends every exchange with a reset or an end of input, after success and after an abort alike
+//! (observed with 1.40), so what an end means is decided by the phase it finds.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::immediate::immediate;
+use super::mutation::{self, Direction, set_header};
+use super::proto::body_mutation::Mutation;
+use super::proto::processing_request::Request;
+use super::proto::value::Kind;
+use super::proto::{
+    BodySendMode, CommonResponse, HeaderMap, HttpBody, HttpHeaders, Metadata, ProcessingRequest, ProcessingResponse,
+    ProtocolConfiguration, Struct, Value,
+};
+use crate::control::{BodyKnowledge, Decision, Director, Intake, RequestError, Subset};
+use crate::request::{Body, Headers};
+use crate::response::{Accounting, ModelNameRewriter};
+
+/// Destination key in headers and metadata.
+pub const DESTINATION: &str = "x-gateway-destination-endpoint";
+/// Metadata namespace of the destination.
+const DESTINATION_NAMESPACE: &str = "envoy.lb";
+/// Scores by endpoint, beside the destination, with `--emit-endpoint-scores`.
+const SCORES: &str = "x-gateway-destination-endpoint-scores";
+/// The endpoint that answered, reported by the proxy.
+const SERVED: &str = "x-gateway-destination-endpoint-served";
+/// Metadata namespace of the subset hint.
+const SUBSET_NAMESPACE: &str = "envoy.lb.subset_hint";
+/// Key of the subset hint.
+const SUBSET: &str = "x-gateway-destination-endpoint-subset";
+/// Attributes namespace of the filter, and its attribute with the upstream address.
+const FILTER_ATTRIBUTES: &str = "envoy.filters.http.ext_proc";
+const UPSTREAM_ADDRESS: &str = "upstream.address";
+
+/// In STREAMED mode Envoy stops reading the client once its buffer is full of unanswered pieces, so
+/// a decision cannot wait for the end of a long body: past this many bytes it is made without the
+/// prompt. The smallest buffer seen in published gateway configurations is 32 KiB.
+const STREAMED_DECISION_BYTES: usize = 32 * 1024;
+
+/// Limits of an exchange; the same for all.
+#[derive(Debug, Clone)]
+pub struct StreamSettings {
+    /// Longest request body, `--max-request-body-bytes`; 413 past it.
+    pub max_body_bytes: usize,
+    /// Longest body piece sent back, `--max-body-chunk-bytes`. Some managed proxies refuse pieces
+    /// over 64 KiB; the reference cuts at 62,000.
+    pub max_chunk_bytes: usize,
+    /// From the first message to the decision, `--decision-timeout`; 503 past it. Envoy sets no
+    /// timer of its own in full duplex mode.
+    pub decision_timeout: Duration,
+}
+
+impl Default for StreamSettings {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 64 << 20,
+            max_chunk_bytes: 62_000,
+            decision_timeout: Duration::from_secs(120),
+        }
+    }
+}
+
+/// How far the exchange is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Nothing received.
+    Start,
+    /// Request headers received, no decision yet.
+    Undecided,
+    /// The decision is sent; what remains of the request passes through.
+    Routed,
+    /// Response headers were answered.
+    Responding,
+    /// The last message of the exchange was answered.
+    Ended,
+    /// `observability_mode`: Envoy ignores replies, so none is made.
+    Passive,
+}
+
+/// One HTTP request and its response.
+#[derive(Debug)]
+pub struct Exchange {
+    director: Arc<Director>,
+    settings: Arc<StreamSettings>,
+    phase: Phase,
+    request_mode: BodySendMode,
+    response_mode: BodySendMode,
+    /// STREAMED: the headers reply may wait for body pieces.
+    headers_may_wait: bool,
+    received_at: Instant,
+    headers: Headers,
+    body: Body,
+    subset: Subset,
+    /// STREAMED: body messages that still need their own reply once the headers are answered.
+    unanswered_pieces: usize,
+    request_ended: bool,
+    account: Option<Accounting>,
+    model_names: Option<ModelNameRewriter>,
+    out: VecDeque<ProcessingResponse>,
+    closed: bool,
+}
+
+impl Exchange {
+    /// An exchange before its first message.
+    pub fn new(director: Arc<Director>, settings: Arc<StreamSettings>) -> Self {
+        Self {
+            director,
+            settings,
+            phase: Phase::Start,
+            request_mode: BodySendMode::FullDuplexStreamed,
+            response_mode: BodySendMode::FullDuplexStreamed,
+            headers_may_wait: true,
+            received_at: Instant::now(),
+            headers: Headers::default(),
+            body: Body::default(),
+            subset: Subset::Any,
+            unanswered_pieces: 0,
+            request_ended: false,
+            account: None,
+            model_names: None,
+            out: VecDeque::new(),
+            closed: false,
+        }
+    }
+
+    /// The next reply, if one is ready.
+    pub fn pop(&mut self) -> Option<ProcessingResponse> {
+        self.out.pop_front()
+    }
+
+    /// True when the stream should be closed with OK once all replies are out.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// When the decision is due; `None` once it was made.
+    pub fn deadline(&self) -> Option<Instant> {
+        (self.phase == Phase::Undecided).then(|| self.received_at + self.settings.decision_timeout)
+    }
+
+    /// The decision did not come in time.
+    pub fn on_deadline(&mut self) {
+        let seconds = self.settings.decision_timeout.as_secs();
+        self.refuse_early(&RequestError::DecisionTimeout { seconds });
+    }
+
+    /// The stream ended or was reset. Returns true when that is the normal end.
+    pub fn on_end(&mut self) -> bool {
+        let normal = self.closed || matches!(self.phase, Phase::Ended | Phase::Start | Phase::Passive);
+        if !normal {
+            self.director.note_abort(self.phase_name());
+        }
+        self.account = None;
+        normal
+    }
+
+    /// Handles one message. An error ends the RPC; Envoy then applies its failure mode.
+    pub fn on_message(&mut self, message: ProcessingRequest) -> Result<(), Status> {
+        if self.phase == Phase::Start {
+            if message.observability_mode {
+                self.phase = Phase::Passive;
+            }
+            self.read_modes(message.protocol_config);
+        }
+        if self.closed || self.phase == Phase::Passive {
+            return Ok(());
+        }
+        let metadata = message.metadata_context;
+        match message.request {
+            Some(Request::RequestHeaders(headers)) => self.on_request_headers(headers, metadata.as_ref()),
+            Some(Request::RequestBody(body)) => self.on_request_body(body, metadata.as_ref()),
+            Some(Request::RequestTrailers(_)) => self.on_request_trailers(metadata.as_ref()),
+            Some(Request::ResponseHeaders(headers)) => {
+                self.on_response_headers(headers, metadata.as_ref(), &message.attributes);
+                Ok(())
+            }
+            Some(Request::ResponseBody(body)) => {
+                self.on_response_body(body);
+                Ok(())
+            }
+            Some(Request::ResponseTrailers(_)) => {
+                self.on_response_trailers();
+                Ok(())
+            }
+            // A message kind newer than our protos: nothing to answer.
+            None => Ok(()),
+        }
+    }
+
+    fn read_modes(&mut self, config: Option<ProtocolConfiguration>) {
+        if let Some(config) = config {
+            self.request_mode = config.request_body_mode();
+            self.response_mode = config.response_body_mode();
+            self.headers_may_wait = config.send_body_without_waiting_for_header_response;
+        }
+    }
+
+    // -- request ------------------------------------------------------------------------------
+
+    fn on_request_headers(&mut self, message: HttpHeaders, metadata: Option<&Metadata>) -> Result<(), Status> {
+        if self.phase != Phase::Start {
+            return Err(Status::invalid_argument("request headers arrived twice"));
+        }
+        self.phase = Phase::Undecided;
+        self.received_at = Instant::now();
+        self.headers = read_headers(message.headers);
+        self.read_subset(metadata);
+        if message.end_of_stream {
+            self.request_ended = true;
+            self.decide(BodyKnowledge::Absent);
+            return Ok(());
+        }
+        if self.announced_length() > self.settings.max_body_bytes {
+            self.refuse_too_large();
+            return Ok(());
+        }
+        match self.request_mode {
+            BodySendMode::FullDuplexStreamed => {}
+            BodySendMode::Streamed if self.headers_may_wait => {}
+            BodySendMode::Buffered | BodySendMode::BufferedPartial => {
+                self.out.push_back(mutation::headers(Direction::Request, CommonResponse::default(), None));
+            }
+            // The body comes only after the headers were answered, or not at all.
+            BodySendMode::Streamed | BodySendMode::None | BodySendMode::Grpc => self.decide(BodyKnowledge::Unseen),
+        }
+        Ok(())
+    }
+
+    fn on_request_body(&mut self, message: HttpBody, metadata: Option<&Metadata>) -> Result<(), Status> {
+        match self.phase {
+            Phase::Start => return Err(Status::invalid_argument("request body arrived before its headers")),
+            Phase::Undecided => {}
+            _ => {
+                self.pass_request_piece(message);
+                return Ok(());
+            }
+        }
+        self.read_subset(metadata);
+        if self.body.len() + message.body.len() > self.settings.max_body_bytes {
+            self.refuse_too_large();
+            return Ok(());
+        }
+        self.body.push(message.body);
+        self.unanswered_pieces += 1;
+        self.request_ended = message.end_of_stream;
+        match self.request_mode {
+            BodySendMode::Buffered => self.decide(BodyKnowledge::Complete),
+            BodySendMode::BufferedPartial => self.decide(BodyKnowledge::MaybeCut),
+            BodySendMode::Streamed if !message.end_of_stream => {
+                if self.body.len() >= STREAMED_DECISION_BYTES {
+                    self.decide(BodyKnowledge::Unseen);
+                }
+            }
+            _ if message.end_of_stream => self.decide(BodyKnowledge::Complete),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Trailers end the body: its last piece came without an end-of-stream mark.
+    fn on_request_trailers(&mut self, metadata: Option<&Metadata>) -> Result<(), Status> {
+        if self.phase == Phase::Start {
+            return Err(Status::invalid_argument("request trailers arrived before headers"));
+        }
+        if self.phase == Phase::Undecided {
+            self.read_subset(metadata);
+            self.decide(BodyKnowledge::Complete);
+        }
+        if !self.closed {
+            self.out.push_back(mutation::trailers(Direction::Request));
+        }
+        Ok(())
+    }
+
+    /// A piece that arrives after the decision goes back as it is.
+    fn pass_request_piece(&mut self, message: HttpBody) {
+        match self.request_mode {
+            BodySendMode::FullDuplexStreamed => {
+                self.stream_back(Direction::Request, [message.body], message.end_of_stream);
+            }
+            _ => self.out.push_back(mutation::body(Direction::Request, CommonResponse::default(), None)),
+        }
+    }
+
+    fn decide(&mut self, knowledge: BodyKnowledge) {
+        let intake = Intake {
+            headers: std::mem::take(&mut self.headers),
+            body: std::mem::take(&mut self.body),
+            subset: std::mem::take(&mut self.subset),
+            received_at: self.received_at,
+        };
+        match self.director.decide(intake, knowledge) {
+            Ok(decision) => self.route(decision),
+            Err(error) => self.refuse(&error),
+        }
+    }
+
+    fn route(&mut self, decision: Decision) {
+        self.phase = Phase::Routed;
+        let Decision { destination, scores, set_headers, remove_headers, body, rewritten, account, skip_response } =
+            decision;
+        let mut set = Vec::with_capacity(set_headers.len() + 2);
+        set.push(set_header(DESTINATION, destination.clone()));
+        set.extend(set_headers.into_iter().map(|(name, value)| set_header(name, value)));
+        let metadata = routing_metadata(&destination, scores);
+        match self.request_mode {
+            BodySendMode::FullDuplexStreamed => {
+                if !body.is_empty() {
+                    set.push(content_length(body.len()));
+                }
+                let common = mutation::with_headers(set, remove_headers, true);
+                self.out.push_back(mutation::headers(Direction::Request, common, Some(metadata)));
+                // A header-only request has no body to return; one with trailers ends with them.
+                if self.unanswered_pieces > 0 {
+                    self.stream_back(Direction::Request, body.into_pieces(), self.request_ended);
+                }
+            }
+            BodySendMode::Buffered | BodySendMode::BufferedPartial if self.unanswered_pieces > 0 => {
+                if rewritten {
+                    set.push(content_length(body.len()));
+                }
+                let mut common = mutation::with_headers(set, remove_headers, true);
+                if rewritten {
+                    let whole = Bytes::from(body.copy_range(0..body.len()));
+                    common.body_mutation = mutation::with_body(Mutation::Body(whole)).body_mutation;
+                }
+                self.out.push_back(mutation::body(Direction::Request, common, Some(metadata)));
+            }
+            _ => {
+                let common = mutation::with_headers(set, remove_headers, true);
+                self.out.push_back(mutation::headers(Direction::Request, common, Some(metadata)));
+                for _ in 0..self.unanswered_pieces {
+                    self.out.push_back(mutation::body(Direction::Request, CommonResponse::default(), None));
+                }
+            }
+        }
+        self.unanswered_pieces = 0;
+        // Leaving is safe only once the whole request was given back and before the response starts.
+        if skip_response && self.request_ended {
+            self.phase = Phase::Ended;
+            self.closed = true;
+            return;
+        }
+        self.model_names = account.model_name_rewriter();
+        self.account = Some(account);
+    }
+
+    fn announced_length(&self) -> usize {
+        self.headers.get_str("content-length").and_then(|v| v.trim().parse().ok()).unwrap_or(0)
+    }
+
+    fn refuse_too_large(&mut self) {
+        let limit = self.settings.max_body_bytes;
+        self.refuse_early(&RequestError::BodyTooLarge { limit });
+    }
+
+    /// Refuses before the director saw the request.
+    fn refuse_early(&mut self, error: &RequestError) {
+        self.director.note_refusal(error);
+        self.refuse(error);
+    }
+
+    fn refuse(&mut self, error: &RequestError) {
+        self.out.push_back(immediate(error));
+        self.phase = Phase::Ended;
+        self.closed = true;
+        self.body = Body::default();
+    }
+
+    /// The hint is attached to every message; the latest one that carries it counts.
+    fn read_subset(&mut self, metadata: Option<&Metadata>) {
+        let hint = metadata
+            .and_then(|m| m.filter_metadata.get(SUBSET_NAMESPACE))
+            .and_then(|s| s.fields.get(SUBSET))
+            .and_then(read_subset);
+        if let Some(subset) = hint {
+            self.subset = subset;
+        }
+    }
+
+    // -- response -----------------------------------------------------------------------------
+
+    fn on_response_headers(
+        &mut self,
+        message: HttpHeaders,
+        metadata: Option<&Metadata>,
+        attributes: &std::collections::HashMap<String, Struct>,
+    ) {
+        let headers = read_headers(message.headers);
+        if let Some(account) = &mut self.account {
+            if let Some(served) = served_endpoint(metadata, attributes) {
+                account.on_served(served);
+            }
+            account.on_response_headers(&headers);
+        }
+        let set = vec![set_header("x-went-into-resp-headers", Bytes::from_static(b"true"))];
+        let common = mutation::with_headers(set, Vec::new(), false);
+        self.out.push_back(mutation::headers(Direction::Response, common, None));
+        self.phase = Phase::Responding;
+        if message.end_of_stream {
+            self.end_response();
+        }
+    }
+
+    fn on_response_body(&mut self, message: HttpBody) {
+        if let Some(account) = &mut self.account {
+            account.on_response_piece(&message.body);
+        }
+        match self.response_mode {
+            BodySendMode::FullDuplexStreamed => match &mut self.model_names {
+                None => self.stream_back(Direction::Response, [message.body], message.end_of_stream),
+                Some(rewriter) => {
+                    let pieces = rewriter.push(message.body, message.end_of_stream);
+                    self.stream_back(Direction::Response, pieces, message.end_of_stream);
+                }
+            },
+            _ => {
+                let common = self.rewritten_piece(message.body, message.end_of_stream);
+                self.out.push_back(mutation::body(Direction::Response, common, None));
+            }
+        }
+        if message.end_of_stream {
+            self.end_response();
+        }
+    }
+
+    /// STREAMED and BUFFERED: one reply a message, with the body only where a model name changed.
+    fn rewritten_piece(&mut self, piece: Bytes, last: bool) -> CommonResponse {
+        let Some(rewriter) = &mut self.model_names else {
+            return CommonResponse::default();
+        };
+        let last = last || self.response_mode == BodySendMode::Buffered;
+        let pieces: Body = rewriter.push(piece.clone(), last).into_iter().collect();
+        let whole = Bytes::from(pieces.copy_range(0..pieces.len()));
+        if whole == piece {
+            return CommonResponse::default();
+        }
+        let length = whole.len();
+        let mut common = mutation::with_body(Mutation::Body(whole));
+        if self.response_mode == BodySendMode::Buffered {
+            common.header_mutation =
+                mutation::with_headers(vec![content_length(length)], Vec::new(), false).header_mutation;
+        }
+        common
+    }
+
+    fn on_response_trailers(&mut self) {
+        if let Some(rewriter) = &mut self.model_names
+            && self.response_mode == BodySendMode::FullDuplexStreamed
+        {
+            let rest = rewriter.push(Bytes::new(), true);
+            self.stream_back(Direction::Response, rest, false);
+        }
+        self.out.push_back(mutation::trailers(Direction::Response));
+        self.end_response();
+    }
+
+    fn end_response(&mut self) {
+        if let Some(account) = self.account.take() {
+            account.complete();
+        }
+        self.phase = Phase::Ended;
+    }
+
+    // -- shared -------------------------------------------------------------------------------
+
+    fn stream_back(&mut self, direction: Direction, pieces: impl IntoIterator<Item = Bytes>, end: bool) {
+        let out = &mut self.out;
+        mutation::stream_pieces(direction, pieces, self.settings.max_chunk_bytes, end, &mut |reply| {
+            out.push_back(reply);
+        });
+    }
+
+    fn phase_name(&self) -> &'static str {
+        match self.phase {
+            Phase::Start => "start",
+            Phase::Undecided => "upload",
+            Phase::Routed => "upstream",
+            Phase::Responding => "response",
+            Phase::Ended => "ended",
+            Phase::Passive => "passive",
+        }
+    }
+}
+
+fn content_length(bytes: usize) -> super::proto::HeaderValueOption {
+    set_header("Content-Length", Bytes::from(bytes.to_string()))
+}
+
+/// Values come in `raw_value` from Envoy and, for pseudo headers, in `value` from agentgateway.
+fn read_headers(map: Option<HeaderMap>) -> Headers {
+    let lines = map.map(|m| m.headers).unwrap_or_default();
+    lines.into_iter().map(|h| (h.key, if h.raw_value.is_empty() { h.value } else { h.raw_value })).collect()
+}
+
+/// A list of `ip:port` or one comma-separated string; another type is no hint.
+fn read_subset(value: &Value) -> Option<Subset> {
+    let split = |text: &str| -> Vec<String> {
+        text.split(',').map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()).collect()
+    };
+    match value.kind.as_ref()? {
+        Kind::ListValue(list) => {
+            let texts = list.values.iter().filter_map(|v| match &v.kind {
+                Some(Kind::StringValue(text)) => Some(text.as_str()),
+                _ => None,
+            });
+            Some(Subset::Only(texts.flat_map(split).collect()))
+        }
+        Kind::StringValue(text) => Some(Subset::Only(split(text))),
+        _ => None,
+    }
+}
+
+fn served_endpoint<'a>(
+    metadata: Option<&'a Metadata>,
+    attributes: &'a std::collections::HashMap<String, Struct>,
+) -> Option<&'a str> {
+    let string = |value: &'a Value| match &value.kind {
+        Some(Kind::StringValue(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let reported = metadata
+        .and_then(|m| m.filter_metadata.get(DESTINATION_NAMESPACE))
+        .and_then(|s| s.fields.get(SERVED))
+        .and_then(string);
+    let attribute =
+        || attributes.get(FILTER_ATTRIBUTES).and_then(|s| s.fields.get(UPSTREAM_ADDRESS)).and_then(string);
+    reported.or_else(attribute)
+}
+
+fn routing_metadata(destination: &Bytes, scores: Option<Vec<(String, f64)>>) -> Struct {
+    let destination = String::from_utf8_lossy(destination);
+    let mut fields = vec![(DESTINATION.to_owned(), mutation::string_value(&destination))];
+    if let Some(scores) = scores {
+        let numbers = scores.into_iter().map(|(endpoint, score)| (endpoint, mutation::number_value(score)));
+        fields.push((SCORES.to_owned(), mutation::struct_value(mutation::structure(numbers))));
+    }
+    mutation::structure([(
+        DESTINATION_NAMESPACE.to_owned(),
+        mutation::struct_value(mutation::structure(fields)),
+    )])
+}

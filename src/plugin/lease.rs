@@ -1,0 +1,32 @@
+//! What a request holds until it ends, whatever ends it.
+
+use std::fmt::Debug;
+
+/// Something a request holds until it ends; `Drop` releases it, whatever the cause.
+pub trait Lease: Send + Debug {
+    /// The first byte of the response body arrived.
+    fn on_first_chunk(&mut self) {}
+}
+
+/// Everything one request holds.
+#[derive(Debug, Default)]
+pub struct Leases(Vec<Box<dyn Lease>>);
+
+impl Leases {
+    /// Adds a lease.
+    pub fn push(&mut self, lease: Box<dyn Lease>) {
+        self.0.push(lease);
+    }
+
+    /// Tells every lease that the first byte of the response body arrived.
+    pub fn on_first_chunk(&mut self) {
+        for lease in &mut self.0 {
+            lease.on_first_chunk();
+        }
+    }
+
+    /// Releases everything.
+    pub fn release(&mut self) {
+        self.0.clear();
+    }
+}

@@ -1,0 +1,411 @@
+//! `openai-parser`: chat, completions, embeddings, responses, conversations, images.
+
+use std::ops::Range;
+
+use super::fields::{Common, Text, raw_segment, text_of, token_id};
+use super::keys::Key;
+use super::scan::{Event, Step, Visitor, scan};
+use super::{ApiKind, AppProtocol, Body, ParseError, Parser, Payload, Prompt, Segment};
+use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
+
+/// Reads OpenAI bodies and their vLLM extensions. No parameters.
+#[derive(Debug, Default)]
+pub struct OpenAiParser;
+
+impl Plugin for OpenAiParser {
+    const TYPE: &'static str = "openai-parser";
+    const MATURITY: Maturity = Maturity::Beta;
+    const PARAMETERS: &'static [ParamDoc] = &[];
+    const LENIENT: bool = true;
+    const ABOUT: &'static str = "Reads OpenAI request bodies.";
+
+    fn build(_: &mut Build<'_>) -> Result<Self, PluginError> {
+        Ok(Self)
+    }
+}
+
+impl Parser for OpenAiParser {
+    fn type_name(&self) -> &'static str {
+        Self::TYPE
+    }
+
+    fn path_suffixes(&self) -> &'static [&'static str] {
+        &[
+            "chat/completions",
+            "completions",
+            "embeddings",
+            "responses",
+            "conversations",
+            "chat/completions/render",
+            "completions/render",
+            "images/generations",
+        ]
+    }
+
+    fn app_protocols(&self) -> &'static [AppProtocol] {
+        &[AppProtocol::Http, AppProtocol::H2c]
+    }
+
+    fn parse(&self, path: &str, body: &Body) -> Result<Payload, ParseError> {
+        let api = api_of(path);
+        let mut reader = Reader::new(api, body);
+        scan(body, &mut reader)
+            .map_err(|error| ParseError::new(format!("error unmarshaling request bodyMap: {error}")))?;
+        reader.finish()
+    }
+}
+
+/// The API by path, in the reference's order; anything else is read as completions.
+fn api_of(path: &str) -> ApiKind {
+    let path = path.strip_suffix("/render").unwrap_or(path);
+    let ends = |suffix: &str| path.ends_with(suffix);
+    match () {
+        () if ends("conversations") => ApiKind::Conversations,
+        () if ends("responses") => ApiKind::Responses,
+        () if ends("chat/completions") => ApiKind::ChatCompletions,
+        () if ends("completions") => ApiKind::Completions,
+        () if ends("embeddings") => ApiKind::Embeddings,
+        () if ends("images/generations") => ApiKind::Images,
+        () => ApiKind::Completions,
+    }
+}
+
+/// Collects what one API needs while the body is scanned.
+struct Reader<'a> {
+    api: ApiKind,
+    body: &'a Body,
+    common: Common,
+    tools: Option<Range<usize>>,
+    instructions: Option<Segment>,
+    raw_input: Option<Range<usize>>,
+    messages: Messages,
+    texts: Texts,
+    items: u32,
+}
+
+/// Prompts in the three forms of `prompt` and `input`.
+#[derive(Default)]
+struct Texts {
+    strings: Vec<Text>,
+    /// Token arrays; a flat array is one.
+    ids: Vec<Vec<u32>>,
+    invalid: bool,
+}
+
+/// Chat messages.
+#[derive(Default)]
+struct Messages {
+    count: u32,
+    segments: Vec<Segment>,
+    role: Option<Segment>,
+    content: Vec<Segment>,
+}
+
+impl<'a> Reader<'a> {
+    fn new(api: ApiKind, body: &'a Body) -> Self {
+        Self {
+            api,
+            body,
+            common: Common::default(),
+            tools: None,
+            instructions: None,
+            raw_input: None,
+            messages: Messages::default(),
+            texts: Texts::default(),
+            items: 0,
+        }
+    }
+
+    fn finish(self) -> Result<Payload, ParseError> {
+        let missing = |api: &str, field: &str| {
+            Err(ParseError::new(format!("invalid {api} request: must have {field} field")))
+        };
+        let tools = self.tools.map(raw_segment);
+        let prompts = match self.api {
+            ApiKind::ChatCompletions if self.messages.count == 0 => {
+                return missing("chat completions", "valid messages");
+            }
+            ApiKind::ChatCompletions => {
+                vec![Prompt::Text(tools.into_iter().chain(self.messages.segments).collect())]
+            }
+            ApiKind::Responses => {
+                let Some(input) = self.raw_input else { return missing("responses", "input") };
+                let parts = self.instructions.into_iter().chain(tools).chain([raw_segment(input)]);
+                vec![Prompt::Text(parts.collect())]
+            }
+            ApiKind::Conversations => match self.raw_input {
+                Some(items) if self.items > 0 => vec![Prompt::Text(vec![raw_segment(items)])],
+                _ => return missing("conversations", "items"),
+            },
+            api => match self.texts.prompts() {
+                Some(prompts) => prompts,
+                None => {
+                    return match api {
+                        ApiKind::Embeddings => missing("embeddings", "input"),
+                        ApiKind::Images => missing("images generations", "prompt"),
+                        _ => missing("completions", "prompt"),
+                    };
+                }
+            },
+        };
+        Ok(self.common.payload(self.api, self.body, prompts))
+    }
+
+    fn chat(&mut self, path: &[Step], event: &Event<'_>) {
+        let [Step::Key(Key::Messages), rest @ ..] = path else {
+            return self.tools(path, event);
+        };
+        self.messages.visit(rest, event, self.body);
+    }
+
+    fn tools(&mut self, path: &[Step], event: &Event<'_>) {
+        if let ([Step::Key(Key::Tools)], Event::End(range)) = (path, event) {
+            self.tools = Some(range.clone());
+        }
+    }
+
+    fn responses(&mut self, path: &[Step], event: &Event<'_>) {
+        match path {
+            [Step::Key(Key::Input)] => self.raw_input = value_range(event, self.raw_input.take()),
+            [Step::Key(Key::Instructions)] => {
+                if let Some(text) = text_of(event) {
+                    self.instructions = Some(text.segment());
+                }
+            }
+            _ => self.tools(path, event),
+        }
+    }
+
+    fn conversations(&mut self, path: &[Step], event: &Event<'_>) {
+        match (path, event) {
+            ([Step::Key(Key::Items)], Event::ArrayStart) => self.items = 0,
+            ([Step::Key(Key::Items)], _) => self.raw_input = value_range(event, self.raw_input.take()),
+            ([Step::Key(Key::Items), Step::Index(_)], Event::ObjectStart) => self.items += 1,
+            _ => {}
+        }
+    }
+}
+
+impl Visitor for Reader<'_> {
+    fn visit(&mut self, path: &[Step], event: Event<'_>) {
+        if self.common.visit(path, &event) {
+            return;
+        }
+        match self.api {
+            ApiKind::ChatCompletions => self.chat(path, &event),
+            ApiKind::Responses => self.responses(path, &event),
+            ApiKind::Conversations => self.conversations(path, &event),
+            ApiKind::Embeddings => self.texts.visit(path, &event, Key::Input),
+            _ => self.texts.visit(path, &event, Key::Prompt),
+        }
+    }
+}
+
+/// Where a string, object or array lies, quotes and brackets included. `null` clears it.
+fn value_range(event: &Event<'_>, before: Option<Range<usize>>) -> Option<Range<usize>> {
+    match event {
+        Event::String { range, .. } => Some(range.start - 1..range.end + 1),
+        Event::End(range) => Some(range.clone()),
+        Event::Scalar(_) => None,
+        Event::ObjectStart | Event::ArrayStart => before,
+    }
+}
+
+impl Texts {
+    fn visit(&mut self, path: &[Step], event: &Event<'_>, field: Key) {
+        match path {
+            [Step::Key(key)] if *key == field => match event {
+                Event::End(_) => {}
+                // The field begins again: the last one counts.
+                _ => {
+                    *self = Self::default();
+                    match text_of(event) {
+                        Some(text) => self.strings.push(text),
+                        None => self.invalid = *event != Event::ArrayStart,
+                    }
+                }
+            },
+            [Step::Key(key), Step::Index(_)] if *key == field => match event {
+                Event::String { .. } => self.strings.extend(text_of(event)),
+                Event::Scalar(_) => match token_id(event) {
+                    Some(id) if self.ids.len() == 1 => self.ids[0].push(id),
+                    Some(id) if self.ids.is_empty() => self.ids.push(vec![id]),
+                    _ => self.invalid = true,
+                },
+                Event::ArrayStart => self.ids.push(Vec::new()),
+                Event::ObjectStart => self.invalid = true,
+                Event::End(_) => {}
+            },
+            [Step::Key(key), Step::Index(_), Step::Index(_)] if *key == field => {
+                match (token_id(event), self.ids.last_mut()) {
+                    (Some(id), Some(ids)) => ids.push(id),
+                    _ => self.invalid = true,
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The prompts, unless the field is missing, empty or of mixed kind.
+    fn prompts(self) -> Option<Vec<Prompt>> {
+        let empty_ids = self.ids.iter().any(Vec::is_empty);
+        if self.invalid || empty_ids || self.strings.is_empty() == self.ids.is_empty() {
+            return None;
+        }
+        if let [only] = self.strings.as_slice()
+            && only.range.is_empty()
+        {
+            return None;
+        }
+        let texts = self.strings.iter().map(|text| Prompt::Text(vec![text.segment()]));
+        let tokens = self.ids.into_iter().map(|ids| Prompt::Tokens { ids, media: Vec::new() });
+        Some(texts.chain(tokens).collect())
+    }
+}
+
+impl Messages {
+    fn visit(&mut self, path: &[Step], event: &Event<'_>, body: &Body) {
+        match path {
+            [] if *event == Event::ArrayStart => *self = Self::default(),
+            [Step::Index(_)] => match event {
+                Event::ObjectStart => self.count += 1,
+                Event::End(_) => {
+                    // Role first, whatever the order of the keys.
+                    self.segments.extend(self.role.take());
+                    self.segments.append(&mut self.content);
+                }
+                _ => {}
+            },
+            [Step::Index(_), Step::Key(Key::Role)] => self.role = text_of(event).map(|t| t.segment()),
+            [Step::Index(_), Step::Key(Key::Content)] => match text_of(event) {
+                Some(text) => self.content = vec![text.segment()],
+                None if *event == Event::ArrayStart => self.content.clear(),
+                None => {}
+            },
+            [Step::Index(_), Step::Key(Key::Content), Step::Index(_), block @ ..] => {
+                let Some(text) = text_of(event) else { return };
+                let media = match block {
+                    [Step::Key(Key::Text)] => return self.content.push(text.segment()),
+                    [Step::Key(Key::ImageUrl)] | [Step::Key(Key::ImageUrl), Step::Key(Key::Url)] => "image",
+                    [Step::Key(Key::VideoUrl), Step::Key(Key::Url)] => "video",
+                    [Step::Key(Key::InputAudio), Step::Key(Key::Data)] => "audio",
+                    _ => return,
+                };
+                self.content.push(text.media(media, body));
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::text::for_each_piece;
+    use super::super::text::Piece;
+    use super::*;
+
+    fn parse(path: &str, body: &str) -> Result<Payload, String> {
+        OpenAiParser.parse(path, &Body::from(body)).map_err(|e| e.to_string())
+    }
+
+    fn text(payload: &Payload, body: &str) -> String {
+        let mut out = Vec::new();
+        for prompt in &payload.prompts {
+            let Prompt::Text(segments) = prompt else { panic!("token prompt") };
+            for_each_piece(segments, &Body::from(body), &mut |piece| match piece {
+                Piece::Text(bytes) => out.extend_from_slice(bytes),
+                Piece::Media(item) => out.extend_from_slice(format!("<{}>", item.modality).as_bytes()),
+            });
+            out.push(b'|');
+        }
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn chat_counts_tools_then_role_and_text_of_each_message() {
+        let body = r#"{"model":"m","messages":[{"content":"a\n","role":"system"},{"role":"user","content":[{"type":"text","text":"b"},{"type":"image_url","image_url":{"url":"http://x"}},{"type":"input_audio","input_audio":{"data":"zz","format":"wav"}}]}, {"role":"assistant","content":null}],"tools":[{"type":"function"}],"stream":true,"max_tokens":5,"max_completion_tokens":7,"cache_salt":"s"}"#;
+        let payload = parse("/v1/chat/completions", body).unwrap();
+        assert_eq!(text(&payload, body), "[{\"type\":\"function\"}]systema\nuserb<image><audio>assistant|");
+        assert_eq!(payload.model.as_ref().unwrap().name, "m");
+        assert!(payload.stream && payload.rewritable);
+        assert_eq!(payload.max_output_tokens, Some(7));
+        assert_eq!(payload.cache_salt.as_deref(), Some("s"));
+    }
+
+    #[test]
+    fn a_limit_counts_only_as_a_non_negative_whole_number() {
+        let limit = |fields: &str| {
+            parse("/v1/chat/completions", &format!(r#"{{"messages":[{{}}],{fields}}}"#)).unwrap().max_output_tokens
+        };
+        assert_eq!(limit(r#""max_completion_tokens":-1,"max_tokens":5"#), Some(5));
+        assert_eq!(limit(r#""max_completion_tokens":1.5,"max_tokens":6.0"#), Some(6));
+        assert_eq!(limit(r#""max_completion_tokens":"7""#), None);
+    }
+
+    #[test]
+    fn completions_take_text_lists_and_token_ids() {
+        let prompts = |prompt: &str| parse("/v1/completions", &format!(r#"{{"prompt":{prompt}}}"#)).unwrap().prompts;
+        let ids = |list: &[u32]| Prompt::Tokens { ids: list.to_vec(), media: Vec::new() };
+        assert_eq!(prompts(r#""abc""#).len(), 1);
+        assert_eq!(prompts(r#"["a","b"]"#).len(), 2);
+        assert_eq!(prompts("[1,2,4294967295]"), [ids(&[1, 2, u32::MAX])]);
+        assert_eq!(prompts("[[1],[2,3]]"), [ids(&[1]), ids(&[2, 3])]);
+    }
+
+    #[test]
+    fn missing_or_mixed_prompts_are_refused_with_the_contracts_text() {
+        for (path, bodies, text) in [
+            (
+                "/v1/chat/completions",
+                &[r#"{}"#, r#"{"messages":[]}"#, r#"{"messages":"x"}"#, r#"{"messages":[1]}"#][..],
+                "invalid chat completions request: must have valid messages field",
+            ),
+            (
+                "/v1/completions",
+                &[r#"{}"#, r#"{"prompt":""}"#, r#"{"prompt":[]}"#, r#"{"prompt":["a",1]}"#, r#"{"prompt":[1,[2]]}"#, r#"{"prompt":[-1]}"#, r#"{"prompt":[4294967296]}"#, r#"{"prompt":{}}"#, r#"{"prompt":null}"#, r#"{"prompt":[[]]}"#],
+                "invalid completions request: must have prompt field",
+            ),
+            ("/v1/embeddings", &[r#"{"input":null}"#], "invalid embeddings request: must have input field"),
+            ("/v1/responses", &[r#"{"input":null}"#, "{}"], "invalid responses request: must have input field"),
+            ("/v1/conversations", &[r#"{"items":[]}"#], "invalid conversations request: must have items field"),
+            ("/v1/images/generations", &["{}"], "invalid images generations request: must have prompt field"),
+        ] {
+            for body in bodies {
+                assert_eq!(parse(path, body).unwrap_err(), text, "{path} {body}");
+            }
+        }
+    }
+
+    #[test]
+    fn malformed_json_names_the_place() {
+        let error = parse("/v1/completions", r#"{"prompt":tru}"#).unwrap_err();
+        assert_eq!(error, "error unmarshaling request bodyMap: invalid literal before offset 13");
+        assert!(parse("/v1/completions", "").unwrap_err().starts_with("error unmarshaling request bodyMap: "));
+        assert!(parse("/v1/completions", "[1]").is_err());
+    }
+
+    #[test]
+    fn the_last_of_duplicate_keys_counts() {
+        let body = r#"{"prompt":[1,2],"prompt":"ab","model":"x","model":"y"}"#;
+        let payload = parse("/v1/completions", body).unwrap();
+        assert_eq!(text(&payload, body), "ab|");
+        assert_eq!(payload.model.unwrap().name, "y");
+    }
+
+    #[test]
+    fn responses_count_instructions_tools_and_input() {
+        let body = r#"{"input":[{"a":1}],"tools":[2],"instructions":"do","max_output_tokens":9}"#;
+        let payload = parse("/v1/responses", body).unwrap();
+        assert_eq!(text(&payload, body), r#"do[2][{"a":1}]|"#);
+        assert_eq!(payload.max_output_tokens, Some(9));
+        let body = r#"{"input":"hi"}"#;
+        assert_eq!(text(&parse("/v1/responses", body).unwrap(), body), "\"hi\"|");
+    }
+
+    #[test]
+    fn render_and_unknown_paths_follow_their_family() {
+        assert_eq!(api_of("/v1/chat/completions/render"), ApiKind::ChatCompletions);
+        assert_eq!(api_of("/v1/completions/render"), ApiKind::Completions);
+        assert_eq!(api_of("/x"), ApiKind::Completions);
+    }
+}

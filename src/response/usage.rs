@@ -1,0 +1,298 @@
+//! Token usage out of response bodies, at a cost per piece that is a byte search.
+
+use memchr::memmem;
+use serde::{Deserialize, Deserializer};
+
+use super::sse::Lines;
+
+/// Bytes kept of the end of a non-streaming body. Engines write `usage` behind the choices, so it is
+/// within these unless kilobytes of other fields follow it; then it is not found.
+const TAIL_BYTES: usize = 16 * 1024;
+
+/// How an API writes usage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UsageFormat {
+    /// `usage` at the top level, or in the `response` of a `response.completed` event.
+    OpenAi,
+    /// `usage`, `message_start.message.usage`, `message_delta.usage`.
+    Anthropic,
+    /// `meta_info`, in a stream only once `finish_reason` is set.
+    Sglang,
+}
+
+/// Token counts of one response.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Prompt tokens.
+    pub prompt_tokens: u64,
+    /// Generated tokens.
+    pub completion_tokens: u64,
+    /// As reported with both others, else their sum.
+    pub total_tokens: u64,
+    /// Prompt tokens found in the cache; `None` when the engine gave no details.
+    pub cached_tokens: Option<u64>,
+}
+
+/// Reads the usage of one response while it passes.
+#[derive(Debug)]
+pub struct ResponseReader {
+    format: UsageFormat,
+    source: Source,
+    usage: Option<Usage>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Stream(Lines),
+    Tail(Vec<u8>),
+}
+
+impl ResponseReader {
+    /// A reader for `format`; `streaming` when the body is an event stream.
+    pub fn new(format: UsageFormat, streaming: bool) -> Self {
+        let source = if streaming { Source::Stream(Lines::default()) } else { Source::Tail(Vec::new()) };
+        Self { format, source, usage: None }
+    }
+
+    /// Looks at one piece of the body.
+    pub fn on_chunk(&mut self, piece: &[u8]) {
+        let Self { format, source, usage } = self;
+        match source {
+            Source::Stream(lines) => lines.push(piece, format.marker(), &mut |line| format.read_line(line, usage)),
+            Source::Tail(tail) => keep_tail(tail, piece),
+        }
+    }
+
+    /// The usage, once the body ended.
+    pub fn finish(&mut self) -> Option<Usage> {
+        let Self { format, source, usage } = self;
+        match source {
+            Source::Stream(lines) => lines.finish(&mut |line| format.read_line(line, usage)),
+            Source::Tail(tail) => format.read_tail(tail, usage),
+        }
+        *usage
+    }
+}
+
+fn keep_tail(tail: &mut Vec<u8>, piece: &[u8]) {
+    let keep = piece.get(piece.len().saturating_sub(TAIL_BYTES)..).unwrap_or_default();
+    // Shift only when the buffer is twice the bound, so that small pieces cost what they copy.
+    if tail.len() + keep.len() > 2 * TAIL_BYTES {
+        let excess = tail.len().saturating_sub(TAIL_BYTES.saturating_sub(keep.len()));
+        tail.drain(..excess);
+    }
+    tail.extend_from_slice(keep);
+}
+
+impl UsageFormat {
+    /// What a line or body with usage contains.
+    fn marker(self) -> &'static [u8] {
+        match self {
+            Self::OpenAi | Self::Anthropic => b"\"usage\"",
+            Self::Sglang => b"\"meta_info\"",
+        }
+    }
+
+    /// One line of an event stream. What cannot be read is skipped: the response is not ours.
+    fn read_line(self, line: &[u8], usage: &mut Option<Usage>) {
+        let Some(data) = line.strip_prefix(b"data:") else { return };
+        if memmem::find(data, self.marker()).is_none() {
+            return;
+        }
+        let Ok(event) = serde_json::from_slice::<Event>(data) else { return };
+        let block = match self {
+            Self::OpenAi => event.usage.or_else(|| event.response?.usage),
+            Self::Anthropic => event.usage.or_else(|| event.message?.usage),
+            Self::Sglang => event.meta_info.filter(|info| !info.finish_reason.is_null()),
+        };
+        if let Some(block) = block {
+            block.merge_into(usage);
+        }
+    }
+
+    /// The end of a plain JSON body: the last usage object in it. A quoted `"usage"` inside text has
+    /// a backslash before its closing quote and does not match.
+    fn read_tail(self, tail: &[u8], usage: &mut Option<Usage>) {
+        let Some(at) = memmem::rfind(tail, self.marker()) else { return };
+        let rest = tail.get(at + self.marker().len()..).unwrap_or_default().trim_ascii_start();
+        let Some(value) = rest.strip_prefix(b":") else { return };
+        let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Option<Block>>();
+        if let Some(Ok(Some(block))) = values.next() {
+            block.merge_into(usage);
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Event {
+    usage: Option<Block>,
+    message: Option<Nested>,
+    response: Option<Nested>,
+    meta_info: Option<Block>,
+}
+
+#[derive(Deserialize)]
+struct Nested {
+    usage: Option<Block>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Block {
+    #[serde(alias = "input_tokens", deserialize_with = "lenient")]
+    prompt_tokens: u64,
+    #[serde(alias = "output_tokens", deserialize_with = "lenient")]
+    completion_tokens: u64,
+    #[serde(deserialize_with = "lenient")]
+    total_tokens: u64,
+    #[serde(alias = "input_tokens_details")]
+    prompt_tokens_details: Option<Details>,
+    #[serde(alias = "cache_read_input_tokens", deserialize_with = "lenient_option")]
+    cached_tokens: Option<u64>,
+    finish_reason: serde_json::Value,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Details {
+    #[serde(deserialize_with = "lenient")]
+    cached_tokens: u64,
+}
+
+/// A number, a numeric string, or 0.
+fn lenient<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    Ok(lenient_option(deserializer)?.unwrap_or(0))
+}
+
+fn lenient_option<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    Ok(match serde_json::Value::deserialize(deserializer)? {
+        serde_json::Value::Number(number) => number.as_u64(),
+        serde_json::Value::String(text) => text.trim().parse().ok(),
+        _ => None,
+    })
+}
+
+impl Block {
+    /// Non-zero fields overwrite what earlier blocks said.
+    fn merge_into(self, usage: &mut Option<Usage>) {
+        let all = usage.get_or_insert_with(Usage::default);
+        if self.prompt_tokens > 0 {
+            all.prompt_tokens = self.prompt_tokens;
+        }
+        if self.completion_tokens > 0 {
+            all.completion_tokens = self.completion_tokens;
+        }
+        let both = self.prompt_tokens > 0 && self.completion_tokens > 0 && self.total_tokens > 0;
+        all.total_tokens = if both { self.total_tokens } else { all.prompt_tokens + all.completion_tokens };
+        let cached = self.prompt_tokens_details.map(|d| d.cached_tokens).or(self.cached_tokens);
+        all.cached_tokens = cached.or(all.cached_tokens);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const STREAM: &[u8] = include_bytes!("../../tests/data/vllm-0.32/http/chat-stream-usage.body");
+    const JSON: &[u8] = include_bytes!("../../tests/data/vllm-0.32/http/chat-cached.body");
+
+    fn read(format: UsageFormat, streaming: bool, pieces: &[&[u8]]) -> Option<Usage> {
+        let mut reader = ResponseReader::new(format, streaming);
+        pieces.iter().for_each(|piece| reader.on_chunk(piece));
+        reader.finish()
+    }
+
+    /// The recording's own usage, by a DOM reader.
+    fn recorded(json: &[u8]) -> Usage {
+        let value: serde_json::Value = serde_json::from_slice(json).unwrap();
+        let usage = &value["usage"];
+        Usage {
+            prompt_tokens: usage["prompt_tokens"].as_u64().unwrap(),
+            completion_tokens: usage["completion_tokens"].as_u64().unwrap(),
+            total_tokens: usage["total_tokens"].as_u64().unwrap(),
+            cached_tokens: usage["prompt_tokens_details"]["cached_tokens"].as_u64(),
+        }
+    }
+
+    fn last_usage_line(stream: &[u8]) -> &[u8] {
+        let mut lines = stream.split(|b| *b == b'\n').filter(|l| memmem::find(l, b"\"usage\":{").is_some());
+        lines.next_back().and_then(|l| l.strip_prefix(b"data: ")).unwrap()
+    }
+
+    #[test]
+    fn recorded_bodies_are_read() {
+        assert_eq!(read(UsageFormat::OpenAi, false, &[JSON]), Some(recorded(JSON)));
+        assert!(recorded(JSON).cached_tokens.unwrap() > 0, "the recording is a cache hit");
+        assert_eq!(read(UsageFormat::OpenAi, true, &[STREAM]), Some(recorded(last_usage_line(STREAM))));
+    }
+
+    #[test]
+    fn anthropic_usage_comes_in_two_events() {
+        let stream = b"event: message_start\r\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":11,\"cache_read_input_tokens\":4,\"output_tokens\":1}}}\r\n\r\ndata:{\"type\":\"message_delta\",\"usage\":{\"output_tokens\":\"9\"}}\r\n\r\n";
+        let usage = read(UsageFormat::Anthropic, true, &[stream]).unwrap();
+        // 11 + 9: the total is a sum, because no block reported all three.
+        assert_eq!(usage, Usage { prompt_tokens: 11, completion_tokens: 9, total_tokens: 20, cached_tokens: Some(4) });
+    }
+
+    #[test]
+    fn responses_events_carry_usage_inside_response() {
+        let line = b"data: {\"type\":\"response.completed\",\"response\":{\"usage\":{\"input_tokens\":3,\"output_tokens\":2,\"total_tokens\":5,\"input_tokens_details\":{\"cached_tokens\":1}}}}\n\n";
+        let usage = read(UsageFormat::OpenAi, true, &[line]).unwrap();
+        assert_eq!(usage, Usage { prompt_tokens: 3, completion_tokens: 2, total_tokens: 5, cached_tokens: Some(1) });
+    }
+
+    #[test]
+    fn sglang_usage_counts_once_finished() {
+        let event = |reason: &str| {
+            format!("data: {{\"text\":\"x\",\"meta_info\":{{\"finish_reason\":{reason},\"prompt_tokens\":5,\"completion_tokens\":2,\"cached_tokens\":3}}}}\n\n")
+        };
+        assert_eq!(read(UsageFormat::Sglang, true, &[event("null").as_bytes()]), None);
+        let usage = read(UsageFormat::Sglang, true, &[event("{\"type\":\"stop\"}").as_bytes()]).unwrap();
+        assert_eq!((usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens), (5, 2, Some(3)));
+    }
+
+    #[test]
+    fn usage_quoted_in_text_is_not_usage() {
+        let body = br#"{"choices":[{"text":"say \"usage\":{\"prompt_tokens\":9}"}]}"#;
+        assert_eq!(read(UsageFormat::OpenAi, false, &[body]), None);
+    }
+
+    #[test]
+    fn the_tail_of_a_long_body_is_enough_and_bounded() {
+        let mut body = format!("{{\"text\":\"{}\",", "x".repeat(1 << 20)).into_bytes();
+        body.extend_from_slice(br#""usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}"#);
+        let mut reader = ResponseReader::new(UsageFormat::OpenAi, false);
+        for piece in body.chunks(1000) {
+            reader.on_chunk(piece);
+            let Source::Tail(tail) = &reader.source else { panic!("streaming") };
+            assert!(tail.len() <= 2 * TAIL_BYTES);
+        }
+        assert_eq!(reader.finish().unwrap().total_tokens, 3);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        #[test]
+        fn any_split_reads_the_same(cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12), crlf in any::<bool>()) {
+            let stream = if crlf { String::from_utf8(STREAM.to_vec()).unwrap().replace('\n', "\r\n").into_bytes() } else { STREAM.to_vec() };
+            for (format, streaming, body) in [(UsageFormat::OpenAi, true, &stream[..]), (UsageFormat::OpenAi, false, JSON)] {
+                let mut at: Vec<usize> = cuts.iter().map(|c| c.index(body.len())).collect();
+                at.extend([0, body.len()]);
+                at.sort_unstable();
+                let pieces: Vec<&[u8]> = at.windows(2).map(|w| &body[w[0]..w[1]]).collect();
+                prop_assert_eq!(read(format, streaming, &pieces), read(format, streaming, &[body]));
+            }
+        }
+
+        #[test]
+        fn garbage_never_panics(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..64), 0..6)) {
+            let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
+            for format in [UsageFormat::OpenAi, UsageFormat::Anthropic, UsageFormat::Sglang] {
+                read(format, true, &pieces);
+                read(format, false, &pieces);
+            }
+        }
+    }
+}

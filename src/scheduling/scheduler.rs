@@ -1,0 +1,263 @@
+//! The scheduling cycle: profiles, each filters then scorers then picker, until the handler is done.
+
+use std::sync::Arc;
+
+use metrics::Histogram;
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+use super::{
+    Candidate, Candidates, Cycle, Filter, Picker, ProfileHandler, ProfilePicks, ProfileRun, ScheduleError,
+    SchedulingResult, Scored, Scorer,
+};
+use crate::plugin::TypedName;
+use crate::telemetry::metrics::{Pair, labels};
+
+/// A hook with its name and timing series.
+#[derive(Debug)]
+pub struct Hook<T: ?Sized> {
+    /// Identity.
+    pub name: TypedName,
+    /// The plugin.
+    pub plugin: Arc<T>,
+    duration: Pair<Histogram>,
+}
+
+impl<T: ?Sized> Clone for Hook<T> {
+    fn clone(&self) -> Self {
+        Self { name: self.name.clone(), plugin: Arc::clone(&self.plugin), duration: self.duration.clone() }
+    }
+}
+
+impl<T: ?Sized> Hook<T> {
+    /// A hook timed as `extension_point` (`Filter`, `Scorer`, `Picker`).
+    pub fn new(extension_point: &'static str, name: TypedName, plugin: Arc<T>) -> Self {
+        let list = labels(&[
+            ("extension_point", extension_point),
+            ("plugin_type", name.type_name),
+            ("plugin_name", &name.name),
+        ]);
+        Self { duration: Pair::histogram("llm_d_epp_plugin_duration_seconds", list.clone(), list), name, plugin }
+    }
+}
+
+/// Filters in order, weighted scorers, one picker.
+#[derive(Debug)]
+pub struct Profile {
+    /// Name, unique in the configuration.
+    pub name: Arc<str>,
+    /// Applied in order.
+    pub filters: Vec<Hook<dyn Filter>>,
+    /// With weights; any number, also 0 and negative.
+    pub scorers: Vec<(Hook<dyn Scorer>, f64)>,
+    /// Chooses from the totals.
+    pub picker: Hook<dyn Picker>,
+}
+
+/// All profiles and what runs them. Immutable.
+#[derive(Debug)]
+pub struct Scheduler {
+    handler: Arc<dyn ProfileHandler>,
+    names: Vec<Arc<str>>,
+    profiles: Vec<Profile>,
+    duration: Pair<Histogram>,
+}
+
+/// Buffers of one thread; a warm cycle allocates nothing.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    selected: Vec<u32>,
+    keep: Vec<u32>,
+    scores: Vec<f64>,
+    scored: Vec<Scored>,
+    runs: Vec<ProfileRun>,
+    run: Vec<usize>,
+    /// Totals by profile, before picking.
+    totals: Vec<Vec<Scored>>,
+    primary: usize,
+}
+
+impl Scratch {
+    /// Totals of every candidate that the primary profile of the last cycle scored.
+    pub fn primary_scores(&self) -> &[Scored] {
+        self.totals.get(self.primary).map(Vec::as_slice).unwrap_or_default()
+    }
+}
+
+impl Scheduler {
+    /// A scheduler over `profiles` in configuration order.
+    pub fn new(handler: Arc<dyn ProfileHandler>, profiles: Vec<Profile>) -> Self {
+        Self {
+            handler,
+            names: profiles.iter().map(|p| Arc::clone(&p.name)).collect(),
+            profiles,
+            duration: Pair::histogram("llm_d_epp_scheduler_e2e_duration_seconds", Vec::new(), Vec::new()),
+        }
+    }
+
+    /// Runs the profiles the handler asks for. O(candidates) per plugin.
+    pub fn schedule(
+        &self,
+        cycle: &Cycle<'_>,
+        candidates: &[Candidate],
+        scratch: &mut Scratch,
+    ) -> Result<SchedulingResult, ScheduleError> {
+        let started = Instant::now();
+        let result = self.cycle(cycle, candidates, scratch);
+        self.duration.record(started.elapsed().as_secs_f64());
+        result
+    }
+
+    fn cycle(
+        &self,
+        cycle: &Cycle<'_>,
+        candidates: &[Candidate],
+        scratch: &mut Scratch,
+    ) -> Result<SchedulingResult, ScheduleError> {
+        scratch.runs.clear();
+        scratch.runs.resize_with(self.profiles.len(), ProfileRun::default);
+        scratch.totals.resize_with(self.profiles.len(), Vec::new);
+        // Each round must run a profile that has not run, so a handler cannot loop for ever.
+        for _ in 0..self.profiles.len() {
+            let mut run = std::mem::take(&mut scratch.run);
+            run.clear();
+            self.handler.next_profiles(cycle, &self.names, &scratch.runs, &mut run);
+            for &position in &run {
+                if let Some(profile) = self.profiles.get(position) {
+                    let outcome = profile.run(cycle, candidates, scratch, position);
+                    scratch.runs[position] = outcome;
+                }
+            }
+            let done = run.is_empty();
+            scratch.run = run;
+            if done {
+                break;
+            }
+        }
+        let failed = scratch.runs.iter().any(|run| *run == ProfileRun::Failed);
+        let picked = scratch.runs.iter().any(|run| matches!(run, ProfileRun::Picked(_)));
+        if failed && !picked {
+            return Err(ScheduleError::FiltersLeftNothing);
+        }
+        let result = self.handler.combine(cycle, &self.names, &mut scratch.runs)?;
+        scratch.primary = self.names.iter().position(|n| *n == result.primary.profile).unwrap_or(0);
+        Ok(result)
+    }
+}
+
+impl Profile {
+    fn run(&self, cycle: &Cycle<'_>, candidates: &[Candidate], scratch: &mut Scratch, position: usize) -> ProfileRun {
+        let Scratch { selected, keep, scores, scored, totals, .. } = scratch;
+        selected.clear();
+        selected.extend((0..).take(candidates.len()));
+        for hook in &self.filters {
+            keep.clear();
+            hook.timed(|filter| filter.filter(cycle, Candidates::new(candidates, selected), keep));
+            std::mem::swap(selected, keep);
+            if selected.is_empty() {
+                return ProfileRun::Failed;
+            }
+        }
+        scored.clear();
+        scored.extend(selected.iter().map(|&position| Scored { position, total: 0.0 }));
+        for (hook, weight) in &self.scorers {
+            scores.clear();
+            scores.resize(selected.len(), 0.0);
+            hook.timed(|scorer| scorer.score(cycle, Candidates::new(candidates, selected), scores));
+            for (scored, score) in scored.iter_mut().zip(scores.iter()) {
+                let score = if score.is_nan() { 0.0 } else { score.clamp(0.0, 1.0) };
+                scored.total += score * weight;
+            }
+        }
+        if let Some(totals) = totals.get_mut(position) {
+            totals.clear();
+            if !self.scorers.is_empty() {
+                totals.extend_from_slice(scored);
+            }
+        }
+        self.picker.timed(|picker| picker.pick(cycle, scored));
+        if scored.is_empty() {
+            return ProfileRun::Failed;
+        }
+        let picks: SmallVec<[u32; 4]> = scored.iter().map(|s| s.position).collect();
+        ProfileRun::Picked(ProfilePicks { profile: Arc::clone(&self.name), picks })
+    }
+}
+
+impl<T: ?Sized> Hook<T> {
+    fn timed(&self, f: impl FnOnce(&T)) {
+        let started = Instant::now();
+        f(&self.plugin);
+        self.duration.record(started.elapsed().as_secs_f64());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_support::{Pool, endpoint};
+    use super::*;
+
+    #[derive(Debug)]
+    struct Fixed(&'static [f64]);
+
+    impl Scorer for Fixed {
+        fn score(&self, _: &Cycle<'_>, candidates: Candidates<'_>, scores: &mut [f64]) {
+            for ((position, _), score) in candidates.iter().zip(scores) {
+                *score = self.0[position];
+            }
+        }
+    }
+
+    #[derive(Debug)]
+    struct Keep(&'static [u32]);
+
+    impl Filter for Keep {
+        fn filter(&self, _: &Cycle<'_>, candidates: Candidates<'_>, keep: &mut Vec<u32>) {
+            let given: Vec<usize> = candidates.iter().map(|(p, _)| p).collect();
+            keep.extend(self.0.iter().filter(|p| given.contains(&(**p as usize))));
+        }
+    }
+
+    fn scheduler(filters: &[&'static [u32]], scorers: &[(&'static [f64], f64)]) -> Scheduler {
+        let name = || TypedName { type_name: "t", name: "n".to_owned() };
+        let profile = Profile {
+            name: "default".into(),
+            filters: filters
+                .iter()
+                .map(|k| Hook::new("Filter", name(), Arc::new(Keep(k)) as Arc<dyn Filter>))
+                .collect(),
+            scorers: scorers
+                .iter()
+                .map(|(s, w)| (Hook::new("Scorer", name(), Arc::new(Fixed(s)) as Arc<dyn Scorer>), *w))
+                .collect(),
+            picker: Hook::new("Picker", name(), Arc::new(super::super::pickers::MaxScorePicker::default())),
+        };
+        Scheduler::new(Arc::new(super::super::profile_handlers::SingleProfileHandler), vec![profile])
+    }
+
+    fn totals(scheduler: &Scheduler, n: usize) -> Result<(u32, Vec<f64>), ScheduleError> {
+        let pool = Pool::new((0..n).map(|i| endpoint(&format!("e{i}"))));
+        let mut scratch = Scratch::default();
+        let result = pool.with_cycle(|cycle, candidates| scheduler.schedule(cycle, candidates, &mut scratch))?;
+        Ok((result.primary.picks[0], scratch.primary_scores().iter().map(|s| s.total).collect()))
+    }
+
+    #[test]
+    fn scores_are_clamped_weighted_and_summed() {
+        // a: 1 (clamped from 7) * 2 + 0.5 * -1 = 1.5; b: 0 (from -3) * 2 + 0 (NaN) * -1 = 0.
+        let scheduler = scheduler(&[], &[(&[7.0, -3.0], 2.0), (&[0.5, f64::NAN], -1.0)]);
+        assert_eq!(totals(&scheduler, 2).unwrap(), (0, vec![1.5, 0.0]));
+    }
+
+    #[test]
+    fn filters_apply_in_order_and_an_empty_set_fails() {
+        let (pick, scores) = totals(&scheduler(&[&[2, 1], &[1, 0]], &[(&[1.0, 0.2, 1.0], 1.0)]), 3).unwrap();
+        assert_eq!((pick, scores), (1, vec![0.2]));
+        assert_eq!(totals(&scheduler(&[&[0], &[1]], &[]), 2).unwrap_err(), ScheduleError::FiltersLeftNothing);
+    }
+
+    #[test]
+    fn without_scorers_there_are_no_scores_to_show() {
+        assert_eq!(totals(&scheduler(&[&[1]], &[]), 2).unwrap(), (1, vec![]));
+    }
+}

@@ -1,0 +1,48 @@
+//! Scorers: one number per candidate, in `[0, 1]`, higher is better.
+
+mod active_request;
+mod kv_cache_utilization;
+mod load_aware;
+mod lora_affinity;
+mod no_hit_lru;
+mod prefix_cache;
+mod queue;
+mod running_requests_size;
+mod token_load;
+
+pub use active_request::ActiveRequestScorer;
+pub use kv_cache_utilization::KvCacheUtilizationScorer;
+pub use load_aware::LoadAwareScorer;
+pub use lora_affinity::LoraAffinityScorer;
+pub use no_hit_lru::NoHitLruScorer;
+pub use prefix_cache::PrefixCacheScorer;
+pub use queue::QueueScorer;
+pub use running_requests_size::RunningRequestsSizeScorer;
+pub use token_load::TokenLoadScorer;
+
+use super::{Candidate, Candidates};
+
+/// Min-max rating where less is better: `(max - x) / (max - min)`, 1 for all when equal.
+///
+/// An endpoint that was never scraped is unknown, not idle: beside scraped ones it gets 0. (The
+/// reference reads its absent gauges as 0 and so prefers it.)
+fn less_is_better(candidates: Candidates<'_>, scores: &mut [f64], value: impl Fn(&Candidate) -> u32) {
+    let known = || candidates.iter().filter(|(_, c)| c.metrics.updated_at.is_some()).map(|(_, c)| value(c));
+    let (Some(min), Some(max)) = (known().min(), known().max()) else {
+        scores.fill(1.0);
+        return;
+    };
+    let range = f64::from(max - min);
+    for (score, (_, candidate)) in scores.iter_mut().zip(candidates.iter()) {
+        *score = match candidate.metrics.updated_at {
+            None => 0.0,
+            Some(_) if max == min => 1.0,
+            Some(_) => f64::from(max - value(candidate)) / range,
+        };
+    }
+}
+
+/// Declares that a scorer reads what the core metrics extractor publishes as `data_type`.
+fn require_core_metric(build: &mut crate::plugin::Build<'_>, data_type: &'static str) {
+    build.keys.require::<()>(data_type, super::attributes::CORE_METRICS_PRODUCER);
+}

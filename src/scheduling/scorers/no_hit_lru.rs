@@ -1,0 +1,194 @@
+//! `no-hit-lru-scorer`
+
+use hashbrown::HashMap;
+use parking_lot::Mutex;
+use serde::Deserialize;
+
+use crate::plugin::{Build, Column, Leases, Maturity, ParamDoc, Plugin, PluginError};
+use crate::scheduling::attributes::{APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, producer_or};
+use crate::scheduling::{Candidate, Candidates, Cycle, PreRequest, SchedulingResult, Scorer};
+
+/// Endpoints that are remembered.
+const DEFAULT_LRU_SIZE: usize = 1024;
+
+/// Spreads requests whose prefix nobody holds: the endpoint that got a cold request longest ago is
+/// best.
+///
+/// Score: 0.5 for all when any candidate matches a block. Otherwise candidates are ranked, those
+/// never used first in list order, then by age of their last cold request: `1 - rank / (n - 1)`.
+/// Ranks count this request's candidates only; the reference also counts endpoints that are gone.
+/// State: when each endpoint last got a cold request, at most `lruSize` endpoints.
+#[derive(Debug)]
+pub struct NoHitLruScorer {
+    matches: Column<PrefixMatch>,
+    used: Mutex<LastUse>,
+    capacity: usize,
+}
+
+/// A logical clock and its last reading per endpoint, named `namespace/name`.
+#[derive(Debug, Default)]
+struct LastUse {
+    clock: u64,
+    at: HashMap<String, u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+struct Settings {
+    lru_size: i64,
+    prefix_match_info_producer_name: String,
+    #[expect(dead_code, reason = "accepted and ignored, as in the reference")]
+    prefix_plugin_type: serde_json::Value,
+    #[expect(dead_code, reason = "accepted and ignored, as in the reference")]
+    prefix_plugin_name: serde_json::Value,
+}
+
+impl Plugin for NoHitLruScorer {
+    const TYPE: &'static str = "no-hit-lru-scorer";
+    const MATURITY: Maturity = Maturity::Beta;
+    const PARAMETERS: &'static [ParamDoc] = &[
+        ParamDoc {
+            name: "lruSize",
+            kind: "int",
+            default: "1024",
+            help: "Endpoints remembered; 0 and less mean the default.",
+        },
+        ParamDoc {
+            name: "prefixMatchInfoProducerName",
+            kind: "string",
+            default: "approx-prefix-cache-producer",
+            help: "Instance that says whether a request is cold.",
+        },
+        ParamDoc { name: "prefixPluginType", kind: "string", default: "", help: "Accepted and ignored." },
+        ParamDoc { name: "prefixPluginName", kind: "string", default: "", help: "Accepted and ignored." },
+    ];
+    const ABOUT: &'static str = "Spreads requests whose prefix no endpoint holds.";
+
+    fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
+        let settings: Settings = build.read::<Self, _>()?;
+        let producer = producer_or(&settings.prefix_match_info_producer_name, APPROX_PREFIX_PRODUCER);
+        Ok(Self {
+            matches: build.keys.require(PREFIX_MATCH, producer),
+            used: Mutex::default(),
+            capacity: usize::try_from(settings.lru_size).ok().filter(|n| *n > 0).unwrap_or(DEFAULT_LRU_SIZE),
+        })
+    }
+}
+
+impl NoHitLruScorer {
+    fn is_cold(&self, cycle: &Cycle<'_>) -> bool {
+        let matches = cycle.attributes.get(self.matches).unwrap_or_default();
+        matches.iter().all(|m| m.matched_blocks == 0)
+    }
+}
+
+impl Scorer for NoHitLruScorer {
+    fn score(&self, cycle: &Cycle<'_>, candidates: Candidates<'_>, scores: &mut [f64]) {
+        if !self.is_cold(cycle) {
+            scores.fill(0.5);
+            return;
+        }
+        if scores.len() < 2 {
+            scores.fill(1.0);
+            return;
+        }
+        // Last use per candidate, in place of the scores; ranks are counted from it.
+        let last_use: Vec<u64> = {
+            let used = self.used.lock();
+            candidates.iter().map(|(_, c)| used.at.get(&key(c)).copied().unwrap_or(0)).collect()
+        };
+        let mut order: Vec<usize> = (0..last_use.len()).collect();
+        order.sort_by_key(|&i| last_use.get(i).copied());
+        let steps = (scores.len() - 1) as f64;
+        for (rank, position) in order.into_iter().enumerate() {
+            if let Some(score) = scores.get_mut(position) {
+                *score = 1.0 - rank as f64 / steps;
+            }
+        }
+    }
+}
+
+impl PreRequest for NoHitLruScorer {
+    /// Remembers the primary pick and the `prefill` pick of a cold request.
+    fn on_pick(&self, cycle: &Cycle<'_>, candidates: &[Candidate], result: &SchedulingResult, _: &mut Leases) {
+        if !self.is_cold(cycle) {
+            return;
+        }
+        let prefill = result.others.iter().filter(|p| &*p.profile == "prefill");
+        let mut used = self.used.lock();
+        for picks in std::iter::once(&result.primary).chain(prefill) {
+            let first = picks.picks.first().and_then(|&p| candidates.get(p as usize));
+            if let Some(candidate) = first {
+                used.touch(key(candidate), self.capacity);
+            }
+        }
+    }
+}
+
+impl LastUse {
+    fn touch(&mut self, key: String, capacity: usize) {
+        self.clock += 1;
+        if !self.at.contains_key(&key) && self.at.len() >= capacity {
+            let oldest = self.at.iter().min_by_key(|(_, at)| **at).map(|(key, _)| key.clone());
+            if let Some(oldest) = oldest {
+                self.at.remove(&oldest);
+            }
+        }
+        self.at.insert(key, self.clock);
+    }
+}
+
+fn key(candidate: &Candidate) -> String {
+    let spec = &candidate.endpoint.spec;
+    format!("{}/{}", spec.namespace, spec.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scheduling::ProfilePicks;
+    use crate::scheduling::test_support::{Pool, endpoint};
+
+    fn picked(position: u32) -> SchedulingResult {
+        SchedulingResult {
+            primary: ProfilePicks { profile: "default".into(), picks: [position].into_iter().collect() },
+            others: smallvec::SmallVec::new(),
+        }
+    }
+
+    #[test]
+    fn cold_requests_go_round_by_age() {
+        let mut pool = Pool::new(["a", "b", "c"].map(endpoint));
+        let scorer: NoHitLruScorer = pool.plugin("{}");
+        // Nobody used: list order, 1 - i / 2.
+        assert_eq!(pool.scores(&scorer), [1.0, 0.5, 0.0]);
+        let pick = |i| pool.with_cycle(|cycle, all| scorer.on_pick(cycle, all, &picked(i), &mut Leases::default()));
+        pick(0);
+        // b and c unused (ranks 0, 1), a used (rank 2).
+        assert_eq!(pool.scores(&scorer), [0.0, 1.0, 0.5]);
+        pick(2);
+        // b unused, then a (older), then c.
+        assert_eq!(pool.scores(&scorer), [0.5, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn a_warm_request_is_neutral_and_leaves_no_trace() {
+        let mut pool = Pool::new([endpoint("a"), endpoint("b").matched_blocks(1)]);
+        let scorer: NoHitLruScorer = pool.plugin("{}");
+        pool.with_cycle(|cycle, all| scorer.on_pick(cycle, all, &picked(0), &mut Leases::default()));
+        assert_eq!(pool.scores(&scorer), [0.5, 0.5]);
+        assert!(scorer.used.lock().at.is_empty());
+    }
+
+    #[test]
+    fn one_candidate_scores_one_and_memory_is_bounded() {
+        let mut pool = Pool::new([endpoint("a")]);
+        let scorer: NoHitLruScorer = pool.plugin(r#"{"lruSize": 2}"#);
+        assert_eq!(pool.scores(&scorer), [1.0]);
+        let mut used = LastUse::default();
+        ["x", "y", "x", "z"].iter().for_each(|name| used.touch((*name).to_owned(), 2));
+        let mut names: Vec<_> = used.at.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["x", "z"], "y was the oldest");
+    }
+}

@@ -1,0 +1,401 @@
+//! Metric handles, resolved once and kept: nothing on the request path looks a label set up by text
+//! except one cached lookup per request.
+
+mod cache;
+mod series;
+pub mod table;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics::{Counter, Gauge, Histogram, Label};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use cache::{HandleCache, NameCaps};
+pub use series::{Completion, RequestSeries, RunningGuard};
+use table::{Kind, TABLE, twin_of};
+
+/// How often buffered observations are folded into buckets; each waits as 16 bytes until then.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Installs the process-wide recorder and returns what renders it. Call once, before any handle.
+pub fn install() -> anyhow::Result<PrometheusHandle> {
+    let mut builder = PrometheusBuilder::new();
+    for series in TABLE {
+        if let Kind::Histogram(buckets) = series.kind {
+            for name in std::iter::once(series.name).chain(series.twin) {
+                builder = builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)?;
+            }
+        }
+    }
+    let recorder = builder.build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).map_err(|e| anyhow::anyhow!("a metrics recorder exists already: {e}"))?;
+    describe();
+    Ok(handle)
+}
+
+fn describe() {
+    for series in TABLE {
+        let help = format!("[ALPHA] {}", series.help);
+        let describe = |name: &'static str, help: String| match series.kind {
+            Kind::Counter => metrics::describe_counter!(name, help),
+            Kind::Gauge => metrics::describe_gauge!(name, help),
+            Kind::Histogram(_) => metrics::describe_histogram!(name, help),
+        };
+        describe(series.name, help);
+        if let Some(twin) = series.twin {
+            describe(twin, format!("[ALPHA] [Deprecated: Use {}] {}", series.name, series.help));
+        }
+    }
+}
+
+/// Folds observations until `shutdown`, so that an unscraped process does not grow.
+pub async fn upkeep(handle: PrometheusHandle, shutdown: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(UPKEEP_INTERVAL) => handle.run_upkeep(),
+        }
+    }
+}
+
+/// A current series and its legacy twin, written together.
+#[derive(Clone)]
+pub struct Pair<T> {
+    current: T,
+    twin: Option<T>,
+}
+
+impl<T> std::fmt::Debug for Pair<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.twin.is_some() { "Pair(with twin)" } else { "Pair" })
+    }
+}
+
+impl Pair<Counter> {
+    /// Handles for `name` with `labels`, and its twin with `twin_labels`.
+    pub fn counter(name: &'static str, labels: Vec<Label>, twin_labels: Vec<Label>) -> Self {
+        Self {
+            current: metrics::counter!(name, labels),
+            twin: twin_of(name).map(|twin| metrics::counter!(twin, twin_labels)),
+        }
+    }
+
+    /// Adds one.
+    pub fn increment(&self) {
+        self.current.increment(1);
+        if let Some(twin) = &self.twin {
+            twin.increment(1);
+        }
+    }
+}
+
+impl Pair<Gauge> {
+    /// Handles for `name` with `labels`, and its twin with `twin_labels`.
+    pub fn gauge(name: &'static str, labels: Vec<Label>, twin_labels: Vec<Label>) -> Self {
+        Self {
+            current: metrics::gauge!(name, labels),
+            twin: twin_of(name).map(|twin| metrics::gauge!(twin, twin_labels)),
+        }
+    }
+
+    /// Sets both.
+    pub fn set(&self, value: f64) {
+        self.current.set(value);
+        if let Some(twin) = &self.twin {
+            twin.set(value);
+        }
+    }
+
+    /// Adds `delta` to both.
+    pub fn add(&self, delta: f64) {
+        self.current.increment(delta);
+        if let Some(twin) = &self.twin {
+            twin.increment(delta);
+        }
+    }
+}
+
+impl Pair<Histogram> {
+    /// Handles for `name` with `labels`, and its twin with `twin_labels`.
+    pub fn histogram(name: &'static str, labels: Vec<Label>, twin_labels: Vec<Label>) -> Self {
+        Self {
+            current: metrics::histogram!(name, labels),
+            twin: twin_of(name).map(|twin| metrics::histogram!(twin, twin_labels)),
+        }
+    }
+
+    /// Records one observation.
+    pub fn record(&self, value: f64) {
+        self.current.record(value);
+        if let Some(twin) = &self.twin {
+            twin.record(value);
+        }
+    }
+}
+
+/// Label list from pairs.
+pub fn labels(pairs: &[(&'static str, &str)]) -> Vec<Label> {
+    pairs.iter().map(|(name, value)| Label::new(*name, (*value).to_owned())).collect()
+}
+
+/// Series that are not owned by one plugin. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Metrics(Arc<Inner>);
+
+struct Inner {
+    caps: NameCaps,
+    requests: HandleCache<RequestLabels, RequestSeries>,
+    attempts: HandleCache<AttemptLabels, Pair<Counter>>,
+    decision: Histogram,
+    processing: Histogram,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct RequestLabels {
+    model: String,
+    target_model: String,
+    fairness_id: String,
+    priority: i32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct AttemptLabels {
+    target_model: String,
+    endpoint: Option<EndpointLabels>,
+}
+
+/// How an endpoint appears in labels.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct EndpointLabels {
+    /// Endpoint name.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its port.
+    pub port: u16,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// Handles of the installed recorder; without one they record nothing.
+    pub fn new() -> Self {
+        Self(Arc::new(Inner {
+            caps: NameCaps::default(),
+            requests: HandleCache::default(),
+            attempts: HandleCache::default(),
+            decision: metrics::histogram!("pinpod_decision_duration_seconds"),
+            processing: metrics::histogram!("llm_d_epp_request_processing_duration_seconds"),
+        }))
+    }
+
+    /// The series of one label set. One hash lookup when it was used before.
+    pub fn request_series(&self, model: &str, target: &str, fairness_id: &str, priority: i32) -> Arc<RequestSeries> {
+        let probe = (model, target, fairness_id, priority);
+        let same = |key: &RequestLabels| {
+            (key.model.as_str(), key.target_model.as_str(), key.fairness_id.as_str(), key.priority) == probe
+        };
+        self.0.requests.get_or_make(cache::hash(&probe), same, || {
+            let key = RequestLabels {
+                model: model.to_owned(),
+                target_model: target.to_owned(),
+                fairness_id: fairness_id.to_owned(),
+                priority,
+            };
+            let caps = &self.0.caps;
+            let capped = (caps.model(model), caps.model(target), caps.fairness(fairness_id));
+            (key, RequestSeries::new(&capped.0, &capped.1, &capped.2, priority))
+        })
+    }
+
+    /// A scheduling attempt: the endpoint chosen, or a failure.
+    pub fn scheduled(&self, target_model: &str, endpoint: Option<(&str, &str, u16)>) {
+        let probe = (target_model, endpoint);
+        let same = |key: &AttemptLabels| {
+            let known = key.endpoint.as_ref().map(|e| (e.name.as_str(), e.namespace.as_str(), e.port));
+            (key.target_model.as_str(), known) == probe
+        };
+        let pair = self.0.attempts.get_or_make(cache::hash(&probe), same, || {
+            let target = self.0.caps.model(target_model);
+            let (name, namespace, port) =
+                endpoint.map_or((String::new(), String::new(), String::new()), |(name, namespace, port)| {
+                    (name.to_owned(), namespace.to_owned(), port.to_string())
+                });
+            let status = if endpoint.is_some() { "success" } else { "failure" };
+            let with = |endpoint_label| {
+                labels(&[
+                    ("status", status),
+                    ("target_model_name", &target),
+                    (endpoint_label, &name),
+                    ("namespace", &namespace),
+                    ("port", &port),
+                ])
+            };
+            let pair = Pair::counter("llm_d_epp_scheduler_attempts_total", with("endpoint_name"), with("pod_name"));
+            let endpoint = endpoint.map(|(name, namespace, port)| EndpointLabels {
+                name: name.to_owned(),
+                namespace: namespace.to_owned(),
+                port,
+            });
+            (AttemptLabels { target_model: target_model.to_owned(), endpoint }, pair)
+        });
+        pair.increment();
+    }
+
+    /// Time from the complete request to its decision.
+    pub fn decision(&self, took: Duration) {
+        self.0.decision.record(took.as_secs_f64());
+    }
+
+    /// Time from a request's arrival to its answer.
+    pub fn request_processed(&self, took: Duration) {
+        self.0.processing.record(took.as_secs_f64());
+    }
+
+    /// The proxy gave a request up in `phase`, one of a closed set.
+    pub fn aborted(&self, phase: &'static str) {
+        metrics::counter!("pinpod_aborted_requests_total", "phase" => phase).increment(1);
+    }
+
+    /// Announces the build.
+    pub fn announce_build(&self) {
+        let commit = option_env!("PINPOD_COMMIT").unwrap_or("unknown");
+        let list = labels(&[("commit", commit), ("build_ref", env!("CARGO_PKG_VERSION"))]);
+        Pair::gauge("llm_d_epp_info", list.clone(), list).set(1.0);
+    }
+}
+
+/// `extproc_*` series, opt-in.
+#[derive(Debug)]
+pub struct ExtProcStreams {
+    inflight: Pair<Gauge>,
+    duration: Pair<Histogram>,
+}
+
+impl Default for ExtProcStreams {
+    fn default() -> Self {
+        Self {
+            inflight: Pair::gauge("llm_d_epp_extproc_streams_inflight", Vec::new(), Vec::new()),
+            duration: Pair::histogram("llm_d_epp_extproc_stream_duration_seconds", Vec::new(), Vec::new()),
+        }
+    }
+}
+
+impl ExtProcStreams {
+    /// Counts a stream as open until the guard is closed.
+    pub fn open(self: &Arc<Self>) -> StreamGuard {
+        self.inflight.add(1.0);
+        StreamGuard { streams: Arc::clone(self), opened_at: Instant::now() }
+    }
+}
+
+/// An open ext_proc stream.
+#[derive(Debug)]
+pub struct StreamGuard {
+    streams: Arc<ExtProcStreams>,
+    opened_at: Instant,
+}
+
+impl StreamGuard {
+    /// The stream ended with `code`, spelled as Go does (`OK`, `Canceled`, …).
+    pub fn close(self, code: &'static str) {
+        self.streams.inflight.add(-1.0);
+        self.streams.duration.record(self.opened_at.elapsed().as_secs_f64());
+        metrics::counter!("llm_d_epp_extproc_streams_total", "code" => code).increment(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Renders what `record` wrote to a recorder of its own.
+    fn exposition(record: impl FnOnce(&Metrics)) -> String {
+        let mut builder = PrometheusBuilder::new();
+        for series in TABLE {
+            if let Kind::Histogram(buckets) = series.kind {
+                for name in std::iter::once(series.name).chain(series.twin) {
+                    builder = builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets).unwrap();
+                }
+            }
+        }
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        metrics::with_local_recorder(&recorder, || {
+            describe();
+            record(&Metrics::new());
+        });
+        handle.render()
+    }
+
+    #[test]
+    fn a_request_writes_the_current_series_and_its_twin() {
+        let text = exposition(|metrics| {
+            let series = metrics.request_series("m", "t", "f", -1);
+            series.scheduled(100);
+            series.usage(7, 3, Some(0));
+        });
+        let full = r#"model_name="m",target_model_name="t",fairness_id="f",priority="-1""#;
+        for line in [
+            format!("llm_d_epp_request_total{{{full}}} 1"),
+            r#"inference_objective_request_total{model_name="m",target_model_name="t",priority="-1"} 1"#.to_owned(),
+            // 100 bytes fall into the second bucket of REQ (64, 128).
+            format!(r#"llm_d_epp_request_size_bytes_bucket{{{full},le="64"}} 0"#),
+            format!(r#"llm_d_epp_request_size_bytes_bucket{{{full},le="128"}} 1"#),
+            r#"inference_objective_prompt_cached_tokens_count{model_name="m",target_model_name="t"} 1"#.to_owned(),
+            "# HELP inference_objective_request_total [ALPHA] [Deprecated: Use llm_d_epp_request_total] Requests routed."
+                .to_owned(),
+            "# TYPE llm_d_epp_request_size_bytes histogram".to_owned(),
+        ] {
+            assert!(text.contains(&line), "missing {line}\nin\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_thousand_and_first_model_becomes_other() {
+        let text = exposition(|metrics| {
+            for i in 0..=1000 {
+                metrics.request_series(&format!("m{i}"), &format!("m{i}"), "f", 0).scheduled(1);
+            }
+            metrics.request_series("", "", "f", 0).scheduled(1);
+        });
+        assert!(text.contains(r#"llm_d_epp_request_total{model_name="m999","#));
+        assert!(!text.contains(r#"llm_d_epp_request_total{model_name="m1000","#));
+        assert!(text.contains(r#"llm_d_epp_request_total{model_name="other","#));
+        assert!(text.contains(r#"llm_d_epp_request_total{model_name="","#), "empty is never capped");
+    }
+
+    #[test]
+    fn attempts_name_the_endpoint() {
+        let text = exposition(|metrics| {
+            metrics.scheduled("t", Some(("pod-0", "ns", 8000)));
+            metrics.scheduled("t", None);
+        });
+        let line = r#"llm_d_epp_scheduler_attempts_total{status="success",target_model_name="t",endpoint_name="pod-0",namespace="ns",port="8000"} 1"#;
+        assert!(text.contains(line), "{text}");
+        assert!(text.contains(r#"inference_extension_scheduler_attempts_total{status="failure","#));
+    }
+
+    #[test]
+    fn every_name_is_listed_once() {
+        let mut names: Vec<_> = TABLE.iter().flat_map(|s| std::iter::once(s.name).chain(s.twin)).collect();
+        names.sort_unstable();
+        let count = names.len();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}

@@ -1,0 +1,143 @@
+//! Every metric name once, with type, help, buckets and legacy twin.
+
+/// What a series counts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Distribution over the given upper bounds.
+    Histogram(&'static [f64]),
+}
+
+/// One series of the contract.
+#[derive(Debug, Clone, Copy)]
+pub struct Series {
+    /// Exposed name.
+    pub name: &'static str,
+    /// Name under which dashboards of earlier releases know it; written beside the current one.
+    pub twin: Option<&'static str>,
+    /// Type.
+    pub kind: Kind,
+    /// Help text without the stability mark.
+    pub help: &'static str,
+}
+
+/// Seconds: end-to-end latency.
+pub const LAT: &[f64] = &[
+    0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0,
+    45.0, 60.0, 120.0, 180.0, 240.0, 300.0, 360.0, 480.0, 600.0, 900.0, 1200.0, 1800.0, 2700.0, 3600.0,
+];
+/// Seconds: time to first token, `LAT` up to two minutes.
+pub const TTFT: &[f64] = &[
+    0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0,
+    45.0, 60.0, 120.0,
+];
+/// Bytes of a request: powers of two.
+pub const REQ: &[f64] = &[
+    64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0, 131_072.0, 262_144.0,
+    524_288.0, 1_048_576.0, 2_097_152.0, 4_194_304.0, 8_388_608.0, 16_777_216.0, 33_554_432.0, 67_108_864.0,
+    134_217_728.0, 268_435_456.0, 536_870_912.0, 1_073_741_824.0,
+];
+/// Bytes of a response; 32778 is the published bound.
+pub const RESP: &[f64] = &[
+    1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32778.0, 65536.0,
+];
+/// Input tokens: `RESP` and four more.
+pub const IN: &[f64] = &[
+    1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32778.0, 65536.0,
+    131_072.0, 262_144.0, 524_288.0, 1_048_576.0,
+];
+/// Output tokens.
+pub const OUT: &[f64] = &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
+/// Seconds per output token over the whole request.
+pub const NTPOT: &[f64] = &[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
+/// Seconds per output token after the first.
+pub const TPOT: &[f64] = &[
+    0.0005, 0.00205, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 2.0,
+];
+/// Seconds between streamed pieces.
+pub const ITL: &[f64] = &[0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0];
+/// Seconds of scheduling, as the reference publishes them.
+pub const SCHED: &[f64] = &[0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1];
+/// Seconds from the request's arrival to its decision.
+pub const REQP: &[f64] =
+    &[0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// Seconds of the response phase.
+pub const RESPP: &[f64] =
+    &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
+/// Seconds an ext_proc stream was open.
+pub const STREAM: &[f64] = &[0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0];
+/// Shares.
+pub const RATIO: &[f64] = &[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
+/// Matched bytes.
+pub const HIT: &[f64] = &[
+    0.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0, 65536.0,
+];
+/// Seconds of a decision of ours; the published scheduling buckets start where we end.
+pub const DECISION: &[f64] = &[
+    0.000_005, 0.000_01, 0.000_02, 0.000_03, 0.000_04, 0.000_06, 0.000_1, 0.000_2, 0.000_3, 0.000_5, 0.001, 0.002,
+    0.005, 0.01, 0.1,
+];
+
+macro_rules! series {
+    ($($name:literal $(= $twin:literal)?, $kind:expr, $help:literal;)*) => {
+        /// The contract, and a few series of our own (`pinpod_`).
+        pub const TABLE: &[Series] = &[$(
+            Series { name: $name, twin: series!(@twin $($twin)?), kind: $kind, help: $help },
+        )*];
+    };
+    (@twin $twin:literal) => { Some($twin) };
+    (@twin) => { None };
+}
+
+use Kind::{Counter, Gauge, Histogram};
+
+series! {
+    "llm_d_epp_request_total" = "inference_objective_request_total", Counter, "Requests routed.";
+    "llm_d_epp_request_error_total" = "inference_objective_request_error_total", Counter, "Requests that ended with an error.";
+    "llm_d_epp_request_duration_seconds" = "inference_objective_request_duration_seconds", Histogram(LAT), "End-to-end response latency in seconds.";
+    "llm_d_epp_request_size_bytes" = "inference_objective_request_sizes", Histogram(REQ), "Size of forwarded request bodies in bytes.";
+    "llm_d_epp_response_size_bytes" = "inference_objective_response_sizes", Histogram(RESP), "Size of response bodies in bytes.";
+    "llm_d_epp_request_input_tokens" = "inference_objective_input_tokens", Histogram(IN), "Prompt tokens reported by the engine.";
+    "llm_d_epp_request_output_tokens" = "inference_objective_output_tokens", Histogram(OUT), "Output tokens reported by the engine.";
+    "llm_d_epp_request_cached_tokens" = "inference_objective_prompt_cached_tokens", Histogram(IN), "Prompt tokens the engine found in its cache.";
+    "llm_d_epp_request_running" = "inference_objective_running_requests", Gauge, "Requests routed and not finished.";
+    "llm_d_epp_request_ntpot_seconds" = "inference_objective_normalized_time_per_output_token_seconds", Histogram(NTPOT), "Whole duration by output tokens, in seconds.";
+    "llm_d_epp_request_ttft_seconds", Histogram(TTFT), "Time to the first response byte in seconds.";
+    "llm_d_epp_request_streaming_tpot_seconds", Histogram(TPOT), "Time per output token after the first, in seconds.";
+    "llm_d_epp_request_streaming_itl_seconds", Histogram(ITL), "Gap between streamed pieces in seconds.";
+    "llm_d_epp_average_kv_cache_utilization" = "inference_pool_average_kv_cache_utilization", Gauge, "Mean KV cache use of fresh endpoints, 0 to 1.";
+    "llm_d_epp_average_queue_size" = "inference_pool_average_queue_size", Gauge, "Mean waiting requests of fresh endpoints.";
+    "llm_d_epp_average_running_requests" = "inference_pool_average_running_requests", Gauge, "Mean running requests of fresh endpoints.";
+    "llm_d_epp_std_dev_kv_cache_utilization", Gauge, "Sample standard deviation of KV cache use.";
+    "llm_d_epp_std_dev_queue_size", Gauge, "Sample standard deviation of waiting requests.";
+    "llm_d_epp_std_dev_running_requests", Gauge, "Sample standard deviation of running requests.";
+    "llm_d_epp_ready_endpoints" = "inference_pool_ready_pods", Gauge, "Endpoints in the pool.";
+    "llm_d_epp_per_endpoint_queue_size" = "inference_pool_per_pod_queue_size", Gauge, "Waiting requests of one endpoint.";
+    "llm_d_epp_scheduler_e2e_duration_seconds" = "inference_extension_scheduler_e2e_duration_seconds", Histogram(SCHED), "Time of the scheduling cycle in seconds.";
+    "llm_d_epp_scheduler_attempts_total" = "inference_extension_scheduler_attempts_total", Counter, "Scheduling attempts by outcome and chosen endpoint.";
+    "llm_d_epp_plugin_duration_seconds" = "inference_extension_plugin_duration_seconds", Histogram(SCHED), "Time spent in one plugin in seconds.";
+    "llm_d_epp_request_processing_duration_seconds", Histogram(REQP), "Time from a request's arrival to its answer in seconds.";
+    "llm_d_epp_response_processing_duration_seconds", Histogram(RESPP), "Time from the response headers to the end of the response in seconds.";
+    "llm_d_epp_info" = "inference_extension_info", Gauge, "Build of this process.";
+    "llm_d_epp_datalayer_poll_errors_total" = "llm_d_inference_scheduler_datalayer_poll_errors_total", Counter, "Failed scrapes.";
+    "llm_d_epp_datalayer_extract_errors_total" = "llm_d_inference_scheduler_datalayer_extract_errors_total", Counter, "Scrapes with a missing or unusable family.";
+    "llm_d_epp_extproc_streams_inflight", Gauge, "Open ext_proc streams.";
+    "llm_d_epp_extproc_stream_duration_seconds", Histogram(STREAM), "Lifetime of ext_proc streams in seconds.";
+    "llm_d_epp_extproc_streams_total", Counter, "Finished ext_proc streams by gRPC code.";
+    "llm_d_epp_prefix_indexer_size" = "inference_extension_prefix_indexer_size", Gauge, "Entries of the prefix index.";
+    "llm_d_epp_prefix_indexer_hit_ratio" = "inference_extension_prefix_indexer_hit_ratio", Histogram(RATIO), "Share of the prompt's blocks found on the best endpoint.";
+    "llm_d_epp_prefix_indexer_hit_bytes" = "inference_extension_prefix_indexer_hit_bytes", Histogram(HIT), "Prompt bytes found on the best endpoint.";
+    "llm_d_epp_inflight_requests", Gauge, "Requests booked on an endpoint.";
+    "llm_d_epp_inflight_tokens", Gauge, "Uncached prompt tokens booked on an endpoint.";
+    "pinpod_decision_duration_seconds", Histogram(DECISION), "Time from the complete request to its decision in seconds.";
+    "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
+    "pinpod_discovery_reload_failures_total", Counter, "Endpoint files that could not be read.";
+}
+
+/// The legacy name of `name`, if it has one.
+pub fn twin_of(name: &str) -> Option<&'static str> {
+    TABLE.iter().find(|s| s.name == name).and_then(|s| s.twin)
+}
