@@ -5,6 +5,7 @@
 
 pub mod discovery;
 pub mod endpoint;
+pub mod pool_gauges;
 pub mod scrape;
 pub mod store;
 

@@ -1,1 +1,8 @@
-//! epp (stub).
+//! The process: options, wiring, readiness, TLS, shutdown.
+//!
+//! Entry point: [`run::run`]. The only room besides `cli` that sees `config`.
+
+pub mod health;
+pub mod options;
+pub mod run;
+pub mod tls;

@@ -102,9 +102,11 @@ fn self_signed() -> anyhow::Result<Pair> {
 }
 
 fn versions(min: &str) -> anyhow::Result<&'static [&'static SupportedProtocolVersion]> {
+    static BOTH: [&SupportedProtocolVersion; 2] = [&version::TLS13, &version::TLS12];
+    static NEWEST: [&SupportedProtocolVersion; 1] = [&version::TLS13];
     match min {
-        "" | "VersionTLS10" | "VersionTLS11" | "VersionTLS12" => Ok(&[&version::TLS13, &version::TLS12]),
-        "VersionTLS13" => Ok(&[&version::TLS13]),
+        "" | "VersionTLS10" | "VersionTLS11" | "VersionTLS12" => Ok(&BOTH),
+        "VersionTLS13" => Ok(&NEWEST),
         other => bail!("--tls-min-version: {other:?} is not one of VersionTLS10 … VersionTLS13"),
     }
 }

@@ -7,5 +7,6 @@
 pub mod immediate;
 pub mod mutation;
 pub mod proto;
+pub mod server;
 pub mod service;
 pub mod stream;

@@ -89,6 +89,8 @@ struct Texts {
     strings: Vec<Text>,
     /// Token arrays; a flat array is one.
     ids: Vec<Vec<u32>>,
+    /// The ids stand in the array itself, not in arrays of it.
+    flat: bool,
     invalid: bool,
 }
 
@@ -227,11 +229,15 @@ impl Texts {
             },
             [Step::Key(key), Step::Index(_)] if *key == field => match event {
                 Event::String { .. } => self.strings.extend(text_of(event)),
-                Event::Scalar(_) => match token_id(event) {
-                    Some(id) if self.ids.len() == 1 => self.ids[0].push(id),
-                    Some(id) if self.ids.is_empty() => self.ids.push(vec![id]),
+                Event::Scalar(_) => match (token_id(event), self.ids.last_mut()) {
+                    (Some(id), None) => {
+                        self.flat = true;
+                        self.ids.push(vec![id]);
+                    }
+                    (Some(id), Some(ids)) if self.flat => ids.push(id),
                     _ => self.invalid = true,
                 },
+                Event::ArrayStart if self.flat => self.invalid = true,
                 Event::ArrayStart => self.ids.push(Vec::new()),
                 Event::ObjectStart => self.invalid = true,
                 Event::End(_) => {}

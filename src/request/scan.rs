@@ -435,18 +435,18 @@ mod tests {
     }
 
     fn json() -> impl Strategy<Value = serde_json::Value> {
-        let text = proptest::string::string_regex("[ -~é\u{1F600}\n]{0,12}").unwrap();
+        let text = || "[ -~é\u{1F600}\n]{0,12}";
         let leaf = prop_oneof![
             Just(serde_json::Value::Null),
             any::<bool>().prop_map(Into::into),
             any::<i64>().prop_map(Into::into),
             any::<f32>().prop_filter_map("finite", |f| serde_json::Number::from_f64(f.into()).map(Into::into)),
-            text.clone().prop_map(Into::into),
+            text().prop_map(Into::into),
         ];
         leaf.prop_recursive(4, 40, 5, move |inner| {
             prop_oneof![
                 prop::collection::vec(inner.clone(), 0..5).prop_map(Into::into),
-                prop::collection::vec((text.clone(), inner), 0..5)
+                prop::collection::vec((text(), inner), 0..5)
                     .prop_map(|m| serde_json::Value::Object(m.into_iter().collect())),
             ]
         })

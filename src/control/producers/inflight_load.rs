@@ -44,7 +44,6 @@ struct Settings {
     output_ratio: f64,
     max_estimated_output_tokens: Option<i64>,
     prefix_match_info_producer_name: String,
-    #[expect(dead_code, reason = "no replica exchange exists yet; the default asks for it and gets none")]
     sync_cross_replica_state: bool,
 }
 

@@ -34,7 +34,6 @@ struct Settings {
     ttft_source: String,
     peak_prefill_throughput: f64,
     prefix_match_info_producer_name: String,
-    #[expect(dead_code, reason = "read by the predictor source, which is not available yet")]
     latency_prediction_info_producer_name: String,
     in_flight_load_producer_name: String,
 }

@@ -22,7 +22,6 @@ pub struct ActiveRequestScorer {
 struct Settings {
     idle_threshold: i64,
     max_busy_score: f64,
-    #[expect(dead_code, reason = "accepted and ignored, as in the reference")]
     request_timeout: serde_json::Value,
     in_flight_load_producer_name: String,
 }

@@ -37,9 +37,7 @@ struct LastUse {
 struct Settings {
     lru_size: i64,
     prefix_match_info_producer_name: String,
-    #[expect(dead_code, reason = "accepted and ignored, as in the reference")]
     prefix_plugin_type: serde_json::Value,
-    #[expect(dead_code, reason = "accepted and ignored, as in the reference")]
     prefix_plugin_name: serde_json::Value,
 }
 

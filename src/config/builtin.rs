@@ -1,0 +1,239 @@
+//! Every plugin type, one line each.
+
+use std::sync::Arc;
+
+use crate::control::producers::approx_prefix::ApproxPrefixProducer;
+use crate::control::producers::inflight_load::InFlightLoadProducer;
+use crate::control::producers::token::TokenProducer;
+use crate::datalayer::EndpointListener;
+use crate::datalayer::discovery::file::FileDiscovery;
+use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
+use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError, TypedName};
+use crate::request::Parser;
+use crate::request::anthropic::AnthropicParser;
+use crate::request::openai::OpenAiParser;
+use crate::request::passthrough::PassthroughParser;
+use crate::request::sglang_http::SglangHttpParser;
+use crate::request::vllm_http::VllmHttpParser;
+use crate::scheduling::filters::{
+    DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter, UtilizationDetector,
+};
+use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
+use crate::scheduling::profile_handlers::SingleProfileHandler;
+use crate::scheduling::scorers::{
+    ActiveRequestScorer, KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer, NoHitLruScorer,
+    PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
+};
+use crate::scheduling::{DataProducer, Filter, Picker, PreRequest, ProfileHandler, SaturationDetector, Scorer};
+
+/// One built plugin and the roles it can play.
+#[derive(Debug, Clone, Default)]
+pub struct Roles {
+    /// Narrows candidates.
+    pub filter: Option<Arc<dyn Filter>>,
+    /// Rates candidates.
+    pub scorer: Option<Arc<dyn Scorer>>,
+    /// Chooses.
+    pub picker: Option<Arc<dyn Picker>>,
+    /// Runs profiles.
+    pub profile_handler: Option<Arc<dyn ProfileHandler>>,
+    /// Computes data.
+    pub producer: Option<Arc<dyn DataProducer>>,
+    /// Runs after the pick.
+    pub pre_request: Option<Arc<dyn PreRequest>>,
+    /// Measures the pool.
+    pub saturation_detector: Option<Arc<dyn SaturationDetector>>,
+    /// Reads bodies.
+    pub parser: Option<Arc<dyn Parser>>,
+    /// Wants to know endpoints.
+    pub listener: Option<Arc<dyn EndpointListener>>,
+    /// Where metrics come from.
+    pub metrics_source: Option<Arc<MetricsDataSource>>,
+    /// How metrics are read.
+    pub metrics_extractor: Option<Arc<CoreMetricsExtractor>>,
+    /// Where endpoints come from.
+    pub file_discovery: Option<Arc<FileDiscovery>>,
+}
+
+/// One instance of the configuration.
+#[derive(Debug, Clone)]
+pub struct Instance {
+    /// Type as reported in metrics, and name.
+    pub name: TypedName,
+    /// Its entry in the registry.
+    pub plugin_type: &'static str,
+    /// What it can do.
+    pub roles: Roles,
+}
+
+/// What the registry knows of a type.
+#[derive(Debug, Clone)]
+pub struct PluginType {
+    /// Registered name.
+    pub type_name: &'static str,
+    /// Roles, for people.
+    pub kinds: &'static [&'static str],
+    /// How settled it is.
+    pub maturity: Maturity,
+    /// Accepted parameters.
+    pub parameters: &'static [ParamDoc],
+    /// Any parameters are accepted and ignored.
+    pub lenient: bool,
+    /// One sentence.
+    pub about: &'static str,
+    /// For a deprecated name: what to write instead.
+    pub replacement: Option<&'static str>,
+    build: Option<fn(&mut Build<'_>) -> Result<Roles, PluginError>>,
+}
+
+impl PluginType {
+    /// Builds an instance; `None` for a type of a later version.
+    pub fn build(&self, build: &mut Build<'_>) -> Option<Result<Roles, PluginError>> {
+        self.build.map(|make| make(build))
+    }
+
+    /// False for a type of a later version.
+    pub fn is_available(&self) -> bool {
+        self.build.is_some()
+    }
+
+    fn deprecated(mut self, name: &'static str, replacement: &'static str) -> Self {
+        self.type_name = name;
+        self.replacement = Some(replacement);
+        self
+    }
+}
+
+/// All known types.
+#[derive(Debug, Clone)]
+pub struct Registry(Vec<PluginType>);
+
+impl Registry {
+    /// A registry of these types.
+    pub fn new(types: Vec<PluginType>) -> Self {
+        Self(types)
+    }
+
+    /// The type called `name`.
+    pub fn get(&self, name: &str) -> Option<&PluginType> {
+        self.0.iter().find(|t| t.type_name == name)
+    }
+
+    /// All types in listing order.
+    pub fn iter(&self) -> std::slice::Iter<'_, PluginType> {
+        self.0.iter()
+    }
+}
+
+/// `plugin!(Struct, [kinds], |p, roles| assignments)`: a type whose instances play the given roles.
+macro_rules! plugin {
+    ($type:ty, [$($kind:literal => $role:ident),*]) => {
+        PluginType {
+            type_name: <$type as Plugin>::TYPE,
+            kinds: &[$($kind),*],
+            maturity: <$type as Plugin>::MATURITY,
+            parameters: <$type as Plugin>::PARAMETERS,
+            lenient: <$type as Plugin>::LENIENT,
+            about: <$type as Plugin>::ABOUT,
+            replacement: None,
+            build: Some(|build| {
+                let plugin = Arc::new(<$type as Plugin>::build(build)?);
+                Ok(Roles { $($role: Some(Arc::clone(&plugin) as _),)* ..Roles::default() })
+            }),
+        }
+    };
+}
+
+/// A type that is accepted and does nothing: queueing policies that defaulting names, and the
+/// lifecycle source, whose work the endpoint store does for every plugin.
+fn inert(type_name: &'static str, kind: &'static [&'static str], about: &'static str) -> PluginType {
+    PluginType {
+        type_name,
+        kinds: kind,
+        maturity: Maturity::Beta,
+        parameters: &[],
+        lenient: true,
+        about,
+        replacement: None,
+        build: Some(|_| Ok(Roles::default())),
+    }
+}
+
+/// A type of the catalogue that a later version brings.
+fn later(type_name: &'static str) -> PluginType {
+    PluginType {
+        type_name,
+        kinds: &[],
+        maturity: Maturity::Beta,
+        parameters: &[],
+        lenient: true,
+        about: "Known, not yet available in this version.",
+        replacement: None,
+        build: None,
+    }
+}
+
+/// Types of the catalogue that are not available yet.
+const LATER: &[&str] = &[
+    "concurrency-detector", "header-based-testing-filter", "slo-headroom-tier-filter", "context-length-aware",
+    "utilization-filter", "endpoint-attribute-filter", "session-affinity-filter", "topology-affinity-filter",
+    "multicluster-session-affinity-filter", "latency-scorer", "mm-embeddings-cache-scorer",
+    "session-affinity-scorer", "header-label-affinity-scorer", "endpoint-attribute-scorer",
+    "topology-affinity-scorer", "multicluster-queue-scorer", "multicluster-kv-cache-utilization-scorer",
+    "multicluster-prefix-cache-scorer", "disagg-profile-handler", "data-parallel-profile-handler",
+    "header-profile-handler", "prefix-based-pd-decider", "always-disagg-pd-decider",
+    "always-disagg-multimodal-decider", "precise-prefix-cache-producer", "predicted-latency-producer",
+    "mm-embeddings-cache-producer", "session-id-producer", "burst-prefix-cache-producer", "p2p-source-producer",
+    "multicluster-approx-prefix-cache-producer", "models-data-source", "k8s-notification-source",
+    "dcgm-data-source", "multicluster-metrics-data-source", "models-data-extractor", "dcgm-extractor",
+    "topology-extractor", "multicluster-metrics-extractor", "multicluster-file-discovery", "vllmgrpc-parser",
+    "vertexai-parser", "latency-slo-admitter", "probabilistic-admitter", "disaggregatedset-rollout-screener",
+    "agent-identity", "request-attribute-reporter", "destination-endpoint-served-verifier",
+    "round-robin-fairness-policy", "program-aware-fairness", "edf-ordering-policy", "slo-deadline-ordering-policy",
+    "priority-holdback-policy", "soft-reflective-ceiling-policy", "by-label", "disagg-headers-handler",
+    "prefill-header-handler", "pd-profile-handler", "precise-prefix-cache-scorer",
+];
+
+/// The registry of this build.
+pub fn registry() -> Registry {
+    let mut types = vec![
+        plugin!(SingleProfileHandler, ["profile handler" => profile_handler]),
+        plugin!(DecodeFilter, ["filter" => filter]),
+        plugin!(PrefillFilter, ["filter" => filter]),
+        plugin!(EncodeFilter, ["filter" => filter]),
+        plugin!(LabelSelectorFilter, ["filter" => filter]),
+        plugin!(LabelSelectorFilter, ["filter" => filter]).deprecated("by-label-selector", "label-selector-filter"),
+        plugin!(PrefixCacheAffinityFilter, ["filter" => filter]),
+        plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
+        plugin!(QueueScorer, ["scorer" => scorer]),
+        plugin!(KvCacheUtilizationScorer, ["scorer" => scorer]),
+        plugin!(RunningRequestsSizeScorer, ["scorer" => scorer]),
+        plugin!(LoadAwareScorer, ["scorer" => scorer]),
+        plugin!(PrefixCacheScorer, ["scorer" => scorer]),
+        plugin!(NoHitLruScorer, ["scorer" => scorer, "pre-request" => pre_request]),
+        plugin!(LoraAffinityScorer, ["scorer" => scorer]),
+        plugin!(ActiveRequestScorer, ["scorer" => scorer]),
+        plugin!(TokenLoadScorer, ["scorer" => scorer]),
+        plugin!(MaxScorePicker, ["picker" => picker]),
+        plugin!(RandomPicker, ["picker" => picker]),
+        plugin!(WeightedRandomPicker, ["picker" => picker]),
+        plugin!(TokenProducer, ["data producer" => producer]),
+        plugin!(TokenProducer, ["data producer" => producer]).deprecated("tokenizer", "token-producer"),
+        plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
+        plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
+        plugin!(OpenAiParser, ["parser" => parser]),
+        plugin!(AnthropicParser, ["parser" => parser]),
+        plugin!(VllmHttpParser, ["parser" => parser]),
+        plugin!(SglangHttpParser, ["parser" => parser]),
+        plugin!(PassthroughParser, ["parser" => parser]),
+        plugin!(MetricsDataSource, ["data source" => metrics_source]),
+        plugin!(CoreMetricsExtractor, ["extractor" => metrics_extractor]),
+        plugin!(FileDiscovery, ["discovery" => file_discovery]),
+        inert("endpoint-notification-source", &["data source"], "Accepted: every plugin learns of endpoints by itself."),
+        inert("fcfs-ordering-policy", &["ordering"], "Accepted: has no effect without flow control."),
+        inert("global-strict-fairness-policy", &["fairness"], "Accepted: has no effect without flow control."),
+        inert("static-usage-limit-policy", &["usage limit"], "Accepted: has no effect without flow control."),
+    ];
+    types.extend(LATER.iter().map(|name| later(name)));
+    Registry::new(types)
+}

@@ -1,0 +1,544 @@
+//! The command line of `serve`: the reference's whole flag table, in all its spellings, and ours.
+//!
+//! Arguments are put into one form first ([`normalise`]): charts and operators pass single dashes,
+//! camelCase names of early releases, empty strings, repeats, and flags that were removed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser};
+
+use super::tls::TlsOptions;
+use crate::plugin::duration::GoDuration;
+use crate::telemetry::log;
+
+/// Flags that a later release of the reference removed: accepted, without effect.
+const REMOVED: &[&str] = &[
+    "grpc-enable-compression",
+    "model-server-metrics-port",
+    "model-server-metrics-path",
+    "model-server-metrics-scheme",
+    "model-server-metrics-https-insecure-skip-verify",
+    "destination-endpoint-hint-key",
+    "destination-endpoint-hint-metadata-namespace",
+    "target-endpoint-key",
+    "zap-devel",
+    "zap-stacktrace-level",
+    "zap-time-encoding",
+];
+/// Removed flags without a value of their own.
+const REMOVED_BOOLEAN: &[&str] =
+    &["grpc-enable-compression", "model-server-metrics-https-insecure-skip-verify", "zap-devel"];
+/// Flags whose work moved into the configuration document; setting one is an error.
+const MOVED: &[&str] = &[
+    "total-queued-requests-metric",
+    "total-running-requests-metric",
+    "kv-cache-usage-percentage-metric",
+    "lora-info-metric",
+    "cache-info-metric",
+];
+/// Shortest `--refresh-metrics-interval`.
+const MIN_REFRESH: Duration = Duration::from_millis(50);
+
+/// What `serve` was asked to do; validated.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// `--endpoints`.
+    pub endpoints: Option<String>,
+    /// Pool name for metrics.
+    pub pool_name: String,
+    /// `--config-file`.
+    pub config_file: Option<PathBuf>,
+    /// `--config-text`.
+    pub config_text: Option<String>,
+    /// `--allow-experimental-plugins`.
+    pub allow_experimental_plugins: bool,
+    /// `--grpc-port`.
+    pub grpc_port: u16,
+    /// `--grpc-health-port`.
+    pub grpc_health_port: u16,
+    /// `--metrics-port`.
+    pub metrics_port: u16,
+    /// `--secure-serving`.
+    pub secure_serving: bool,
+    /// Certificate, versions, suites.
+    pub tls: TlsOptions,
+    /// `--workers`.
+    pub workers: usize,
+    /// `--max-request-body-bytes`.
+    pub max_request_body_bytes: usize,
+    /// `--max-body-chunk-bytes`.
+    pub max_body_chunk_bytes: usize,
+    /// `--grpc-max-recv-msg-size`.
+    pub grpc_max_recv_msg_size: Option<usize>,
+    /// `--grpc-max-send-msg-size`.
+    pub grpc_max_send_msg_size: Option<usize>,
+    /// `--decision-timeout`.
+    pub decision_timeout: Duration,
+    /// `--drain-timeout`.
+    pub drain_timeout: Duration,
+    /// `--refresh-metrics-interval`, at least 50 ms.
+    pub refresh_metrics_interval: Duration,
+    /// `--refresh-prometheus-metrics-interval`.
+    pub refresh_prometheus_metrics_interval: Duration,
+    /// `--metrics-staleness-threshold`.
+    pub metrics_staleness_threshold: Duration,
+    /// `--disable-endpoint-subset-filter`.
+    pub disable_endpoint_subset_filter: bool,
+    /// `--emit-endpoint-scores`.
+    pub emit_endpoint_scores: bool,
+    /// `--strip-routing-headers`.
+    pub strip_routing_headers: bool,
+    /// `--enable-grpc-stream-metrics`.
+    pub enable_grpc_stream_metrics: bool,
+    /// `--seed`.
+    pub seed: Option<u64>,
+    /// `--zap-encoder`.
+    pub log_format: log::Format,
+    /// `-v` or `--zap-log-level`.
+    pub log_level: tracing::Level,
+    /// What was accepted without effect; logged at start.
+    pub warnings: Vec<String>,
+}
+
+/// The endpoint picker: answers Envoy's ext_proc calls with the endpoint each request should go to.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "pinpod serve", args_override_self = true, disable_version_flag = true)]
+struct Flags {
+    #[command(flatten, next_help_heading = "Endpoints and configuration")]
+    pool: PoolFlags,
+    #[command(flatten, next_help_heading = "Ports and TLS")]
+    ports: PortFlags,
+    #[command(flatten, next_help_heading = "Requests")]
+    requests: RequestFlags,
+    #[command(flatten, next_help_heading = "Metrics and logs")]
+    telemetry: TelemetryFlags,
+}
+
+#[derive(Debug, Clone, Args)]
+struct PoolFlags {
+    /// Endpoints as host:port[;label=value...],... instead of any discovery
+    #[arg(long, value_name = "LIST")]
+    endpoints: Option<String>,
+    /// Name of the InferencePool; here a label in metrics [default: epp]
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pool_name: String,
+    /// Namespace of the pool
+    #[arg(long, env = "NAMESPACE", default_value = "default")]
+    pool_namespace: String,
+    /// API group of the pool
+    #[arg(long, default_value = "inference.networking.k8s.io")]
+    pool_group: String,
+    /// Pods by label selector instead of a pool (Kubernetes; not yet available)
+    #[arg(long, default_value = "", hide_default_value = true)]
+    endpoint_selector: String,
+    /// Ports of the pods selected, 1 to 8 of them, comma-separated
+    #[arg(long, default_value = "", hide_default_value = true)]
+    endpoint_target_ports: String,
+    /// EndpointPickerConfig document, YAML or JSON
+    #[arg(long, value_name = "PATH", default_value = "", hide_default_value = true)]
+    config_file: String,
+    /// The document itself
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    config_text: String,
+    /// Permit plugins marked alpha
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    allow_experimental_plugins: bool,
+    /// Serve only as elected leader (Kubernetes; not yet available)
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    ha_enable_leader_election: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+struct PortFlags {
+    /// ext_proc (gRPC)
+    #[arg(long, default_value_t = 9002)]
+    grpc_port: u16,
+    /// gRPC health, plaintext
+    #[arg(long, default_value_t = 9003)]
+    grpc_health_port: u16,
+    /// Prometheus metrics (HTTP)
+    #[arg(long, default_value_t = 9090)]
+    metrics_port: u16,
+    /// TLS on the ext_proc port
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
+    secure_serving: bool,
+    /// Directory with tls.crt and tls.key, followed as they change; without it a certificate is made
+    #[arg(long, value_name = "DIR", default_value = "", hide_default_value = true)]
+    cert_path: String,
+    /// Accepted: a given certificate is always followed
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    enable_cert_reload: bool,
+    /// Lowest TLS version, VersionTLS12 or VersionTLS13 (lower ones mean 1.2)
+    #[arg(long, default_value = "", hide_default_value = true)]
+    tls_min_version: String,
+    /// TLS 1.2 cipher suites by their Go names, comma-separated
+    #[arg(long, default_value = "", hide_default_value = true)]
+    tls_cipher_suites: String,
+    /// Accepted: health is always served on the ext_proc port too
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    health_checking: bool,
+    /// Threads that serve ext_proc [default: one per core]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    workers: usize,
+}
+
+#[derive(Debug, Clone, Args)]
+struct RequestFlags {
+    /// Longest request body; longer ones are refused with 413
+    #[arg(long, value_name = "SIZE", default_value = "64Mi")]
+    max_request_body_bytes: String,
+    /// Longest body piece sent back to the proxy, in bytes
+    #[arg(long, default_value_t = 62_000)]
+    max_body_chunk_bytes: usize,
+    /// Longest gRPC message received [default: the longest body and 1 MiB]
+    #[arg(long, value_name = "SIZE", default_value = "", hide_default_value = true)]
+    grpc_max_recv_msg_size: String,
+    /// Longest gRPC message sent [default: no limit]
+    #[arg(long, value_name = "SIZE", default_value = "", hide_default_value = true)]
+    grpc_max_send_msg_size: String,
+    /// Longest time from a request's first message to its decision, upload included; 503 past it
+    #[arg(long, value_name = "DURATION", default_value = "120s")]
+    decision_timeout: GoDuration,
+    /// After SIGTERM: how long to serve on while not ready
+    #[arg(long, value_name = "DURATION", default_value = "30s")]
+    drain_timeout: GoDuration,
+    /// Ignore the proxy's subset hint
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    disable_endpoint_subset_filter: bool,
+    /// Report every endpoint's score in dynamic metadata
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    emit_endpoint_scores: bool,
+    /// Remove headers that speak to the picker before the request reaches an engine
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
+    strip_routing_headers: bool,
+    /// Make random choices reproducible for equal request ids
+    #[arg(long, hide = true)]
+    seed: Option<u64>,
+}
+
+#[derive(Debug, Clone, Args)]
+struct TelemetryFlags {
+    /// Time between scrapes of one endpoint, at least 50ms
+    #[arg(long, value_name = "DURATION", default_value = "50ms")]
+    refresh_metrics_interval: GoDuration,
+    /// Time between refreshes of the pool gauges
+    #[arg(long, value_name = "DURATION", default_value = "5s")]
+    refresh_prometheus_metrics_interval: GoDuration,
+    /// Age from which an endpoint's metrics are left out of the pool gauges
+    #[arg(long, value_name = "DURATION", default_value = "2s")]
+    metrics_staleness_threshold: GoDuration,
+    /// Count ext_proc streams
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    enable_grpc_stream_metrics: bool,
+    /// Ask Kubernetes about bearer tokens on the metrics port (without Kubernetes: no effect)
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
+    metrics_endpoint_auth: bool,
+    /// TLS on the metrics port (not yet available)
+    #[arg(long, default_value = "", hide_default_value = true)]
+    metrics_cert_dir: String,
+    /// Client CA of the metrics port (not yet available)
+    #[arg(long, default_value = "", hide_default_value = true)]
+    metrics_client_ca_file: String,
+    /// Accepted: there is no pprof here
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
+    enable_pprof: bool,
+    /// Accepted: traces are not exported yet
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
+    tracing: bool,
+    /// Verbosity: up to 3 info, 4 debug, 5 trace
+    #[arg(short = 'v', long = "v", default_value_t = 2, allow_negative_numbers = true)]
+    verbosity: i32,
+    /// Level by name or number instead of -v: debug, info, error, or a number
+    #[arg(long, default_value = "", hide_default_value = true)]
+    zap_log_level: String,
+    /// Log lines as json or console (text)
+    #[arg(long, default_value = "json")]
+    zap_encoder: String,
+}
+
+/// Why the command line cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OptionsError {
+    /// clap's own message, help included; it knows its exit code.
+    #[error(transparent)]
+    Clap(#[from] clap::Error),
+    /// A rule of the flag table is broken.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// Reads the arguments behind the program (and subcommand) name.
+pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<ServeOptions, OptionsError> {
+    let (arguments, mut warnings) = normalise(arguments.into_iter().collect())?;
+    let command = Flags::command();
+    let matches = command.try_get_matches_from(std::iter::once("pinpod serve".to_owned()).chain(arguments))?;
+    let flags = Flags::from_arg_matches(&matches)?;
+    flags.validate(&mut warnings)
+}
+
+fn invalid<T>(text: impl Into<String>) -> Result<T, OptionsError> {
+    Err(OptionsError::Invalid(text.into()))
+}
+
+/// Puts arguments into the form `--name=value`, dropping what has no effect, with warnings.
+fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), OptionsError> {
+    let command = Flags::command();
+    let is_boolean = |name: &str| {
+        command.get_arguments().find(|a| a.get_long() == Some(name)).map(|a| {
+            a.get_num_args().is_some_and(|range| range.min_values() == 0)
+        })
+    };
+    let mut out = Vec::new();
+    let mut warnings = Vec::new();
+    let mut rest = arguments.into_iter().peekable();
+    while let Some(argument) = rest.next() {
+        if argument == "-h" || argument == "--help" {
+            out.push("--help".to_owned());
+            continue;
+        }
+        let body = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-'));
+        let Some(body) = body.filter(|b| !b.is_empty()) else {
+            if !argument.is_empty() {
+                warnings.push(format!("argument {argument:?} is ignored"));
+            }
+            continue;
+        };
+        let (name, value) = match body.split_once('=') {
+            Some((name, value)) => (kebab(name), Some(value.to_owned())),
+            None => (kebab(body), None),
+        };
+        let has_value = value.is_some();
+        let mut next_value = || rest.next_if(|next| !next.starts_with('-') || next.parse::<f64>().is_ok());
+        if MOVED.contains(&name.as_str()) {
+            return invalid(format!(
+                "flag {name:?} is deprecated and cannot be used; configure metrics via engineConfigs in EndpointPickerConfig instead"
+            ));
+        }
+        if REMOVED.contains(&name.as_str()) {
+            if !has_value && !REMOVED_BOOLEAN.contains(&name.as_str()) {
+                next_value();
+            }
+            warnings.push(format!("flag --{name} has no effect"));
+            continue;
+        }
+        match is_boolean(&name) {
+            None => {
+                warnings.push(format!("flag --{name} is unknown and ignored"));
+                if !has_value {
+                    next_value();
+                }
+            }
+            Some(true) => out.push(format!("--{name}={}", go_bool(&name, value.as_deref().unwrap_or("true"))?)),
+            Some(false) => match value.or_else(next_value) {
+                Some(value) => out.push(format!("--{name}={value}")),
+                None => return invalid(format!("flag --{name} needs a value")),
+            },
+        }
+    }
+    Ok((out, warnings))
+}
+
+/// `poolName` and `pool-name` alike.
+fn kebab(name: &str) -> String {
+    let mut out = String::with_capacity(name.len() + 4);
+    for c in name.chars() {
+        if c.is_ascii_uppercase() {
+            out.push('-');
+        }
+        out.push(c.to_ascii_lowercase());
+    }
+    out
+}
+
+fn go_bool(name: &str, text: &str) -> Result<bool, OptionsError> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        other => invalid(format!("flag --{name}: {other:?} is not true or false")),
+    }
+}
+
+/// A Kubernetes quantity in bytes; a trailing `B` is dropped, so that `10MiB` works.
+fn quantity(name: &str, text: &str) -> Result<usize, OptionsError> {
+    let body = text.trim().trim_end_matches(['B', 'b']);
+    let digits = body.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(body.len());
+    let (number, unit) = body.split_at(digits);
+    let scale = match unit {
+        "" => 1.0,
+        "k" | "K" => 1e3,
+        "M" => 1e6,
+        "G" => 1e9,
+        "Ki" => 1024.0,
+        "Mi" => 1024.0 * 1024.0,
+        "Gi" => 1024.0 * 1024.0 * 1024.0,
+        _ => return invalid(format!("flag --{name}: {text:?} is not a size such as 64Mi or 10MB")),
+    };
+    match number.parse::<f64>() {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "digits only, saturates")]
+        Ok(number) => Ok((number * scale) as usize),
+        Err(_) => invalid(format!("flag --{name}: {text:?} is not a size such as 64Mi or 10MB")),
+    }
+}
+
+fn list(text: &str) -> Vec<String> {
+    text.split(',').map(str::trim).filter(|s| !s.is_empty()).map(str::to_owned).collect()
+}
+
+impl Flags {
+    fn validate(self, warnings: &mut Vec<String>) -> Result<ServeOptions, OptionsError> {
+        let Self { pool, ports, requests, telemetry } = self;
+        if !pool.config_file.is_empty() && !pool.config_text.is_empty() {
+            return invalid(r#"both the "config-file" and "config-text" flags cannot be set at the same time"#);
+        }
+        let (named, selected) = (!pool.pool_name.is_empty(), !pool.endpoint_selector.is_empty());
+        // A static list needs no pool; everything else is held to the reference's rule.
+        if named && selected || !named && !selected && pool.endpoints.is_none() {
+            return invalid("exactly one of --pool-name and --endpoint-selector must be set (or --endpoints given)");
+        }
+        let target_ports = list(&pool.endpoint_target_ports);
+        if target_ports.len() > 8 || target_ports.iter().any(|p| p.parse::<u16>().is_err()) {
+            return invalid("flag --endpoint-target-ports: expected 1 to 8 ports");
+        }
+        if pool.ha_enable_leader_election {
+            return invalid("flag --ha-enable-leader-election is known but not yet available in this version");
+        }
+        if !telemetry.metrics_cert_dir.is_empty() || !telemetry.metrics_client_ca_file.is_empty() {
+            return invalid("flags --metrics-cert-dir and --metrics-client-ca-file are not yet available in this version");
+        }
+        let mut refresh = telemetry.refresh_metrics_interval.0;
+        if refresh < MIN_REFRESH {
+            warnings.push(format!("--refresh-metrics-interval {refresh:?} is raised to {MIN_REFRESH:?}"));
+            refresh = MIN_REFRESH;
+        }
+        if requests.max_body_chunk_bytes == 0 {
+            return invalid("flag --max-body-chunk-bytes must be above 0");
+        }
+        let optional = |text: &str| Some(text.to_owned()).filter(|t| !t.is_empty());
+        let size = |name, text: &str| optional(text).map(|t| quantity(name, &t)).transpose();
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Ok(ServeOptions {
+            endpoints: pool.endpoints.filter(|e| !e.is_empty()),
+            pool_name: if named { pool.pool_name } else { "epp".to_owned() },
+            config_file: optional(&pool.config_file).map(Into::into),
+            config_text: optional(&pool.config_text),
+            allow_experimental_plugins: pool.allow_experimental_plugins,
+            grpc_port: ports.grpc_port,
+            grpc_health_port: ports.grpc_health_port,
+            metrics_port: ports.metrics_port,
+            secure_serving: ports.secure_serving,
+            tls: TlsOptions {
+                cert_path: optional(&ports.cert_path).map(Into::into),
+                min_version: ports.tls_min_version,
+                cipher_suites: list(&ports.tls_cipher_suites),
+            },
+            workers: if ports.workers == 0 { cores } else { ports.workers },
+            max_request_body_bytes: quantity("max-request-body-bytes", &requests.max_request_body_bytes)?,
+            max_body_chunk_bytes: requests.max_body_chunk_bytes,
+            grpc_max_recv_msg_size: size("grpc-max-recv-msg-size", &requests.grpc_max_recv_msg_size)?,
+            grpc_max_send_msg_size: size("grpc-max-send-msg-size", &requests.grpc_max_send_msg_size)?,
+            decision_timeout: requests.decision_timeout.0,
+            drain_timeout: requests.drain_timeout.0,
+            refresh_metrics_interval: refresh,
+            refresh_prometheus_metrics_interval: telemetry.refresh_prometheus_metrics_interval.0,
+            metrics_staleness_threshold: telemetry.metrics_staleness_threshold.0,
+            disable_endpoint_subset_filter: requests.disable_endpoint_subset_filter,
+            emit_endpoint_scores: requests.emit_endpoint_scores,
+            strip_routing_headers: requests.strip_routing_headers,
+            enable_grpc_stream_metrics: telemetry.enable_grpc_stream_metrics,
+            seed: requests.seed,
+            log_format: if telemetry.zap_encoder == "json" { log::Format::Json } else { log::Format::Text },
+            log_level: log_level(telemetry.verbosity, &telemetry.zap_log_level)?,
+            warnings: std::mem::take(warnings),
+        })
+    }
+}
+
+fn log_level(verbosity: i32, named: &str) -> Result<tracing::Level, OptionsError> {
+    match named {
+        "" => Ok(log::level(verbosity)),
+        "debug" => Ok(tracing::Level::DEBUG),
+        "info" => Ok(tracing::Level::INFO),
+        "error" | "panic" => Ok(tracing::Level::ERROR),
+        number => match number.parse() {
+            Ok(number) => Ok(log::level(number)),
+            Err(_) => invalid(format!("flag --zap-log-level: {number:?} is not debug, info, error or a number")),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(line: &[&str]) -> Result<ServeOptions, String> {
+        parse(line.iter().map(|a| (*a).to_owned())).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn defaults_are_the_references() {
+        let options = options(&["--pool-name", "p"]).unwrap();
+        assert_eq!((options.grpc_port, options.grpc_health_port, options.metrics_port), (9002, 9003, 9090));
+        assert!(options.secure_serving && options.strip_routing_headers);
+        assert_eq!(options.drain_timeout, Duration::from_secs(30));
+        assert_eq!(options.refresh_metrics_interval, Duration::from_millis(50));
+        assert_eq!(options.max_request_body_bytes, 64 << 20);
+        assert_eq!(options.log_level, tracing::Level::INFO);
+        assert!(options.warnings.is_empty(), "{:?}", options.warnings);
+    }
+
+    #[test]
+    fn every_published_command_line_is_understood() {
+        // Chart, operator (with its empty strings) and early releases.
+        for line in [
+            &["--pool-name", "p", "--pool-namespace", "n", "--pool-group", "g", "--zap-encoder", "json", "--config-text={}x", "--grpc-health-port", "9003", "--tracing=true"][..],
+            &["--pool-name=p", "", "", "--grpc-port", "9002", "", "--enable-cert-reload=true", "--model-server-metrics-scheme=https", "--secure-serving=false"],
+            &["-poolName", "p", "-poolNamespace", "n", "-grpcPort", "9002", "-v", "4", "-configText", "x"],
+            &["--poolName=p", "--refreshMetricsInterval=100ms", "--destinationEndpointHintKey", "k", "-v=5"],
+            &["--pool-name", "p", "--health-checking", "--metrics-endpoint-auth=false", "--v=3", "stray", "--pool-name", "q"],
+            &["--endpoint-selector", "app=x,tier in (a,b)", "--endpoint-target-ports", "8000,8001"],
+        ] {
+            assert!(options(line).is_ok(), "{line:?}: {:?}", options(line));
+        }
+        let last = options(&["--pool-name", "p", "--pool-name", "q"]).unwrap();
+        assert_eq!(last.pool_name, "q", "the last of repeated flags counts");
+    }
+
+    #[test]
+    fn what_has_no_effect_is_named() {
+        let options = options(&["--pool-name=p", "--grpc-enable-compression", "--model-server-metrics-port", "8000", "--new-flag", "x", "stray", "--refresh-metrics-interval=1ms"]).unwrap();
+        assert_eq!(options.warnings, [
+            "flag --grpc-enable-compression has no effect",
+            "flag --model-server-metrics-port has no effect",
+            "flag --new-flag is unknown and ignored",
+            "argument \"stray\" is ignored",
+            "--refresh-metrics-interval 1ms is raised to 50ms",
+        ]);
+    }
+
+    #[test]
+    fn broken_rules_are_refused() {
+        for (line, text) in [
+            (&[][..], "exactly one of --pool-name"),
+            (&["--pool-name=p", "--endpoint-selector=a=b"], "exactly one of --pool-name"),
+            (&["--pool-name=p", "--config-file=a", "--config-text=b"], "cannot be set at the same time"),
+            (&["--pool-name=p", "--lora-info-metric=x"], "configure metrics via engineConfigs"),
+            (&["--pool-name=p", "--grpc-port=x"], "invalid value"),
+            (&["--pool-name=p", "--secure-serving=maybe"], "not true or false"),
+            (&["--pool-name=p", "--drain-timeout=5"], "not a duration"),
+            (&["--pool-name=p", "--max-request-body-bytes=5x"], "not a size"),
+            (&["--pool-name"], "needs a value"),
+        ] {
+            let error = options(line).unwrap_err();
+            assert!(error.contains(text), "{line:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn sizes_take_kubernetes_suffixes() {
+        assert_eq!(quantity("f", "10MiB").unwrap(), 10 << 20);
+        assert_eq!(quantity("f", "25MB").unwrap(), 25_000_000);
+        assert_eq!(quantity("f", "1.5Gi").unwrap(), 3 << 29);
+        assert_eq!(quantity("f", "500").unwrap(), 500);
+    }
+}

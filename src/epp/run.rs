@@ -1,0 +1,231 @@
+//! Wiring, in the order things must happen, and shutdown in reverse.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use arc_swap::ArcSwap;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::health::{HealthService, HealthState};
+use super::options::ServeOptions;
+use super::tls;
+use crate::config::{self, LoadOptions, ResolvedConfig};
+use crate::control::Director;
+use crate::control::director::DirectorOptions;
+use crate::datalayer::discovery::list;
+use crate::datalayer::pool_gauges::PoolGauges;
+use crate::datalayer::scrape::Scraper;
+use crate::datalayer::{EndpointListener, EndpointStore};
+use crate::extproc::proto::external_processor_server::ExternalProcessorServer;
+use crate::extproc::proto::health::health_server::HealthServer;
+use crate::extproc::server::{Routes, Server, ServerConfigs};
+use crate::extproc::service::Processor;
+use crate::extproc::stream::StreamSettings;
+use crate::telemetry::metrics::{ExtProcStreams, Metrics};
+use crate::telemetry::{self, log};
+
+/// Room of a gRPC message around a body piece.
+const MESSAGE_OVERHEAD_BYTES: usize = 1 << 20;
+
+/// Runs the endpoint picker until SIGTERM or Ctrl-C.
+pub fn run(options: ServeOptions) -> anyhow::Result<()> {
+    log::install(options.log_format, options.log_level);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("background")
+        .enable_all()
+        .build()
+        .context("starting the background runtime")?;
+    runtime.block_on(serve(options))
+}
+
+async fn serve(options: ServeOptions) -> anyhow::Result<()> {
+    for warning in &options.warnings {
+        tracing::warn!("{warning}");
+    }
+    let prometheus = telemetry::metrics::install()?;
+    let metrics = Metrics::new();
+    metrics.announce_build();
+    let config = load_config(&options)?;
+
+    let store = Arc::new(EndpointStore::default());
+    let shutdown = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    for listener in &config.listeners {
+        store.subscribe(Arc::clone(listener));
+    }
+    for (name, source, extractor) in &config.sources {
+        let handle = tokio::runtime::Handle::current();
+        let scraper =
+            Scraper::new(Arc::clone(source), Arc::clone(extractor), options.refresh_metrics_interval, handle)
+                .with_context(|| format!("plugin '{}'", name.name))?;
+        store.subscribe(Arc::new(scraper) as Arc<dyn EndpointListener>);
+    }
+    start_discovery(&options, &config, &store, &tasks, &shutdown)?;
+
+    let director = Arc::new(Director::new(
+        Arc::clone(&store),
+        config.activate(),
+        DirectorOptions {
+            ignore_subset: options.disable_endpoint_subset_filter,
+            emit_scores: options.emit_endpoint_scores,
+            strip_control_headers: options.strip_routing_headers,
+            seed: options.seed,
+        },
+        metrics,
+    ));
+    let health = Arc::new(HealthState::new(Arc::clone(&store)));
+    let servers = start_servers(&options, director, &health, &tasks, &shutdown)?;
+    start_metrics(&options, &store, prometheus, &tasks, &shutdown).await?;
+    tracing::info!(extproc = %servers[0].address(), health = %servers[1].address(), "serving");
+
+    wait_for_signal().await?;
+    drain(&options, &health, servers, &shutdown).await;
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+fn load_config(options: &ServeOptions) -> anyhow::Result<ResolvedConfig> {
+    let text = match (&options.config_file, &options.config_text) {
+        (Some(path), _) => {
+            let text = std::fs::read_to_string(path).with_context(|| format!("--config-file {}", path.display()))?;
+            Some(text)
+        }
+        (None, text) => text.clone(),
+    };
+    let load = LoadOptions { allow_experimental: options.allow_experimental_plugins };
+    let config = config::load(text.as_deref(), &load, &config::builtin::registry())?;
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(config)
+}
+
+fn start_discovery(
+    options: &ServeOptions,
+    config: &ResolvedConfig,
+    store: &Arc<EndpointStore>,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
+    if let Some(endpoints) = &options.endpoints {
+        store.replace(list::parse(endpoints).map_err(anyhow::Error::msg)?);
+        return Ok(());
+    }
+    let Some(discovery) = config.discovery.clone() else {
+        anyhow::bail!(
+            "no endpoints: give --endpoints, or a file-discovery plugin in dataLayer.discovery; \
+             Kubernetes discovery is not available in this version"
+        );
+    };
+    discovery.load(store).map_err(anyhow::Error::msg).context("file-discovery")?;
+    let (store, shutdown) = (Arc::clone(store), shutdown.clone());
+    tasks.spawn(async move { discovery.watch(&store, shutdown).await });
+    Ok(())
+}
+
+fn start_servers(
+    options: &ServeOptions,
+    director: Arc<Director>,
+    health: &Arc<HealthState>,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<[Server; 2]> {
+    let settings = StreamSettings {
+        max_body_bytes: options.max_request_body_bytes,
+        max_chunk_bytes: options.max_body_chunk_bytes,
+        decision_timeout: options.decision_timeout,
+    };
+    let streams = options.enable_grpc_stream_metrics.then(|| Arc::new(ExtProcStreams::default()));
+    // A body may arrive as one message when a buffering filter stands before us.
+    let receive = options.grpc_max_recv_msg_size.unwrap_or(options.max_request_body_bytes + MESSAGE_OVERHEAD_BYTES);
+    let processor = ExternalProcessorServer::new(Processor::new(director, settings, streams))
+        .max_decoding_message_size(receive)
+        .max_encoding_message_size(options.grpc_max_send_msg_size.unwrap_or(usize::MAX))
+        .accept_compressed(tonic::codec::CompressionEncoding::Gzip);
+    let health_service = HealthServer::new(HealthService(Arc::clone(health)));
+    let routes = Routes { processor, health: health_service.clone() };
+    let tls = if options.secure_serving {
+        let shared = Arc::new(ArcSwap::from_pointee(tls::load(&options.tls)?));
+        if options.tls.cert_path.is_some() {
+            tasks.spawn(tls::watch(options.tls.clone(), Arc::clone(&shared), shutdown.clone()));
+        }
+        Some(shared)
+    } else {
+        None
+    };
+    let extproc = ServerConfigs { address: any(options.grpc_port), workers: options.workers, tls };
+    let health = ServerConfigs { address: any(options.grpc_health_port), workers: 1, tls: None };
+    Ok([
+        Server::start(&extproc, &routes).with_context(|| format!("--grpc-port {}", options.grpc_port))?,
+        Server::start(&health, &health_service)
+            .with_context(|| format!("--grpc-health-port {}", options.grpc_health_port))?,
+    ])
+}
+
+async fn start_metrics(
+    options: &ServeOptions,
+    store: &Arc<EndpointStore>,
+    prometheus: metrics_exporter_prometheus::PrometheusHandle,
+    tasks: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(any(options.metrics_port))
+        .await
+        .with_context(|| format!("--metrics-port {}", options.metrics_port))?;
+    tracing::info!(metrics = %listener.local_addr()?, "serving metrics");
+    tasks.spawn(telemetry::server::serve(listener, prometheus.clone(), shutdown.clone()));
+    tasks.spawn(telemetry::metrics::upkeep(prometheus, shutdown.clone()));
+    let gauges = PoolGauges::new(Arc::clone(store), &options.pool_name, options.metrics_staleness_threshold);
+    tasks.spawn(gauges.run(options.refresh_prometheus_metrics_interval, shutdown.clone()));
+    Ok(())
+}
+
+/// All interfaces, as the reference listens.
+fn any(port: u16) -> SocketAddr {
+    (Ipv4Addr::UNSPECIFIED, port).into()
+}
+
+async fn wait_for_signal() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Not ready at once, serving on while proxies notice, then only open streams, then nothing. A second
+/// signal skips the waiting.
+async fn drain(options: &ServeOptions, health: &HealthState, servers: [Server; 2], shutdown: &CancellationToken) {
+    health.drain();
+    tracing::info!(
+        drain_timeout = ?options.drain_timeout,
+        "Shutdown signal received: draining (NotServing) while finishing in-flight requests"
+    );
+    let mut rest = options.drain_timeout;
+    tokio::select! {
+        () = tokio::time::sleep(options.drain_timeout) => {}
+        again = wait_for_signal() => {
+            if again.is_ok() {
+                rest = Duration::ZERO;
+            }
+        }
+    }
+    let stop = tokio::task::spawn_blocking(move || {
+        for server in servers {
+            server.stop(rest);
+        }
+    });
+    if stop.await.is_err() {
+        tracing::error!("stopping the servers failed");
+    }
+    shutdown.cancel();
+}
