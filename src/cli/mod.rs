@@ -6,6 +6,7 @@ mod check_config;
 mod noop;
 mod plugins;
 mod serve;
+mod sim;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -15,7 +16,11 @@ use clap::{Parser, Subcommand};
 
 /// Picks the endpoint that should serve each LLM request and tells Envoy over ext_proc.
 #[derive(Debug, Parser)]
-#[command(name = "pinpod", version, after_help = "Started with flags only, or under the name epp, it acts as `pinpod serve`.")]
+#[command(
+    name = "pinpod",
+    version,
+    after_help = "Started with flags only, or under the name epp, it acts as `pinpod serve`."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -30,6 +35,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Simulated vLLM pods: same API and metrics, a modelled engine
+    Sim(sim::SimArgs),
     /// Check an EndpointPickerConfig and show what it resolves to
     CheckConfig(check_config::CheckConfigArgs),
     /// List every plugin with its parameters
@@ -40,18 +47,30 @@ enum Command {
 }
 
 /// Names that are subcommands; anything else in first place makes the line one of `serve`.
-const SUBCOMMANDS: [&str; 8] =
-    ["serve", "check-config", "plugins", "noop", "help", "--version", "-V", "--help"];
+const SUBCOMMANDS: [&str; 8] = [
+    "serve",
+    "check-config",
+    "plugins",
+    "noop",
+    "help",
+    "--version",
+    "-V",
+    "--help",
+];
 
 /// Runs the command line of this process and returns its exit code: 0 done, 1 failed, 2 bad usage.
 pub fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     if acts_as_serve(&arguments) {
-        let flags = arguments.into_iter().skip(1).map(|a| a.to_string_lossy().into_owned());
+        let flags = arguments
+            .into_iter()
+            .skip(1)
+            .map(|a| a.to_string_lossy().into_owned());
         return serve::main(flags);
     }
     match Cli::parse_from(arguments).command {
         Command::Serve { arguments } => serve::main(arguments),
+        Command::Sim(args) => report(sim::run(&args)),
         Command::CheckConfig(args) => report(check_config::run(&args)),
         Command::Plugins => report(plugins::run()),
         Command::Noop(args) => report(noop::run(&args)),
@@ -59,18 +78,29 @@ pub fn main() -> ExitCode {
 }
 
 fn acts_as_serve(arguments: &[OsString]) -> bool {
-    let text = |position: usize| arguments.get(position).map(|a| a.to_string_lossy().into_owned());
+    let text = |position: usize| {
+        arguments
+            .get(position)
+            .map(|a| a.to_string_lossy().into_owned())
+    };
     let program = text(0).unwrap_or_default();
-    let is_epp = Path::new(&program).file_name().is_some_and(|name| name == "epp");
+    let is_epp = Path::new(&program)
+        .file_name()
+        .is_some_and(|name| name == "epp");
     match text(1) {
         _ if is_epp => true,
         None => false,
-        Some(first) => !SUBCOMMANDS.contains(&first.as_str()) && (first.is_empty() || first.starts_with('-')),
+        Some(first) => {
+            !SUBCOMMANDS.contains(&first.as_str()) && (first.is_empty() || first.starts_with('-'))
+        }
     }
 }
 
 /// Prints a failure and its causes.
-#[expect(clippy::print_stderr, reason = "stderr is where a command reports its failure")]
+#[expect(
+    clippy::print_stderr,
+    reason = "stderr is where a command reports its failure"
+)]
 fn report(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -87,7 +117,8 @@ mod tests {
 
     #[test]
     fn flags_only_and_the_name_epp_mean_serve() {
-        let acts = |line: &[&str]| acts_as_serve(&line.iter().map(OsString::from).collect::<Vec<_>>());
+        let acts =
+            |line: &[&str]| acts_as_serve(&line.iter().map(OsString::from).collect::<Vec<_>>());
         assert!(acts(&["/app/epp"]));
         assert!(acts(&["/app/epp", "--pool-name", "p"]));
         assert!(acts(&["pinpod", "--pool-name", "p"]));

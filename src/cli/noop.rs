@@ -12,7 +12,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::epp::health::{HealthService, HealthState};
 use crate::extproc::mutation::{self, Direction};
-use crate::extproc::proto::external_processor_server::{ExternalProcessor, ExternalProcessorServer};
+use crate::extproc::proto::external_processor_server::{
+    ExternalProcessor, ExternalProcessorServer,
+};
 use crate::extproc::proto::health::health_server::HealthServer;
 use crate::extproc::proto::processing_request::Request as Message;
 use crate::extproc::proto::{CommonResponse, ProcessingRequest, ProcessingResponse};
@@ -38,13 +40,25 @@ pub(super) fn run(args: &NoopArgs) -> anyhow::Result<()> {
     let store = std::sync::Arc::new(crate::datalayer::EndpointStore::default());
     store.replace(Vec::new());
     let health = HealthServer::new(HealthService(std::sync::Arc::new(HealthState::new(store))));
-    let noop = Noop { endpoint: Bytes::from(args.endpoint.clone()) };
+    let noop = Noop {
+        endpoint: Bytes::from(args.endpoint.clone()),
+    };
     let processor = ExternalProcessorServer::new(noop).max_decoding_message_size(usize::MAX);
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let workers = if args.workers == 0 { cores } else { args.workers };
-    let configs = ServerConfigs { address: (Ipv4Addr::LOCALHOST, args.port).into(), workers, tls: None };
+    let workers = if args.workers == 0 {
+        cores
+    } else {
+        args.workers
+    };
+    let configs = ServerConfigs {
+        address: (Ipv4Addr::LOCALHOST, args.port).into(),
+        workers,
+        tls: None,
+    };
     let server = Server::start(&configs, &Routes { processor, health })?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(tokio::signal::ctrl_c())?;
     server.stop(Duration::ZERO);
     Ok(())
@@ -59,7 +73,10 @@ struct Noop {
 impl ExternalProcessor for Noop {
     type ProcessStream = Echo;
 
-    async fn process(&self, request: Request<Streaming<ProcessingRequest>>) -> Result<Response<Echo>, Status> {
+    async fn process(
+        &self,
+        request: Request<Streaming<ProcessingRequest>>,
+    ) -> Result<Response<Echo>, Status> {
         Ok(Response::new(Echo {
             inbound: request.into_inner(),
             endpoint: self.endpoint.clone(),
@@ -83,16 +100,28 @@ impl Echo {
         let out = &mut self.out;
         let mut emit = |reply| out.push_back(reply);
         match message.request {
-            Some(Message::RequestHeaders(headers)) if headers.end_of_stream => emit(routed(&self.endpoint)),
+            Some(Message::RequestHeaders(headers)) if headers.end_of_stream => {
+                emit(routed(&self.endpoint))
+            }
             Some(Message::RequestBody(body)) => {
                 self.held.push(body.body);
                 if body.end_of_stream {
                     emit(routed(&self.endpoint));
-                    mutation::stream_pieces(Direction::Request, self.held.drain(..), 62_000, true, &mut emit);
+                    mutation::stream_pieces(
+                        Direction::Request,
+                        self.held.drain(..),
+                        62_000,
+                        true,
+                        &mut emit,
+                    );
                 }
             }
             Some(Message::ResponseHeaders(_)) => {
-                emit(mutation::headers(Direction::Response, CommonResponse::default(), None));
+                emit(mutation::headers(
+                    Direction::Response,
+                    CommonResponse::default(),
+                    None,
+                ));
             }
             Some(Message::ResponseBody(body)) => {
                 let end = body.end_of_stream;
@@ -106,7 +135,11 @@ impl Echo {
 
 fn routed(endpoint: &Bytes) -> ProcessingResponse {
     let set = vec![mutation::set_header(DESTINATION, endpoint.clone())];
-    mutation::headers(Direction::Request, mutation::with_headers(set, Vec::new(), true), None)
+    mutation::headers(
+        Direction::Request,
+        mutation::with_headers(set, Vec::new(), true),
+        None,
+    )
 }
 
 impl Stream for Echo {

@@ -16,15 +16,18 @@ use crate::request::passthrough::PassthroughParser;
 use crate::request::sglang_http::SglangHttpParser;
 use crate::request::vllm_http::VllmHttpParser;
 use crate::scheduling::filters::{
-    DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter, UtilizationDetector,
+    DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
+    UtilizationDetector,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
 use crate::scheduling::profile_handlers::SingleProfileHandler;
 use crate::scheduling::scorers::{
-    ActiveRequestScorer, KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer, NoHitLruScorer,
-    PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
+    ActiveRequestScorer, KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
+    NoHitLruScorer, PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
 };
-use crate::scheduling::{DataProducer, Filter, Picker, PreRequest, ProfileHandler, SaturationDetector, Scorer};
+use crate::scheduling::{
+    DataProducer, Filter, Picker, PreRequest, ProfileHandler, SaturationDetector, Scorer,
+};
 
 /// One built plugin and the roles it can play.
 #[derive(Debug, Clone, Default)]
@@ -146,7 +149,11 @@ macro_rules! plugin {
 
 /// A type that is accepted and does nothing: queueing policies that defaulting names, and the
 /// lifecycle source, whose work the endpoint store does for every plugin.
-fn inert(type_name: &'static str, kind: &'static [&'static str], about: &'static str) -> PluginType {
+fn inert(
+    type_name: &'static str,
+    kind: &'static [&'static str],
+    about: &'static str,
+) -> PluginType {
     PluginType {
         type_name,
         kinds: kind,
@@ -175,23 +182,65 @@ fn later(type_name: &'static str) -> PluginType {
 
 /// Types of the catalogue that are not available yet.
 const LATER: &[&str] = &[
-    "concurrency-detector", "header-based-testing-filter", "slo-headroom-tier-filter", "context-length-aware",
-    "utilization-filter", "endpoint-attribute-filter", "session-affinity-filter", "topology-affinity-filter",
-    "multicluster-session-affinity-filter", "latency-scorer", "mm-embeddings-cache-scorer",
-    "session-affinity-scorer", "header-label-affinity-scorer", "endpoint-attribute-scorer",
-    "topology-affinity-scorer", "multicluster-queue-scorer", "multicluster-kv-cache-utilization-scorer",
-    "multicluster-prefix-cache-scorer", "disagg-profile-handler", "data-parallel-profile-handler",
-    "header-profile-handler", "prefix-based-pd-decider", "always-disagg-pd-decider",
-    "always-disagg-multimodal-decider", "precise-prefix-cache-producer", "predicted-latency-producer",
-    "mm-embeddings-cache-producer", "session-id-producer", "burst-prefix-cache-producer", "p2p-source-producer",
-    "multicluster-approx-prefix-cache-producer", "models-data-source", "k8s-notification-source",
-    "dcgm-data-source", "multicluster-metrics-data-source", "models-data-extractor", "dcgm-extractor",
-    "topology-extractor", "multicluster-metrics-extractor", "multicluster-file-discovery", "vllmgrpc-parser",
-    "vertexai-parser", "latency-slo-admitter", "probabilistic-admitter", "disaggregatedset-rollout-screener",
-    "agent-identity", "request-attribute-reporter", "destination-endpoint-served-verifier",
-    "round-robin-fairness-policy", "program-aware-fairness", "edf-ordering-policy", "slo-deadline-ordering-policy",
-    "priority-holdback-policy", "soft-reflective-ceiling-policy", "by-label", "disagg-headers-handler",
-    "prefill-header-handler", "pd-profile-handler", "precise-prefix-cache-scorer",
+    "concurrency-detector",
+    "header-based-testing-filter",
+    "slo-headroom-tier-filter",
+    "context-length-aware",
+    "utilization-filter",
+    "endpoint-attribute-filter",
+    "session-affinity-filter",
+    "topology-affinity-filter",
+    "multicluster-session-affinity-filter",
+    "latency-scorer",
+    "mm-embeddings-cache-scorer",
+    "session-affinity-scorer",
+    "header-label-affinity-scorer",
+    "endpoint-attribute-scorer",
+    "topology-affinity-scorer",
+    "multicluster-queue-scorer",
+    "multicluster-kv-cache-utilization-scorer",
+    "multicluster-prefix-cache-scorer",
+    "disagg-profile-handler",
+    "data-parallel-profile-handler",
+    "header-profile-handler",
+    "prefix-based-pd-decider",
+    "always-disagg-pd-decider",
+    "always-disagg-multimodal-decider",
+    "precise-prefix-cache-producer",
+    "predicted-latency-producer",
+    "mm-embeddings-cache-producer",
+    "session-id-producer",
+    "burst-prefix-cache-producer",
+    "p2p-source-producer",
+    "multicluster-approx-prefix-cache-producer",
+    "models-data-source",
+    "k8s-notification-source",
+    "dcgm-data-source",
+    "multicluster-metrics-data-source",
+    "models-data-extractor",
+    "dcgm-extractor",
+    "topology-extractor",
+    "multicluster-metrics-extractor",
+    "multicluster-file-discovery",
+    "vllmgrpc-parser",
+    "vertexai-parser",
+    "latency-slo-admitter",
+    "probabilistic-admitter",
+    "disaggregatedset-rollout-screener",
+    "agent-identity",
+    "request-attribute-reporter",
+    "destination-endpoint-served-verifier",
+    "round-robin-fairness-policy",
+    "program-aware-fairness",
+    "edf-ordering-policy",
+    "slo-deadline-ordering-policy",
+    "priority-holdback-policy",
+    "soft-reflective-ceiling-policy",
+    "by-label",
+    "disagg-headers-handler",
+    "prefill-header-handler",
+    "pd-profile-handler",
+    "precise-prefix-cache-scorer",
 ];
 
 /// The registry of this build.
@@ -202,7 +251,8 @@ pub fn registry() -> Registry {
         plugin!(PrefillFilter, ["filter" => filter]),
         plugin!(EncodeFilter, ["filter" => filter]),
         plugin!(LabelSelectorFilter, ["filter" => filter]),
-        plugin!(LabelSelectorFilter, ["filter" => filter]).deprecated("by-label-selector", "label-selector-filter"),
+        plugin!(LabelSelectorFilter, ["filter" => filter])
+            .deprecated("by-label-selector", "label-selector-filter"),
         plugin!(PrefixCacheAffinityFilter, ["filter" => filter]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(QueueScorer, ["scorer" => scorer]),
@@ -218,7 +268,8 @@ pub fn registry() -> Registry {
         plugin!(RandomPicker, ["picker" => picker]),
         plugin!(WeightedRandomPicker, ["picker" => picker]),
         plugin!(TokenProducer, ["data producer" => producer]),
-        plugin!(TokenProducer, ["data producer" => producer]).deprecated("tokenizer", "token-producer"),
+        plugin!(TokenProducer, ["data producer" => producer])
+            .deprecated("tokenizer", "token-producer"),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
         plugin!(OpenAiParser, ["parser" => parser]),
@@ -229,10 +280,26 @@ pub fn registry() -> Registry {
         plugin!(MetricsDataSource, ["data source" => metrics_source]),
         plugin!(CoreMetricsExtractor, ["extractor" => metrics_extractor]),
         plugin!(FileDiscovery, ["discovery" => file_discovery]),
-        inert("endpoint-notification-source", &["data source"], "Accepted: every plugin learns of endpoints by itself."),
-        inert("fcfs-ordering-policy", &["ordering"], "Accepted: has no effect without flow control."),
-        inert("global-strict-fairness-policy", &["fairness"], "Accepted: has no effect without flow control."),
-        inert("static-usage-limit-policy", &["usage limit"], "Accepted: has no effect without flow control."),
+        inert(
+            "endpoint-notification-source",
+            &["data source"],
+            "Accepted: every plugin learns of endpoints by itself.",
+        ),
+        inert(
+            "fcfs-ordering-policy",
+            &["ordering"],
+            "Accepted: has no effect without flow control.",
+        ),
+        inert(
+            "global-strict-fairness-policy",
+            &["fairness"],
+            "Accepted: has no effect without flow control.",
+        ),
+        inert(
+            "static-usage-limit-policy",
+            &["usage limit"],
+            "Accepted: has no effect without flow control.",
+        ),
     ];
     types.extend(LATER.iter().map(|name| later(name)));
     Registry::new(types)

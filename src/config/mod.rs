@@ -34,7 +34,11 @@ pub enum ConfigError {
 }
 
 /// Loads a document, or the built-in one when `text` is `None`.
-pub fn load(text: Option<&str>, options: &LoadOptions, registry: &Registry) -> Result<ResolvedConfig, ConfigError> {
+pub fn load(
+    text: Option<&str>,
+    options: &LoadOptions,
+    registry: &Registry,
+) -> Result<ResolvedConfig, ConfigError> {
     let document = raw::read(text.unwrap_or(raw::BUILT_IN))?;
     resolve::resolve(document, options, registry)
 }

@@ -142,11 +142,17 @@ pub fn read(text: &str) -> Result<Document, ConfigError> {
     let document: Document =
         serde_saphyr::from_str(text).map_err(|error| ConfigError::Decode(error.to_string()))?;
     if document.kind != "EndpointPickerConfig" {
-        let text = format!("kind: expected EndpointPickerConfig, got {:?}", document.kind);
+        let text = format!(
+            "kind: expected EndpointPickerConfig, got {:?}",
+            document.kind
+        );
         return Err(ConfigError::Decode(text));
     }
     if ![API_VERSION, LEGACY_API_VERSION].contains(&document.api_version.as_str()) {
-        let text = format!("apiVersion: expected {API_VERSION}, got {:?}", document.api_version);
+        let text = format!(
+            "apiVersion: expected {API_VERSION}, got {:?}",
+            document.api_version
+        );
         return Err(ConfigError::Decode(text));
     }
     Ok(document)

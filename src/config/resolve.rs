@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use super::builtin::{Instance, PluginType, Registry};
-use super::raw::{DataLayer, Document, LEGACY_API_VERSION, PluginEntry, ProfileEntry, Reference, SourceEntry};
 use super::ConfigError;
+use super::builtin::{Instance, PluginType, Registry};
+use super::raw::{
+    DataLayer, Document, LEGACY_API_VERSION, PluginEntry, ProfileEntry, Reference, SourceEntry,
+};
 use crate::control::director::ActiveConfig;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::file::FileDiscovery;
@@ -12,11 +14,13 @@ use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
 use crate::plugin::{Build, DataKeys, Maturity, Parameters, TypedName};
 use crate::request::parsers::ParserSet;
 use crate::scheduling::attributes::{
-    APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH, TOKEN_PRODUCER, TOKENIZED_PROMPT,
-    UNCACHED_TOKENS,
+    APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH, TOKEN_PRODUCER,
+    TOKENIZED_PROMPT, UNCACHED_TOKENS,
 };
 use crate::scheduling::scheduler::{Hook, Profile, Scheduler};
-use crate::scheduling::{DataProducer, Filter, PreRequest, ProfileHandler, SaturationDetector, Scorer, Picker};
+use crate::scheduling::{
+    DataProducer, Filter, Picker, PreRequest, ProfileHandler, SaturationDetector, Scorer,
+};
 
 /// What besides the document decides about loading.
 #[derive(Debug, Clone, Copy, Default)]
@@ -26,7 +30,12 @@ pub struct LoadOptions {
 }
 
 /// Instances that a feature of a later version reads, or that defaulting names.
-const DEFAULT_PARSERS: [&str; 4] = ["openai-parser", "anthropic-parser", "vllmhttp-parser", "passthrough-parser"];
+const DEFAULT_PARSERS: [&str; 4] = [
+    "openai-parser",
+    "anthropic-parser",
+    "vllmhttp-parser",
+    "passthrough-parser",
+];
 const METRICS_SOURCE: &str = "metrics-data-source";
 const METRICS_EXTRACTOR: &str = "core-metrics-extractor";
 const DETECTOR: &str = "utilization-detector";
@@ -92,9 +101,18 @@ impl ResolvedConfig {
             scorers: profile
                 .scorers
                 .iter()
-                .map(|(name, plugin, weight)| (Hook::new("Scorer", name.clone(), Arc::clone(plugin)), *weight))
+                .map(|(name, plugin, weight)| {
+                    (
+                        Hook::new("Scorer", name.clone(), Arc::clone(plugin)),
+                        *weight,
+                    )
+                })
                 .collect(),
-            picker: Hook::new("Picker", profile.picker.0.clone(), Arc::clone(&profile.picker.1)),
+            picker: Hook::new(
+                "Picker",
+                profile.picker.0.clone(),
+                Arc::clone(&profile.picker.1),
+            ),
         });
         ActiveConfig {
             parsers: ParserSet::new(self.parsers.iter().filter_map(|i| i.roles.parser.clone())),
@@ -112,10 +130,18 @@ pub fn resolve(
     options: &LoadOptions,
     registry: &Registry,
 ) -> Result<ResolvedConfig, ConfigError> {
-    let mut loader = Loader { registry, keys: DataKeys::default(), instances: Vec::new(), warnings: Vec::new() };
+    let mut loader = Loader {
+        registry,
+        keys: DataKeys::default(),
+        instances: Vec::new(),
+        warnings: Vec::new(),
+    };
     loader.check_envelope(&document)?;
     // Slot 0 belongs to the default producer, which always runs: it is the accounting of every pick.
-    loader.keys.in_flight(IN_FLIGHT_PRODUCER).map_err(|e| ConfigError::Invalid(e.to_string()))?;
+    loader
+        .keys
+        .in_flight(IN_FLIGHT_PRODUCER)
+        .map_err(|e| ConfigError::Invalid(e.to_string()))?;
     for entry in std::mem::take(&mut document.plugins) {
         loader.add(entry)?;
     }
@@ -126,7 +152,11 @@ pub fn resolve(
     loader.ensure(IN_FLIGHT_PRODUCER)?;
     loader.complete_producers()?;
     let profile_handler = loader.profile_handler(&document.scheduling_profiles)?;
-    let profiles = document.scheduling_profiles.iter().map(|p| loader.profile(p)).collect::<Result<_, _>>()?;
+    let profiles = document
+        .scheduling_profiles
+        .iter()
+        .map(|p| loader.profile(p))
+        .collect::<Result<_, _>>()?;
     loader.check_maturity(options)?;
     let producers = loader.producers_in_order()?;
     let instances = loader.instances;
@@ -134,12 +164,18 @@ pub fn resolve(
         profiles,
         profile_handler,
         producers,
-        pre_request: instances.iter().filter_map(|i| i.roles.pre_request.clone()).collect(),
+        pre_request: instances
+            .iter()
+            .filter_map(|i| i.roles.pre_request.clone())
+            .collect(),
         parsers,
         saturation_detector: detector,
         sources,
         discovery,
-        listeners: instances.iter().filter_map(|i| i.roles.listener.clone()).collect(),
+        listeners: instances
+            .iter()
+            .filter_map(|i| i.roles.listener.clone())
+            .collect(),
         instances,
         warnings: loader.warnings,
     })
@@ -159,7 +195,10 @@ fn invalid<T>(text: String) -> Result<T, ConfigError> {
 impl Loader<'_> {
     fn check_envelope(&mut self, document: &Document) -> Result<(), ConfigError> {
         if document.api_version == LEGACY_API_VERSION {
-            self.warnings.push(format!("DEPRECATION: apiVersion {LEGACY_API_VERSION}, use {}", super::raw::API_VERSION));
+            self.warnings.push(format!(
+                "DEPRECATION: apiVersion {LEGACY_API_VERSION}, use {}",
+                super::raw::API_VERSION
+            ));
         }
         for gate in &document.feature_gates {
             let (name, value) = gate.split_once('=').unwrap_or((gate, "true"));
@@ -167,25 +206,40 @@ impl Loader<'_> {
             let on = match value.as_str() {
                 "1" | "t" | "true" => true,
                 "0" | "f" | "false" => false,
-                _ => return invalid(format!("{value} is not a valid value for the feature gate {name}")),
+                _ => {
+                    return invalid(format!(
+                        "{value} is not a valid value for the feature gate {name}"
+                    ));
+                }
             };
             match name.trim() {
                 "flowControl" if on => {
-                    return invalid("feature gate 'flowControl' is known but not yet available in this version".into());
+                    return invalid(
+                        "feature gate 'flowControl' is known but not yet available in this version"
+                            .into(),
+                    );
                 }
                 "flowControl" | "haPopulateNonLeaderDatastore" => {}
-                other => return invalid(format!("feature gate '{other}' is unknown or unregistered")),
+                other => {
+                    return invalid(format!("feature gate '{other}' is unknown or unregistered"));
+                }
             }
         }
         if let Some(flow) = &document.flow_control {
             if flow.keys().any(|key| key != "saturationDetector") {
-                self.warnings.push("flowControl is ignored without its feature gate, except saturationDetector".into());
+                self.warnings.push(
+                    "flowControl is ignored without its feature gate, except saturationDetector"
+                        .into(),
+                );
             }
         }
         if let Some(layer) = &document.data_layer
             && !layer.cross_replica_syncer_plugin_ref.is_empty()
         {
-            return invalid(format!("the plugin {} is not registered", layer.cross_replica_syncer_plugin_ref));
+            return invalid(format!(
+                "the plugin {} is not registered",
+                layer.cross_replica_syncer_plugin_ref
+            ));
         }
         Ok(())
     }
@@ -195,12 +249,19 @@ impl Loader<'_> {
         if entry.type_name.is_empty() {
             return invalid(format!("plugin '{}' is missing a type", entry.name));
         }
-        let name = if entry.name.is_empty() { entry.type_name.clone() } else { entry.name };
+        let name = if entry.name.is_empty() {
+            entry.type_name.clone()
+        } else {
+            entry.name
+        };
         if self.find(&name).is_some() {
             return invalid(format!("duplicate plugin name '{name}'"));
         }
         let Some(plugin_type) = self.registry.get(&entry.type_name) else {
-            return invalid(format!("plugin type '{}' is not registered", entry.type_name));
+            return invalid(format!(
+                "plugin type '{}' is not registered",
+                entry.type_name
+            ));
         };
         if let Some(replacement) = plugin_type.replacement {
             self.warnings.push(format!(
@@ -208,11 +269,23 @@ impl Loader<'_> {
                 entry.type_name
             ));
         }
-        let given = entry.parameters.as_ref().and_then(|p| p.as_object()).is_some_and(|p| !p.is_empty());
+        let given = entry
+            .parameters
+            .as_ref()
+            .and_then(|p| p.as_object())
+            .is_some_and(|p| !p.is_empty());
         if plugin_type.lenient && given {
-            self.warnings.push(format!("plugin '{name}' (type: {}) ignores its parameters", entry.type_name));
+            self.warnings.push(format!(
+                "plugin '{name}' (type: {}) ignores its parameters",
+                entry.type_name
+            ));
         }
-        let instance = build(plugin_type, name, &Parameters(entry.parameters), &mut self.keys)?;
+        let instance = build(
+            plugin_type,
+            name,
+            &Parameters(entry.parameters),
+            &mut self.keys,
+        )?;
         self.instances.push(instance);
         Ok(())
     }
@@ -222,7 +295,11 @@ impl Loader<'_> {
         if self.find(type_name).is_some() {
             return Ok(());
         }
-        let entry = PluginEntry { type_name: type_name.to_owned(), name: String::new(), parameters: None };
+        let entry = PluginEntry {
+            type_name: type_name.to_owned(),
+            name: String::new(),
+            parameters: None,
+        };
         self.add(entry)
     }
 
@@ -236,21 +313,39 @@ impl Loader<'_> {
             let usable = self.instances.iter().filter(|i| {
                 i.roles.filter.is_some() || i.roles.scorer.is_some() || i.roles.picker.is_some()
             });
-            let plugins = usable.map(|i| super::raw::ProfilePlugin { plugin_ref: i.name.name.clone(), weight: None });
-            profiles.push(ProfileEntry { name: "default".into(), plugins: plugins.collect() });
+            let plugins = usable.map(|i| super::raw::ProfilePlugin {
+                plugin_ref: i.name.name.clone(),
+                weight: None,
+            });
+            profiles.push(ProfileEntry {
+                name: "default".into(),
+                plugins: plugins.collect(),
+            });
         }
         for (position, profile) in profiles.iter().enumerate() {
             if profile.name.is_empty() {
                 return invalid(format!("schedulingProfiles[{position}] is missing a name"));
             }
-            if profiles.iter().take(position).any(|p| p.name == profile.name) {
-                return invalid(format!("schedulingProfiles[{position}] has duplicate name '{}'", profile.name));
+            if profiles
+                .iter()
+                .take(position)
+                .any(|p| p.name == profile.name)
+            {
+                return invalid(format!(
+                    "schedulingProfiles[{position}] has duplicate name '{}'",
+                    profile.name
+                ));
             }
         }
         if !self.instances.iter().any(|i| i.roles.picker.is_some()) {
             self.ensure("max-score-picker")?;
         }
-        if profiles.len() == 1 && !self.instances.iter().any(|i| i.roles.profile_handler.is_some()) {
+        if profiles.len() == 1
+            && !self
+                .instances
+                .iter()
+                .any(|i| i.roles.profile_handler.is_some())
+        {
             self.ensure("single-profile-handler")?;
         }
         Ok(())
@@ -260,15 +355,23 @@ impl Loader<'_> {
         &self,
         profiles: &[ProfileEntry],
     ) -> Result<(TypedName, Arc<dyn ProfileHandler>), ConfigError> {
-        let mut handlers =
-            self.instances.iter().filter_map(|i| Some((i.name.clone(), i.roles.profile_handler.clone()?)));
-        let Some(first) = handlers.next() else { return invalid("no profile handler configured".into()) };
+        let mut handlers = self
+            .instances
+            .iter()
+            .filter_map(|i| Some((i.name.clone(), i.roles.profile_handler.clone()?)));
+        let Some(first) = handlers.next() else {
+            return invalid("no profile handler configured".into());
+        };
         if let Some(second) = handlers.next() {
             let (a, b) = (first.0.name, second.0.name);
-            return invalid(format!("multiple profile handlers found ('{a}', '{b}'); only one is allowed"));
+            return invalid(format!(
+                "multiple profile handlers found ('{a}', '{b}'); only one is allowed"
+            ));
         }
         if first.0.type_name == "single-profile-handler" && profiles.len() > 1 {
-            return invalid("SingleProfileHandler cannot support multiple scheduling profiles".into());
+            return invalid(
+                "SingleProfileHandler cannot support multiple scheduling profiles".into(),
+            );
         }
         Ok(first)
     }
@@ -308,18 +411,30 @@ impl Loader<'_> {
             }
         }
         // Any picker will do for a profile that names none.
-        let any = || self.instances.iter().find_map(|i| Some((i.name.clone(), i.roles.picker.clone()?)));
+        let any = || {
+            self.instances
+                .iter()
+                .find_map(|i| Some((i.name.clone(), i.roles.picker.clone()?)))
+        };
         let Some(picker) = picker.or_else(any) else {
             return invalid(format!("schedulingProfiles[{}] has no picker", entry.name));
         };
-        Ok(ResolvedProfile { name: entry.name.clone(), filters, scorers, picker })
+        Ok(ResolvedProfile {
+            name: entry.name.clone(),
+            filters,
+            scorers,
+            picker,
+        })
     }
 
     fn detector(
         &mut self,
         document: &Document,
     ) -> Result<(TypedName, Arc<dyn SaturationDetector>), ConfigError> {
-        let nested = document.flow_control.as_ref().and_then(|flow| flow.get("saturationDetector"));
+        let nested = document
+            .flow_control
+            .as_ref()
+            .and_then(|flow| flow.get("saturationDetector"));
         let nested: Option<Reference> = match nested {
             None | Some(serde_json::Value::Null) => None,
             Some(value) => Some(serde_json::from_value(value.clone()).map_err(|e| {
@@ -334,16 +449,24 @@ impl Loader<'_> {
             self.ensure(DETECTOR)?;
         }
         let Some(instance) = self.find(&reference) else {
-            return invalid(format!("saturation detector references undefined plugin '{reference}'"));
+            return invalid(format!(
+                "saturation detector references undefined plugin '{reference}'"
+            ));
         };
         match &instance.roles.saturation_detector {
             Some(detector) => Ok((instance.name.clone(), Arc::clone(detector))),
-            None => invalid(format!("plugin '{reference}' is not a fwkfc.SaturationDetector")),
+            None => invalid(format!(
+                "plugin '{reference}' is not a fwkfc.SaturationDetector"
+            )),
         }
     }
 
     fn parsers(&mut self, document: &Document) -> Result<Vec<Instance>, ConfigError> {
-        let listed = document.request_handler.as_ref().map(|h| h.parsers.as_slice()).unwrap_or_default();
+        let listed = document
+            .request_handler
+            .as_ref()
+            .map(|h| h.parsers.as_slice())
+            .unwrap_or_default();
         let mut names: Vec<String> = listed.iter().map(|r| r.plugin_ref.clone()).collect();
         if names.is_empty() {
             match document.parser.as_ref() {
@@ -366,12 +489,18 @@ impl Loader<'_> {
         Ok(parsers)
     }
 
-    #[expect(clippy::type_complexity, reason = "the pair is taken apart at its only caller")]
+    #[expect(
+        clippy::type_complexity,
+        reason = "the pair is taken apart at its only caller"
+    )]
     fn data_layer(
         &mut self,
         layer: DataLayer,
     ) -> Result<
-        (Vec<(TypedName, Arc<MetricsDataSource>, Arc<CoreMetricsExtractor>)>, Option<Arc<FileDiscovery>>),
+        (
+            Vec<(TypedName, Arc<MetricsDataSource>, Arc<CoreMetricsExtractor>)>,
+            Option<Arc<FileDiscovery>>,
+        ),
         ConfigError,
     > {
         let mut entries = layer.sources;
@@ -381,8 +510,13 @@ impl Loader<'_> {
         if wants_default && !entries.iter().any(|s| s.plugin_ref == METRICS_SOURCE) {
             self.ensure(METRICS_SOURCE)?;
             self.ensure(METRICS_EXTRACTOR)?;
-            let extractors = vec![Reference { plugin_ref: METRICS_EXTRACTOR.to_owned() }];
-            entries.push(SourceEntry { plugin_ref: METRICS_SOURCE.to_owned(), extractors });
+            let extractors = vec![Reference {
+                plugin_ref: METRICS_EXTRACTOR.to_owned(),
+            }];
+            entries.push(SourceEntry {
+                plugin_ref: METRICS_SOURCE.to_owned(),
+                extractors,
+            });
         }
         let mut sources = Vec::new();
         for entry in &entries {
@@ -393,15 +527,24 @@ impl Loader<'_> {
                 if source.plugin_type == "endpoint-notification-source" {
                     continue;
                 }
-                return invalid(format!("the plugin {} is not a fwkdl.DataSource", entry.plugin_ref));
+                return invalid(format!(
+                    "the plugin {} is not a fwkdl.DataSource",
+                    entry.plugin_ref
+                ));
             };
             let name = source.name.clone();
             for reference in &entry.extractors {
                 let Some(extractor) = self.find(&reference.plugin_ref) else {
-                    return invalid(format!("the plugin {} is not registered", reference.plugin_ref));
+                    return invalid(format!(
+                        "the plugin {} is not registered",
+                        reference.plugin_ref
+                    ));
                 };
                 let Some(extractor) = extractor.roles.metrics_extractor.clone() else {
-                    return invalid(format!("the plugin {} does not read {}", reference.plugin_ref, entry.plugin_ref));
+                    return invalid(format!(
+                        "the plugin {} does not read {}",
+                        reference.plugin_ref, entry.plugin_ref
+                    ));
                 };
                 sources.push((name.clone(), Arc::clone(&metrics), extractor));
             }
@@ -409,11 +552,19 @@ impl Loader<'_> {
         let discovery = match layer.discovery {
             None => None,
             Some(reference) => match self.find(&reference.plugin_ref) {
-                None => return invalid(format!("the plugin {} is not registered", reference.plugin_ref)),
+                None => {
+                    return invalid(format!(
+                        "the plugin {} is not registered",
+                        reference.plugin_ref
+                    ));
+                }
                 Some(instance) => match &instance.roles.file_discovery {
                     Some(discovery) => Some(Arc::clone(discovery)),
                     None => {
-                        return invalid(format!("the plugin {} is not an endpoint discovery", reference.plugin_ref));
+                        return invalid(format!(
+                            "the plugin {} is not an endpoint discovery",
+                            reference.plugin_ref
+                        ));
                     }
                 },
             },
@@ -424,11 +575,20 @@ impl Loader<'_> {
     /// Section 6.6: makes default producers until every required key has one.
     fn complete_producers(&mut self) -> Result<(), ConfigError> {
         loop {
-            let missing = self.keys.keys().iter().find(|k| k.produced_by.is_empty() && !k.required_by.is_empty());
+            let missing = self
+                .keys
+                .keys()
+                .iter()
+                .find(|k| k.produced_by.is_empty() && !k.required_by.is_empty());
             let Some(key) = missing else { break };
-            let (data_type, producer, consumer) =
-                (key.data_type, key.producer.clone(), key.required_by.first().cloned().unwrap_or_default());
-            let default = DEFAULT_PRODUCERS.iter().any(|(t, p)| *t == data_type && *p == producer);
+            let (data_type, producer, consumer) = (
+                key.data_type,
+                key.producer.clone(),
+                key.required_by.first().cloned().unwrap_or_default(),
+            );
+            let default = DEFAULT_PRODUCERS
+                .iter()
+                .any(|(t, p)| *t == data_type && *p == producer);
             if !default || self.find(&producer).is_some() {
                 return invalid(format!(
                     "no default producer found for missing data key {data_type}/{producer}, consumed by {consumer}"
@@ -439,7 +599,9 @@ impl Loader<'_> {
         for key in self.keys.keys().iter().filter(|k| k.produced_by.is_empty()) {
             if let Some(consumer) = key.optional_for.first() {
                 let (data_type, producer) = (key.data_type, &key.producer);
-                self.warnings.push(format!("nobody produces {data_type}/{producer}, which {consumer} would use"));
+                self.warnings.push(format!(
+                    "nobody produces {data_type}/{producer}, which {consumer} would use"
+                ));
             }
         }
         Ok(())
@@ -447,16 +609,27 @@ impl Loader<'_> {
 
     /// Producers so that each runs after those whose keys it reads; ties in document order.
     fn producers_in_order(&self) -> Result<Vec<(TypedName, Arc<dyn DataProducer>)>, ConfigError> {
-        let mut waiting: Vec<(TypedName, Arc<dyn DataProducer>)> =
-            self.instances.iter().filter_map(|i| Some((i.name.clone(), i.roles.producer.clone()?))).collect();
+        let mut waiting: Vec<(TypedName, Arc<dyn DataProducer>)> = self
+            .instances
+            .iter()
+            .filter_map(|i| Some((i.name.clone(), i.roles.producer.clone()?)))
+            .collect();
         let mut ordered = Vec::new();
         while !waiting.is_empty() {
             let depends = |name: &str| {
                 let reads = self.keys.keys().iter().filter(move |k| {
-                    k.required_by.iter().chain(&k.optional_for).any(|consumer| consumer == name)
+                    k.required_by
+                        .iter()
+                        .chain(&k.optional_for)
+                        .any(|consumer| consumer == name)
                 });
-                let names: Vec<&String> = reads.flat_map(|k| &k.produced_by).filter(|p| *p != name).collect();
-                waiting.iter().any(|(other, _)| names.contains(&&other.name))
+                let names: Vec<&String> = reads
+                    .flat_map(|k| &k.produced_by)
+                    .filter(|p| *p != name)
+                    .collect();
+                waiting
+                    .iter()
+                    .any(|(other, _)| names.contains(&&other.name))
             };
             let Some(next) = waiting.iter().position(|(name, _)| !depends(&name.name)) else {
                 return invalid("cycle detected: graph is not a DAG".into());
@@ -468,7 +641,10 @@ impl Loader<'_> {
 
     fn check_maturity(&self, options: &LoadOptions) -> Result<(), ConfigError> {
         for instance in &self.instances {
-            let alpha = self.registry.get(instance.plugin_type).is_some_and(|t| t.maturity == Maturity::Alpha);
+            let alpha = self
+                .registry
+                .get(instance.plugin_type)
+                .is_some_and(|t| t.maturity == Maturity::Alpha);
             if alpha && !options.allow_experimental {
                 return invalid(format!(
                     "plugin '{}' (type: '{}') has Alpha stability level, but command line flag \
@@ -489,11 +665,21 @@ fn build(
 ) -> Result<Instance, ConfigError> {
     keys.enter(&name);
     let ignored = Parameters::default();
-    let parameters = if plugin_type.lenient { &ignored } else { parameters };
-    let mut input = Build { name: &name, parameters, keys };
+    let parameters = if plugin_type.lenient {
+        &ignored
+    } else {
+        parameters
+    };
+    let mut input = Build {
+        name: &name,
+        parameters,
+        keys,
+    };
     let Some(built) = plugin_type.build(&mut input) else {
         let type_name = plugin_type.type_name;
-        return invalid(format!("plugin type '{type_name}' is known but not yet available in this version"));
+        return invalid(format!(
+            "plugin type '{type_name}' is known but not yet available in this version"
+        ));
     };
     let roles = built.map_err(|error| ConfigError::Plugin {
         name: name.clone(),
@@ -505,5 +691,12 @@ fn build(
         "decode-filter" | "prefill-filter" | "encode-filter" => "by-label",
         other => other,
     };
-    Ok(Instance { name: TypedName { type_name: reported, name }, plugin_type: plugin_type.type_name, roles })
+    Ok(Instance {
+        name: TypedName {
+            type_name: reported,
+            name,
+        },
+        plugin_type: plugin_type.type_name,
+        roles,
+    })
 }

@@ -37,9 +37,10 @@ impl Subset {
 pub fn collect(pool: &[Arc<Endpoint>], subset: &Subset, candidates: &mut Vec<Candidate>) {
     candidates.clear();
     let admitted = pool.iter().filter(|endpoint| subset.admits(endpoint));
-    candidates.extend(
-        admitted.map(|endpoint| Candidate { endpoint: Arc::clone(endpoint), metrics: endpoint.metrics() }),
-    );
+    candidates.extend(admitted.map(|endpoint| Candidate {
+        endpoint: Arc::clone(endpoint),
+        metrics: endpoint.metrics(),
+    }));
 }
 
 #[cfg(test)]

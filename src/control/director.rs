@@ -8,8 +8,8 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::candidates::{self, Subset};
 use super::RequestError;
+use super::candidates::{self, Subset};
 use crate::datalayer::EndpointStore;
 use crate::plugin::{Attributes, Leases, TypedName};
 use crate::request::parsers::{ParserSet, request_path};
@@ -19,13 +19,21 @@ use crate::response::Accounting;
 use crate::response::accounting::RequestFacts;
 use crate::response::usage::UsageFormat;
 use crate::scheduling::scheduler::{Scheduler, Scratch};
-use crate::scheduling::{Candidate, Cycle, DataProducer, PreRequest, SaturationDetector, SchedulingResult};
+use crate::scheduling::{
+    Candidate, Cycle, DataProducer, PreRequest, SaturationDetector, SchedulingResult,
+};
 use crate::telemetry::metrics::Metrics;
 
 /// Request header that names the objective; current spelling first.
-const OBJECTIVE: [&str; 2] = ["x-llm-d-inference-objective", "x-gateway-inference-objective"];
+const OBJECTIVE: [&str; 2] = [
+    "x-llm-d-inference-objective",
+    "x-gateway-inference-objective",
+];
 /// Request header with the fairness id.
-const FAIRNESS: [&str; 2] = ["x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id"];
+const FAIRNESS: [&str; 2] = [
+    "x-llm-d-inference-fairness-id",
+    "x-gateway-inference-fairness-id",
+];
 /// Request header with the model name to forward.
 const MODEL_REWRITE: [&str; 2] = ["x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"];
 /// Fairness id of requests that name none.
@@ -161,8 +169,18 @@ struct Workspace {
 
 impl Director {
     /// A director over `store`.
-    pub fn new(store: Arc<EndpointStore>, active: ActiveConfig, options: DirectorOptions, metrics: Metrics) -> Self {
-        Self { store, active: ArcSwap::from_pointee(active), options, metrics }
+    pub fn new(
+        store: Arc<EndpointStore>,
+        active: ActiveConfig,
+        options: DirectorOptions,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            store,
+            active: ArcSwap::from_pointee(active),
+            options,
+            metrics,
+        }
     }
 
     /// Replaces the configuration between requests.
@@ -171,7 +189,11 @@ impl Director {
     }
 
     /// The decision for one request.
-    pub fn decide(&self, intake: Intake, knowledge: BodyKnowledge) -> Result<Decision, RequestError> {
+    pub fn decide(
+        &self,
+        intake: Intake,
+        knowledge: BodyKnowledge,
+    ) -> Result<Decision, RequestError> {
         let started = Instant::now();
         WORKSPACE.with_borrow_mut(|workspace| {
             let result = if knowledge == BodyKnowledge::Absent {
@@ -190,7 +212,9 @@ impl Director {
     /// A request was refused before it came here.
     pub fn note_refusal(&self, error: &RequestError) {
         tracing::debug!(%error, "refused");
-        self.metrics.request_series("", "", DEFAULT_FLOW, 0).error(error.code());
+        self.metrics
+            .request_series("", "", DEFAULT_FLOW, 0)
+            .error(error.code());
     }
 
     /// The proxy gave a request up in `phase`.
@@ -199,7 +223,11 @@ impl Director {
     }
 
     /// Requests without a body reveal nothing to schedule by: any endpoint of the subset will do.
-    fn any_endpoint(&self, intake: Intake, workspace: &mut Workspace) -> Result<Decision, RequestError> {
+    fn any_endpoint(
+        &self,
+        intake: Intake,
+        workspace: &mut Workspace,
+    ) -> Result<Decision, RequestError> {
         let id = request_id(&intake.headers);
         self.collect(&intake.subset, workspace);
         self.seed(&workspace.rng, id.as_str());
@@ -238,9 +266,17 @@ impl Director {
         workspace: &mut Workspace,
     ) -> Result<Decision, RequestError> {
         let config = self.active.load();
-        let Intake { headers, body, subset, received_at } = intake;
-        let fairness = named(&headers, &FAIRNESS).unwrap_or(DEFAULT_FLOW).to_owned();
-        let (request, id) = match read_request(&config.parsers, headers, body, knowledge, fairness) {
+        let Intake {
+            headers,
+            body,
+            subset,
+            received_at,
+        } = intake;
+        let fairness = named(&headers, &FAIRNESS)
+            .unwrap_or(DEFAULT_FLOW)
+            .to_owned();
+        let (request, id) = match read_request(&config.parsers, headers, body, knowledge, fairness)
+        {
             Ok(read) => read,
             Err(error) => {
                 self.note_refusal(&error);
@@ -277,7 +313,12 @@ impl Director {
             }
         }
         self.collect(subset, workspace);
-        let Workspace { candidates, attributes, scratch, rng } = workspace;
+        let Workspace {
+            candidates,
+            attributes,
+            scratch,
+            rng,
+        } = workspace;
         if candidates.is_empty() {
             return Err(RequestError::NoCandidates);
         }
@@ -288,7 +329,12 @@ impl Director {
                 break;
             }
         }
-        let cycle = Cycle { request, attributes, now, rng };
+        let cycle = Cycle {
+            request,
+            attributes,
+            now,
+            rng,
+        };
         let result = config.scheduler.schedule(&cycle, candidates, scratch)?;
         let mut leases = Leases::default();
         for hook in &config.pre_request {
@@ -307,7 +353,11 @@ impl Director {
         workspace: &Workspace,
     ) -> Decision {
         let candidates = &workspace.candidates;
-        let picks = result.primary.picks.iter().filter_map(|&p| candidates.get(p as usize));
+        let picks = result
+            .primary
+            .picks
+            .iter()
+            .filter_map(|&p| candidates.get(p as usize));
         let first = picks.clone().next().map(|c| Arc::clone(&c.endpoint));
         let destination = join(picks.map(|c| &c.endpoint.host_port));
         let spec = first.as_ref().map(|e| &e.spec);
@@ -333,13 +383,18 @@ impl Director {
             received_at,
             stream: request.payload.stream,
             usage: usage_format(&request.payload),
-            endpoint: first.map(|e| e.host_port_str().to_owned()).unwrap_or_default(),
+            endpoint: first
+                .map(|e| e.host_port_str().to_owned())
+                .unwrap_or_default(),
             model: request.model,
             target_model: request.target_model,
         };
         Decision {
             destination,
-            scores: self.options.emit_scores.then(|| named_scores(candidates, &workspace.scratch)),
+            scores: self
+                .options
+                .emit_scores
+                .then(|| named_scores(candidates, &workspace.scratch)),
             set_headers: id.into_header(),
             remove_headers: self.headers_to_remove(&request.headers),
             body,
@@ -350,7 +405,11 @@ impl Director {
     }
 
     fn collect(&self, subset: &Subset, workspace: &mut Workspace) {
-        let subset = if self.options.ignore_subset { &Subset::Any } else { subset };
+        let subset = if self.options.ignore_subset {
+            &Subset::Any
+        } else {
+            subset
+        };
         candidates::collect(&self.store.snapshot(), subset, &mut workspace.candidates);
     }
 
@@ -361,11 +420,20 @@ impl Director {
     }
 
     fn series(&self, request: &InferenceRequest) -> Arc<crate::telemetry::metrics::RequestSeries> {
-        self.metrics.request_series(&request.model, &request.target_model, &request.fairness_id, request.priority)
+        self.metrics.request_series(
+            &request.model,
+            &request.target_model,
+            &request.fairness_id,
+            request.priority,
+        )
     }
 
     fn headers_to_remove(&self, headers: &Headers) -> Vec<String> {
-        let control: &[&str] = if self.options.strip_control_headers { &CONTROL_HEADERS } else { &[] };
+        let control: &[&str] = if self.options.strip_control_headers {
+            &CONTROL_HEADERS
+        } else {
+            &[]
+        };
         let mut remove = Vec::new();
         for header in headers.iter().filter(|h| h.name.starts_with("x-")) {
             let name = header.name.as_str();
@@ -408,7 +476,9 @@ fn request_id(headers: &Headers) -> RequestId {
 }
 
 fn named<'a>(headers: &'a Headers, names: &[&str]) -> Option<&'a str> {
-    headers.first_present(names).filter(|v| !v.is_empty() && v.len() <= MAX_NAME_BYTES)
+    headers
+        .first_present(names)
+        .filter(|v| !v.is_empty() && v.len() <= MAX_NAME_BYTES)
 }
 
 /// Parses the body and applies the model rewrite header.
@@ -423,9 +493,10 @@ fn read_request(
     let payload = match knowledge {
         BodyKnowledge::Complete => parsers.resolve(&path)?.parse(&path, &body)?,
         // What cannot be read in full is routed by load alone.
-        BodyKnowledge::MaybeCut => {
-            parsers.resolve(&path)?.parse(&path, &body).unwrap_or_else(|_| Payload::raw(false))
-        }
+        BodyKnowledge::MaybeCut => parsers
+            .resolve(&path)?
+            .parse(&path, &body)
+            .unwrap_or_else(|_| Payload::raw(false)),
         BodyKnowledge::Unseen | BodyKnowledge::Absent => Payload::raw(false),
     };
     let id = request_id(&headers);
@@ -456,7 +527,9 @@ fn usage_format(payload: &Payload) -> Option<UsageFormat> {
 
 fn join<'a>(addresses: impl Iterator<Item = &'a Bytes>) -> Bytes {
     let mut addresses = addresses.peekable();
-    let Some(first) = addresses.next() else { return Bytes::new() };
+    let Some(first) = addresses.next() else {
+        return Bytes::new();
+    };
     if addresses.peek().is_none() {
         return first.clone();
     }
@@ -471,6 +544,15 @@ fn join<'a>(addresses: impl Iterator<Item = &'a Bytes>) -> Bytes {
 fn named_scores(candidates: &[Candidate], scratch: &Scratch) -> Vec<(String, f64)> {
     let scored = scratch.primary_scores().iter();
     scored
-        .filter_map(|s| Some((candidates.get(s.position as usize)?.endpoint.host_port_str().to_owned(), s.total)))
+        .filter_map(|s| {
+            Some((
+                candidates
+                    .get(s.position as usize)?
+                    .endpoint
+                    .host_port_str()
+                    .to_owned(),
+                s.total,
+            ))
+        })
         .collect()
 }

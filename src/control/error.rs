@@ -57,7 +57,9 @@ impl RequestError {
             Self::BadRequest(_) | Self::NoModel => "BadRequest",
             Self::BodyTooLarge { .. } => "RequestEntityTooLarge",
             Self::Shed | Self::Schedule(_) => "ResourceExhausted",
-            Self::NoCandidates | Self::NoEndpoints | Self::DecisionTimeout { .. } => "ServiceUnavailable",
+            Self::NoCandidates | Self::NoEndpoints | Self::DecisionTimeout { .. } => {
+                "ServiceUnavailable"
+            }
         }
     }
 

@@ -34,7 +34,11 @@ impl PoolGauges {
     /// Gauges labelled `pool`, over endpoints scraped within `staleness`.
     pub fn new(store: Arc<EndpointStore>, pool: &str, staleness: Duration) -> Self {
         let gauge = |name| Pair::gauge(name, labels(&[("name", pool)]), labels(&[("name", pool)]));
-        let measure = |average, deviation, value| Measure { value, average: gauge(average), deviation: gauge(deviation) };
+        let measure = |average, deviation, value| Measure {
+            value,
+            average: gauge(average),
+            deviation: gauge(deviation),
+        };
         Self {
             ready: gauge("llm_d_epp_ready_endpoints"),
             measures: [
@@ -43,12 +47,16 @@ impl PoolGauges {
                     "llm_d_epp_std_dev_kv_cache_utilization",
                     |m| m.kv_cache_usage,
                 ),
-                measure("llm_d_epp_average_queue_size", "llm_d_epp_std_dev_queue_size", |m| {
-                    f64::from(m.waiting_requests)
-                }),
-                measure("llm_d_epp_average_running_requests", "llm_d_epp_std_dev_running_requests", |m| {
-                    f64::from(m.running_requests)
-                }),
+                measure(
+                    "llm_d_epp_average_queue_size",
+                    "llm_d_epp_std_dev_queue_size",
+                    |m| f64::from(m.waiting_requests),
+                ),
+                measure(
+                    "llm_d_epp_average_running_requests",
+                    "llm_d_epp_std_dev_running_requests",
+                    |m| f64::from(m.running_requests),
+                ),
             ],
             store,
             pool: pool.to_owned(),
@@ -76,7 +84,8 @@ impl PoolGauges {
         let mut fresh = Vec::with_capacity(pool.len());
         for endpoint in pool.iter() {
             let metrics = endpoint.metrics();
-            self.queue_gauge(&endpoint.spec.name).set(f64::from(metrics.waiting_requests));
+            self.queue_gauge(&endpoint.spec.name)
+                .set(f64::from(metrics.waiting_requests));
             shown.push(endpoint.spec.name.clone());
             if metrics.is_fresh(now, self.staleness) {
                 fresh.push(metrics);
@@ -110,7 +119,11 @@ fn spread(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
     let n = values.clone().count() as f64;
     let mean = values.clone().sum::<f64>() / n;
     let squares: f64 = values.map(|v| (v - mean).powi(2)).sum();
-    let deviation = if n > 1.0 { (squares / (n - 1.0)).sqrt() } else { 0.0 };
+    let deviation = if n > 1.0 {
+        (squares / (n - 1.0)).sqrt()
+    } else {
+        0.0
+    };
     let round = |v: f64| (v * 100.0).round() / 100.0;
     (round(mean), round(deviation))
 }

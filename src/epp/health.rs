@@ -26,7 +26,10 @@ pub struct HealthState {
 impl HealthState {
     /// Not draining; ready once `store` is synced.
     pub fn new(store: Arc<EndpointStore>) -> Self {
-        Self { store, draining: AtomicBool::new(false) }
+        Self {
+            store,
+            draining: AtomicBool::new(false),
+        }
     }
 
     /// Reports NOT_SERVING from now on.
@@ -42,7 +45,11 @@ impl HealthState {
     /// `liveness` holds as long as the process answers: a drain or a pool that is not there yet must
     /// not get the process killed. Every other name, known or not, follows readiness.
     fn status(&self, service: &str) -> ServingStatus {
-        if service == "liveness" || self.is_ready() { ServingStatus::Serving } else { ServingStatus::NotServing }
+        if service == "liveness" || self.is_ready() {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        }
     }
 }
 
@@ -52,21 +59,37 @@ pub struct HealthService(pub Arc<HealthState>);
 
 #[tonic::async_trait]
 impl Health for HealthService {
-    async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+    async fn check(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
         let status = self.0.status(&request.get_ref().service).into();
         Ok(Response::new(HealthCheckResponse { status }))
     }
 
     type WatchStream = futures_util::stream::Empty<Result<HealthCheckResponse, Status>>;
 
-    async fn watch(&self, _: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        _: Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         Err(Status::unimplemented("poll Check instead"))
     }
 
-    async fn list(&self, _: Request<HealthListRequest>) -> Result<Response<HealthListResponse>, Status> {
+    async fn list(
+        &self,
+        _: Request<HealthListRequest>,
+    ) -> Result<Response<HealthListResponse>, Status> {
         let statuses: HashMap<_, _> = ["", "liveness", "readiness", EXT_PROC_SERVICE]
             .into_iter()
-            .map(|name| (name.to_owned(), HealthCheckResponse { status: self.0.status(name).into() }))
+            .map(|name| {
+                (
+                    name.to_owned(),
+                    HealthCheckResponse {
+                        status: self.0.status(name).into(),
+                    },
+                )
+            })
             .collect();
         Ok(Response::new(HealthListResponse { statuses }))
     }
@@ -80,7 +103,13 @@ mod tests {
     fn readiness_needs_a_synced_pool_and_no_drain() {
         let store = Arc::new(EndpointStore::default());
         let state = HealthState::new(Arc::clone(&store));
-        let names = ["", "readiness", EXT_PROC_SERVICE, "inference-extension", "anything"];
+        let names = [
+            "",
+            "readiness",
+            EXT_PROC_SERVICE,
+            "inference-extension",
+            "anything",
+        ];
         let all = |wanted| names.iter().all(|name| state.status(name) == wanted);
         assert!(all(ServingStatus::NotServing));
         store.replace(Vec::new());

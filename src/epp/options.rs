@@ -27,8 +27,11 @@ const REMOVED: &[&str] = &[
     "zap-time-encoding",
 ];
 /// Removed flags without a value of their own.
-const REMOVED_BOOLEAN: &[&str] =
-    &["grpc-enable-compression", "model-server-metrics-https-insecure-skip-verify", "zap-devel"];
+const REMOVED_BOOLEAN: &[&str] = &[
+    "grpc-enable-compression",
+    "model-server-metrics-https-insecure-skip-verify",
+    "zap-devel",
+];
 /// Flags whose work moved into the configuration document; setting one is an error.
 const MOVED: &[&str] = &[
     "total-queued-requests-metric",
@@ -103,7 +106,11 @@ pub struct ServeOptions {
 
 /// The endpoint picker: answers Envoy's ext_proc calls with the endpoint each request should go to.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "pinpod serve", args_override_self = true, disable_version_flag = true)]
+#[command(
+    name = "pinpod serve",
+    args_override_self = true,
+    disable_version_flag = true
+)]
 struct Flags {
     #[command(flatten, next_help_heading = "Endpoints and configuration")]
     pool: PoolFlags,
@@ -136,10 +143,20 @@ struct PoolFlags {
     #[arg(long, default_value = "", hide_default_value = true)]
     endpoint_target_ports: String,
     /// EndpointPickerConfig document, YAML or JSON
-    #[arg(long, value_name = "PATH", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "",
+        hide_default_value = true
+    )]
     config_file: String,
     /// The document itself
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
     config_text: String,
     /// Permit plugins marked alpha
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
@@ -164,7 +181,12 @@ struct PortFlags {
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
     secure_serving: bool,
     /// Directory with tls.crt and tls.key, followed as they change; without it a certificate is made
-    #[arg(long, value_name = "DIR", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "",
+        hide_default_value = true
+    )]
     cert_path: String,
     /// Accepted: a given certificate is always followed
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
@@ -192,10 +214,20 @@ struct RequestFlags {
     #[arg(long, default_value_t = 62_000)]
     max_body_chunk_bytes: usize,
     /// Longest gRPC message received [default: the longest body and 1 MiB]
-    #[arg(long, value_name = "SIZE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "",
+        hide_default_value = true
+    )]
     grpc_max_recv_msg_size: String,
     /// Longest gRPC message sent [default: no limit]
-    #[arg(long, value_name = "SIZE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "",
+        hide_default_value = true
+    )]
     grpc_max_send_msg_size: String,
     /// Longest time from a request's first message to its decision, upload included; 503 past it
     #[arg(long, value_name = "DURATION", default_value = "120s")]
@@ -247,7 +279,12 @@ struct TelemetryFlags {
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
     tracing: bool,
     /// Verbosity: up to 3 info, 4 debug, 5 trace
-    #[arg(short = 'v', long = "v", default_value_t = 2, allow_negative_numbers = true)]
+    #[arg(
+        short = 'v',
+        long = "v",
+        default_value_t = 2,
+        allow_negative_numbers = true
+    )]
     verbosity: i32,
     /// Level by name or number instead of -v: debug, info, error, or a number
     #[arg(long, default_value = "", hide_default_value = true)]
@@ -272,7 +309,8 @@ pub enum OptionsError {
 pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<ServeOptions, OptionsError> {
     let (arguments, mut warnings) = normalise(arguments.into_iter().collect())?;
     let command = Flags::command();
-    let matches = command.try_get_matches_from(std::iter::once("pinpod serve".to_owned()).chain(arguments))?;
+    let matches = command
+        .try_get_matches_from(std::iter::once("pinpod serve".to_owned()).chain(arguments))?;
     let flags = Flags::from_arg_matches(&matches)?;
     flags.validate(&mut warnings)
 }
@@ -285,9 +323,13 @@ fn invalid<T>(text: impl Into<String>) -> Result<T, OptionsError> {
 fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), OptionsError> {
     let command = Flags::command();
     let is_boolean = |name: &str| {
-        command.get_arguments().find(|a| a.get_long() == Some(name)).map(|a| {
-            a.get_num_args().is_some_and(|range| range.min_values() == 0)
-        })
+        command
+            .get_arguments()
+            .find(|a| a.get_long() == Some(name))
+            .map(|a| {
+                a.get_num_args()
+                    .is_some_and(|range| range.min_values() == 0)
+            })
     };
     let mut out = Vec::new();
     let mut warnings = Vec::new();
@@ -297,7 +339,9 @@ fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), Optio
             out.push("--help".to_owned());
             continue;
         }
-        let body = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-'));
+        let body = argument
+            .strip_prefix("--")
+            .or_else(|| argument.strip_prefix('-'));
         let Some(body) = body.filter(|b| !b.is_empty()) else {
             if !argument.is_empty() {
                 warnings.push(format!("argument {argument:?} is ignored"));
@@ -309,7 +353,8 @@ fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), Optio
             None => (kebab(body), None),
         };
         let has_value = value.is_some();
-        let mut next_value = || rest.next_if(|next| !next.starts_with('-') || next.parse::<f64>().is_ok());
+        let mut next_value =
+            || rest.next_if(|next| !next.starts_with('-') || next.parse::<f64>().is_ok());
         if MOVED.contains(&name.as_str()) {
             return invalid(format!(
                 "flag {name:?} is deprecated and cannot be used; configure metrics via engineConfigs in EndpointPickerConfig instead"
@@ -329,7 +374,10 @@ fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), Optio
                     next_value();
                 }
             }
-            Some(true) => out.push(format!("--{name}={}", go_bool(&name, value.as_deref().unwrap_or("true"))?)),
+            Some(true) => out.push(format!(
+                "--{name}={}",
+                go_bool(&name, value.as_deref().unwrap_or("true"))?
+            )),
             Some(false) => match value.or_else(next_value) {
                 Some(value) => out.push(format!("--{name}={value}")),
                 None => return invalid(format!("flag --{name} needs a value")),
@@ -362,7 +410,9 @@ fn go_bool(name: &str, text: &str) -> Result<bool, OptionsError> {
 /// A Kubernetes quantity in bytes; a trailing `B` is dropped, so that `10MiB` works.
 fn quantity(name: &str, text: &str) -> Result<usize, OptionsError> {
     let body = text.trim().trim_end_matches(['B', 'b']);
-    let digits = body.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(body.len());
+    let digits = body
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(body.len());
     let (number, unit) = body.split_at(digits);
     let scale = match unit {
         "" => 1.0,
@@ -372,43 +422,75 @@ fn quantity(name: &str, text: &str) -> Result<usize, OptionsError> {
         "Ki" => 1024.0,
         "Mi" => 1024.0 * 1024.0,
         "Gi" => 1024.0 * 1024.0 * 1024.0,
-        _ => return invalid(format!("flag --{name}: {text:?} is not a size such as 64Mi or 10MB")),
+        _ => {
+            return invalid(format!(
+                "flag --{name}: {text:?} is not a size such as 64Mi or 10MB"
+            ));
+        }
     };
     match number.parse::<f64>() {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "digits only, saturates")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "digits only, saturates"
+        )]
         Ok(number) => Ok((number * scale) as usize),
-        Err(_) => invalid(format!("flag --{name}: {text:?} is not a size such as 64Mi or 10MB")),
+        Err(_) => invalid(format!(
+            "flag --{name}: {text:?} is not a size such as 64Mi or 10MB"
+        )),
     }
 }
 
 fn list(text: &str) -> Vec<String> {
-    text.split(',').map(str::trim).filter(|s| !s.is_empty()).map(str::to_owned).collect()
+    text.split(',')
+        .map(str::trim)
+        .filter(|s| !s.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 impl Flags {
     fn validate(self, warnings: &mut Vec<String>) -> Result<ServeOptions, OptionsError> {
-        let Self { pool, ports, requests, telemetry } = self;
+        let Self {
+            pool,
+            ports,
+            requests,
+            telemetry,
+        } = self;
         if !pool.config_file.is_empty() && !pool.config_text.is_empty() {
-            return invalid(r#"both the "config-file" and "config-text" flags cannot be set at the same time"#);
+            return invalid(
+                r#"both the "config-file" and "config-text" flags cannot be set at the same time"#,
+            );
         }
-        let (named, selected) = (!pool.pool_name.is_empty(), !pool.endpoint_selector.is_empty());
+        let (named, selected) = (
+            !pool.pool_name.is_empty(),
+            !pool.endpoint_selector.is_empty(),
+        );
         // A static list needs no pool; everything else is held to the reference's rule.
         if named && selected || !named && !selected && pool.endpoints.is_none() {
-            return invalid("exactly one of --pool-name and --endpoint-selector must be set (or --endpoints given)");
+            return invalid(
+                "exactly one of --pool-name and --endpoint-selector must be set (or --endpoints given)",
+            );
         }
         let target_ports = list(&pool.endpoint_target_ports);
         if target_ports.len() > 8 || target_ports.iter().any(|p| p.parse::<u16>().is_err()) {
             return invalid("flag --endpoint-target-ports: expected 1 to 8 ports");
         }
         if pool.ha_enable_leader_election {
-            return invalid("flag --ha-enable-leader-election is known but not yet available in this version");
+            return invalid(
+                "flag --ha-enable-leader-election is known but not yet available in this version",
+            );
         }
         if !telemetry.metrics_cert_dir.is_empty() || !telemetry.metrics_client_ca_file.is_empty() {
-            return invalid("flags --metrics-cert-dir and --metrics-client-ca-file are not yet available in this version");
+            return invalid(
+                "flags --metrics-cert-dir and --metrics-client-ca-file are not yet available in this version",
+            );
         }
         let mut refresh = telemetry.refresh_metrics_interval.0;
         if refresh < MIN_REFRESH {
-            warnings.push(format!("--refresh-metrics-interval {refresh:?} is raised to {MIN_REFRESH:?}"));
+            warnings.push(format!(
+                "--refresh-metrics-interval {refresh:?} is raised to {MIN_REFRESH:?}"
+            ));
             refresh = MIN_REFRESH;
         }
         if requests.max_body_chunk_bytes == 0 {
@@ -419,7 +501,11 @@ impl Flags {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Ok(ServeOptions {
             endpoints: pool.endpoints.filter(|e| !e.is_empty()),
-            pool_name: if named { pool.pool_name } else { "epp".to_owned() },
+            pool_name: if named {
+                pool.pool_name
+            } else {
+                "epp".to_owned()
+            },
             config_file: optional(&pool.config_file).map(Into::into),
             config_text: optional(&pool.config_text),
             allow_experimental_plugins: pool.allow_experimental_plugins,
@@ -432,11 +518,24 @@ impl Flags {
                 min_version: ports.tls_min_version,
                 cipher_suites: list(&ports.tls_cipher_suites),
             },
-            workers: if ports.workers == 0 { cores } else { ports.workers },
-            max_request_body_bytes: quantity("max-request-body-bytes", &requests.max_request_body_bytes)?,
+            workers: if ports.workers == 0 {
+                cores
+            } else {
+                ports.workers
+            },
+            max_request_body_bytes: quantity(
+                "max-request-body-bytes",
+                &requests.max_request_body_bytes,
+            )?,
             max_body_chunk_bytes: requests.max_body_chunk_bytes,
-            grpc_max_recv_msg_size: size("grpc-max-recv-msg-size", &requests.grpc_max_recv_msg_size)?,
-            grpc_max_send_msg_size: size("grpc-max-send-msg-size", &requests.grpc_max_send_msg_size)?,
+            grpc_max_recv_msg_size: size(
+                "grpc-max-recv-msg-size",
+                &requests.grpc_max_recv_msg_size,
+            )?,
+            grpc_max_send_msg_size: size(
+                "grpc-max-send-msg-size",
+                &requests.grpc_max_send_msg_size,
+            )?,
             decision_timeout: requests.decision_timeout.0,
             drain_timeout: requests.drain_timeout.0,
             refresh_metrics_interval: refresh,
@@ -447,7 +546,11 @@ impl Flags {
             strip_routing_headers: requests.strip_routing_headers,
             enable_grpc_stream_metrics: telemetry.enable_grpc_stream_metrics,
             seed: requests.seed,
-            log_format: if telemetry.zap_encoder == "json" { log::Format::Json } else { log::Format::Text },
+            log_format: if telemetry.zap_encoder == "json" {
+                log::Format::Json
+            } else {
+                log::Format::Text
+            },
             log_level: log_level(telemetry.verbosity, &telemetry.zap_log_level)?,
             warnings: std::mem::take(warnings),
         })
@@ -462,7 +565,9 @@ fn log_level(verbosity: i32, named: &str) -> Result<tracing::Level, OptionsError
         "error" | "panic" => Ok(tracing::Level::ERROR),
         number => match number.parse() {
             Ok(number) => Ok(log::level(number)),
-            Err(_) => invalid(format!("flag --zap-log-level: {number:?} is not debug, info, error or a number")),
+            Err(_) => invalid(format!(
+                "flag --zap-log-level: {number:?} is not debug, info, error or a number"
+            )),
         },
     }
 }
@@ -478,7 +583,14 @@ mod tests {
     #[test]
     fn defaults_are_the_references() {
         let options = options(&["--pool-name", "p"]).unwrap();
-        assert_eq!((options.grpc_port, options.grpc_health_port, options.metrics_port), (9002, 9003, 9090));
+        assert_eq!(
+            (
+                options.grpc_port,
+                options.grpc_health_port,
+                options.metrics_port
+            ),
+            (9002, 9003, 9090)
+        );
         assert!(options.secure_serving && options.strip_routing_headers);
         assert_eq!(options.drain_timeout, Duration::from_secs(30));
         assert_eq!(options.refresh_metrics_interval, Duration::from_millis(50));
@@ -491,12 +603,66 @@ mod tests {
     fn every_published_command_line_is_understood() {
         // Chart, operator (with its empty strings) and early releases.
         for line in [
-            &["--pool-name", "p", "--pool-namespace", "n", "--pool-group", "g", "--zap-encoder", "json", "--config-text={}x", "--grpc-health-port", "9003", "--tracing=true"][..],
-            &["--pool-name=p", "", "", "--grpc-port", "9002", "", "--enable-cert-reload=true", "--model-server-metrics-scheme=https", "--secure-serving=false"],
-            &["-poolName", "p", "-poolNamespace", "n", "-grpcPort", "9002", "-v", "4", "-configText", "x"],
-            &["--poolName=p", "--refreshMetricsInterval=100ms", "--destinationEndpointHintKey", "k", "-v=5"],
-            &["--pool-name", "p", "--health-checking", "--metrics-endpoint-auth=false", "--v=3", "stray", "--pool-name", "q"],
-            &["--endpoint-selector", "app=x,tier in (a,b)", "--endpoint-target-ports", "8000,8001"],
+            &[
+                "--pool-name",
+                "p",
+                "--pool-namespace",
+                "n",
+                "--pool-group",
+                "g",
+                "--zap-encoder",
+                "json",
+                "--config-text={}x",
+                "--grpc-health-port",
+                "9003",
+                "--tracing=true",
+            ][..],
+            &[
+                "--pool-name=p",
+                "",
+                "",
+                "--grpc-port",
+                "9002",
+                "",
+                "--enable-cert-reload=true",
+                "--model-server-metrics-scheme=https",
+                "--secure-serving=false",
+            ],
+            &[
+                "-poolName",
+                "p",
+                "-poolNamespace",
+                "n",
+                "-grpcPort",
+                "9002",
+                "-v",
+                "4",
+                "-configText",
+                "x",
+            ],
+            &[
+                "--poolName=p",
+                "--refreshMetricsInterval=100ms",
+                "--destinationEndpointHintKey",
+                "k",
+                "-v=5",
+            ],
+            &[
+                "--pool-name",
+                "p",
+                "--health-checking",
+                "--metrics-endpoint-auth=false",
+                "--v=3",
+                "stray",
+                "--pool-name",
+                "q",
+            ],
+            &[
+                "--endpoint-selector",
+                "app=x,tier in (a,b)",
+                "--endpoint-target-ports",
+                "8000,8001",
+            ],
         ] {
             assert!(options(line).is_ok(), "{line:?}: {:?}", options(line));
         }
@@ -506,27 +672,55 @@ mod tests {
 
     #[test]
     fn what_has_no_effect_is_named() {
-        let options = options(&["--pool-name=p", "--grpc-enable-compression", "--model-server-metrics-port", "8000", "--new-flag", "x", "stray", "--refresh-metrics-interval=1ms"]).unwrap();
-        assert_eq!(options.warnings, [
-            "flag --grpc-enable-compression has no effect",
-            "flag --model-server-metrics-port has no effect",
-            "flag --new-flag is unknown and ignored",
-            "argument \"stray\" is ignored",
-            "--refresh-metrics-interval 1ms is raised to 50ms",
-        ]);
+        let options = options(&[
+            "--pool-name=p",
+            "--grpc-enable-compression",
+            "--model-server-metrics-port",
+            "8000",
+            "--new-flag",
+            "x",
+            "stray",
+            "--refresh-metrics-interval=1ms",
+        ])
+        .unwrap();
+        assert_eq!(
+            options.warnings,
+            [
+                "flag --grpc-enable-compression has no effect",
+                "flag --model-server-metrics-port has no effect",
+                "flag --new-flag is unknown and ignored",
+                "argument \"stray\" is ignored",
+                "--refresh-metrics-interval 1ms is raised to 50ms",
+            ]
+        );
     }
 
     #[test]
     fn broken_rules_are_refused() {
         for (line, text) in [
             (&[][..], "exactly one of --pool-name"),
-            (&["--pool-name=p", "--endpoint-selector=a=b"], "exactly one of --pool-name"),
-            (&["--pool-name=p", "--config-file=a", "--config-text=b"], "cannot be set at the same time"),
-            (&["--pool-name=p", "--lora-info-metric=x"], "configure metrics via engineConfigs"),
+            (
+                &["--pool-name=p", "--endpoint-selector=a=b"],
+                "exactly one of --pool-name",
+            ),
+            (
+                &["--pool-name=p", "--config-file=a", "--config-text=b"],
+                "cannot be set at the same time",
+            ),
+            (
+                &["--pool-name=p", "--lora-info-metric=x"],
+                "configure metrics via engineConfigs",
+            ),
             (&["--pool-name=p", "--grpc-port=x"], "invalid value"),
-            (&["--pool-name=p", "--secure-serving=maybe"], "not true or false"),
+            (
+                &["--pool-name=p", "--secure-serving=maybe"],
+                "not true or false",
+            ),
             (&["--pool-name=p", "--drain-timeout=5"], "not a duration"),
-            (&["--pool-name=p", "--max-request-body-bytes=5x"], "not a size"),
+            (
+                &["--pool-name=p", "--max-request-body-bytes=5x"],
+                "not a size",
+            ),
             (&["--pool-name"], "needs a value"),
         ] {
             let error = options(line).unwrap_err();

@@ -61,9 +61,13 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     }
     for (name, source, extractor) in &config.sources {
         let handle = tokio::runtime::Handle::current();
-        let scraper =
-            Scraper::new(Arc::clone(source), Arc::clone(extractor), options.refresh_metrics_interval, handle)
-                .with_context(|| format!("plugin '{}'", name.name))?;
+        let scraper = Scraper::new(
+            Arc::clone(source),
+            Arc::clone(extractor),
+            options.refresh_metrics_interval,
+            handle,
+        )
+        .with_context(|| format!("plugin '{}'", name.name))?;
         store.subscribe(Arc::new(scraper) as Arc<dyn EndpointListener>);
     }
     start_discovery(&options, &config, &store, &tasks, &shutdown)?;
@@ -94,12 +98,15 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
 fn load_config(options: &ServeOptions) -> anyhow::Result<ResolvedConfig> {
     let text = match (&options.config_file, &options.config_text) {
         (Some(path), _) => {
-            let text = std::fs::read_to_string(path).with_context(|| format!("--config-file {}", path.display()))?;
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("--config-file {}", path.display()))?;
             Some(text)
         }
         (None, text) => text.clone(),
     };
-    let load = LoadOptions { allow_experimental: options.allow_experimental_plugins };
+    let load = LoadOptions {
+        allow_experimental: options.allow_experimental_plugins,
+    };
     let config = config::load(text.as_deref(), &load, &config::builtin::registry())?;
     for warning in &config.warnings {
         tracing::warn!("{warning}");
@@ -124,7 +131,10 @@ fn start_discovery(
              Kubernetes discovery is not available in this version"
         );
     };
-    discovery.load(store).map_err(anyhow::Error::msg).context("file-discovery")?;
+    discovery
+        .load(store)
+        .map_err(anyhow::Error::msg)
+        .context("file-discovery")?;
     let (store, shutdown) = (Arc::clone(store), shutdown.clone());
     tasks.spawn(async move { discovery.watch(&store, shutdown).await });
     Ok(())
@@ -142,28 +152,48 @@ fn start_servers(
         max_chunk_bytes: options.max_body_chunk_bytes,
         decision_timeout: options.decision_timeout,
     };
-    let streams = options.enable_grpc_stream_metrics.then(|| Arc::new(ExtProcStreams::default()));
+    let streams = options
+        .enable_grpc_stream_metrics
+        .then(|| Arc::new(ExtProcStreams::default()));
     // A body may arrive as one message when a buffering filter stands before us.
-    let receive = options.grpc_max_recv_msg_size.unwrap_or(options.max_request_body_bytes + MESSAGE_OVERHEAD_BYTES);
+    let receive = options
+        .grpc_max_recv_msg_size
+        .unwrap_or(options.max_request_body_bytes + MESSAGE_OVERHEAD_BYTES);
     let processor = ExternalProcessorServer::new(Processor::new(director, settings, streams))
         .max_decoding_message_size(receive)
         .max_encoding_message_size(options.grpc_max_send_msg_size.unwrap_or(usize::MAX))
         .accept_compressed(tonic::codec::CompressionEncoding::Gzip);
     let health_service = HealthServer::new(HealthService(Arc::clone(health)));
-    let routes = Routes { processor, health: health_service.clone() };
+    let routes = Routes {
+        processor,
+        health: health_service.clone(),
+    };
     let tls = if options.secure_serving {
         let shared = Arc::new(ArcSwap::from_pointee(tls::load(&options.tls)?));
         if options.tls.cert_path.is_some() {
-            tasks.spawn(tls::watch(options.tls.clone(), Arc::clone(&shared), shutdown.clone()));
+            tasks.spawn(tls::watch(
+                options.tls.clone(),
+                Arc::clone(&shared),
+                shutdown.clone(),
+            ));
         }
         Some(shared)
     } else {
         None
     };
-    let extproc = ServerConfigs { address: any(options.grpc_port), workers: options.workers, tls };
-    let health = ServerConfigs { address: any(options.grpc_health_port), workers: 1, tls: None };
+    let extproc = ServerConfigs {
+        address: any(options.grpc_port),
+        workers: options.workers,
+        tls,
+    };
+    let health = ServerConfigs {
+        address: any(options.grpc_health_port),
+        workers: 1,
+        tls: None,
+    };
     Ok([
-        Server::start(&extproc, &routes).with_context(|| format!("--grpc-port {}", options.grpc_port))?,
+        Server::start(&extproc, &routes)
+            .with_context(|| format!("--grpc-port {}", options.grpc_port))?,
         Server::start(&health, &health_service)
             .with_context(|| format!("--grpc-health-port {}", options.grpc_health_port))?,
     ])
@@ -180,10 +210,21 @@ async fn start_metrics(
         .await
         .with_context(|| format!("--metrics-port {}", options.metrics_port))?;
     tracing::info!(metrics = %listener.local_addr()?, "serving metrics");
-    tasks.spawn(telemetry::server::serve(listener, prometheus.clone(), shutdown.clone()));
+    tasks.spawn(telemetry::server::serve(
+        listener,
+        prometheus.clone(),
+        shutdown.clone(),
+    ));
     tasks.spawn(telemetry::metrics::upkeep(prometheus, shutdown.clone()));
-    let gauges = PoolGauges::new(Arc::clone(store), &options.pool_name, options.metrics_staleness_threshold);
-    tasks.spawn(gauges.run(options.refresh_prometheus_metrics_interval, shutdown.clone()));
+    let gauges = PoolGauges::new(
+        Arc::clone(store),
+        &options.pool_name,
+        options.metrics_staleness_threshold,
+    );
+    tasks.spawn(gauges.run(
+        options.refresh_prometheus_metrics_interval,
+        shutdown.clone(),
+    ));
     Ok(())
 }
 
@@ -192,7 +233,8 @@ fn any(port: u16) -> SocketAddr {
     (Ipv4Addr::UNSPECIFIED, port).into()
 }
 
-async fn wait_for_signal() -> anyhow::Result<()> {
+/// Returns at SIGTERM or SIGINT.
+pub async fn wait_for_signal() -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
@@ -204,7 +246,12 @@ async fn wait_for_signal() -> anyhow::Result<()> {
 
 /// Not ready at once, serving on while proxies notice, then only open streams, then nothing. A second
 /// signal skips the waiting.
-async fn drain(options: &ServeOptions, health: &HealthState, servers: [Server; 2], shutdown: &CancellationToken) {
+async fn drain(
+    options: &ServeOptions,
+    health: &HealthState,
+    servers: [Server; 2],
+    shutdown: &CancellationToken,
+) {
     health.drain();
     tracing::info!(
         drain_timeout = ?options.drain_timeout,

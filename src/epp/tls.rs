@@ -49,7 +49,9 @@ pub fn load(options: &TlsOptions) -> anyhow::Result<ServerConfig> {
 /// Reloads the pair when one of its files changes; a pair that cannot be used keeps the old one.
 /// Runs until `shutdown`.
 pub async fn watch(options: TlsOptions, tls: SharedTls, shutdown: CancellationToken) {
-    let Some(directory) = options.cert_path.clone() else { return };
+    let Some(directory) = options.cert_path.clone() else {
+        return;
+    };
     let mut seen = read_files(&directory).ok();
     loop {
         tokio::select! {
@@ -66,23 +68,30 @@ pub async fn watch(options: TlsOptions, tls: SharedTls, shutdown: CancellationTo
                 tracing::info!(directory = %directory.display(), "certificate reloaded");
             }
             // The two files of a pair are written one after the other: try again when either changes.
-            Err(error) => tracing::warn!(error = format!("{error:#}"), "certificate not reloaded, the old one stays"),
+            Err(error) => tracing::warn!(
+                error = format!("{error:#}"),
+                "certificate not reloaded, the old one stays"
+            ),
         }
         seen = now;
     }
 }
 
 fn read_files(directory: &Path) -> std::io::Result<(Vec<u8>, Vec<u8>)> {
-    Ok((std::fs::read(directory.join("tls.crt"))?, std::fs::read(directory.join("tls.key"))?))
+    Ok((
+        std::fs::read(directory.join("tls.crt"))?,
+        std::fs::read(directory.join("tls.key"))?,
+    ))
 }
 
 type Pair = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 fn read_pair(directory: &Path) -> anyhow::Result<Pair> {
-    let (crt, key) =
-        read_files(directory).with_context(|| format!("reading tls.crt and tls.key in {}", directory.display()))?;
-    let chain: Vec<_> =
-        CertificateDer::pem_slice_iter(&crt).collect::<Result<_, _>>().context("tls.crt is not a PEM certificate")?;
+    let (crt, key) = read_files(directory)
+        .with_context(|| format!("reading tls.crt and tls.key in {}", directory.display()))?;
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(&crt)
+        .collect::<Result<_, _>>()
+        .context("tls.crt is not a PEM certificate")?;
     if chain.is_empty() {
         bail!("tls.crt in {} holds no certificate", directory.display());
     }
@@ -94,8 +103,12 @@ fn read_pair(directory: &Path) -> anyhow::Result<Pair> {
 fn self_signed() -> anyhow::Result<Pair> {
     let key = rcgen::KeyPair::generate().context("making a key")?;
     let mut params = rcgen::CertificateParams::default();
-    params.distinguished_name.push(rcgen::DnType::OrganizationName, "Inference Ext");
-    params.extended_key_usages.push(rcgen::ExtendedKeyUsagePurpose::ServerAuth);
+    params
+        .distinguished_name
+        .push(rcgen::DnType::OrganizationName, "Inference Ext");
+    params
+        .extended_key_usages
+        .push(rcgen::ExtendedKeyUsagePurpose::ServerAuth);
     let certificate = params.self_signed(&key).context("signing a certificate")?;
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
     Ok((vec![certificate.der().clone()], key))
@@ -121,10 +134,18 @@ fn provider(names: &[String]) -> anyhow::Result<CryptoProvider> {
     let known = |suite: &tokio_rustls::rustls::SupportedCipherSuite| {
         // Go says TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305 and the same with _SHA256.
         let name = format!("{:?}", suite.suite());
-        names.iter().any(|wanted| name == *wanted || name == format!("{wanted}_SHA256"))
+        names
+            .iter()
+            .any(|wanted| name == *wanted || name == format!("{wanted}_SHA256"))
     };
-    provider.cipher_suites.retain(|suite| suite.tls13().is_some() || known(suite));
-    if !provider.cipher_suites.iter().any(|suite| suite.tls13().is_none()) {
+    provider
+        .cipher_suites
+        .retain(|suite| suite.tls13().is_some() || known(suite));
+    if !provider
+        .cipher_suites
+        .iter()
+        .any(|suite| suite.tls13().is_none())
+    {
         bail!("--tls-cipher-suites: none of {names:?} is supported");
     }
     Ok(provider)
@@ -142,9 +163,17 @@ mod tests {
 
     #[test]
     fn go_names_narrow_the_suites() {
-        let suites = |names: &[&str]| provider(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
+        let suites =
+            |names: &[&str]| provider(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
         let narrowed = suites(&["TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305"]).unwrap();
-        assert_eq!(narrowed.cipher_suites.iter().filter(|s| s.tls13().is_none()).count(), 1);
+        assert_eq!(
+            narrowed
+                .cipher_suites
+                .iter()
+                .filter(|s| s.tls13().is_none())
+                .count(),
+            1
+        );
         assert!(suites(&["TLS_RSA_WITH_RC4_128_SHA"]).is_err());
     }
 
@@ -161,20 +190,33 @@ mod tests {
             let (chain, key) = self_signed().unwrap();
             let pem = |label: &str, der: &[u8]| {
                 let text = pem_text(label, der);
-                std::fs::write(directory.path().join(if label == "CERTIFICATE" { "tls.crt" } else { "tls.key" }), text)
-                    .unwrap();
+                std::fs::write(
+                    directory.path().join(if label == "CERTIFICATE" {
+                        "tls.crt"
+                    } else {
+                        "tls.key"
+                    }),
+                    text,
+                )
+                .unwrap();
             };
             pem("CERTIFICATE", &chain[0]);
             pem("PRIVATE KEY", key.secret_der());
         };
         write();
-        let options = TlsOptions { cert_path: Some(directory.path().to_owned()), ..TlsOptions::default() };
+        let options = TlsOptions {
+            cert_path: Some(directory.path().to_owned()),
+            ..TlsOptions::default()
+        };
         let tls: SharedTls = Arc::new(ArcSwap::from_pointee(load(&options).unwrap()));
         let shutdown = CancellationToken::new();
         let first = tls.load_full();
         let task = tokio::spawn(watch(options, Arc::clone(&tls), shutdown.clone()));
         tokio::time::sleep(RELOAD_INTERVAL * 2).await;
-        assert!(Arc::ptr_eq(&first, &tls.load_full()), "unchanged files are not reloaded");
+        assert!(
+            Arc::ptr_eq(&first, &tls.load_full()),
+            "unchanged files are not reloaded"
+        );
         write();
         tokio::time::sleep(RELOAD_INTERVAL * 2).await;
         let second = tls.load_full();
@@ -188,16 +230,25 @@ mod tests {
 
     /// PEM by hand: rcgen's own writer needs the certificate object.
     fn pem_text(label: &str, der: &[u8]) -> String {
-        const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        const ALPHABET: &[u8; 64] =
+            b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
         let mut body = String::new();
         for chunk in der.chunks(3) {
-            let n = chunk.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)) << (8 * (3 - chunk.len()));
+            let n =
+                chunk.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)) << (8 * (3 - chunk.len()));
             for i in 0..4 {
                 let digit = ALPHABET[(n >> (18 - 6 * i) & 63) as usize] as char;
                 body.push(if i <= chunk.len() { digit } else { '=' });
             }
         }
-        let lines: Vec<&str> = body.as_bytes().chunks(64).map(|l| std::str::from_utf8(l).unwrap()).collect();
-        format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
+        let lines: Vec<&str> = body
+            .as_bytes()
+            .chunks(64)
+            .map(|l| std::str::from_utf8(l).unwrap())
+            .collect();
+        format!(
+            "-----BEGIN {label}-----\n{}\n-----END {label}-----\n",
+            lines.join("\n")
+        )
     }
 }

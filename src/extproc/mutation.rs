@@ -8,8 +8,8 @@ use super::proto::body_mutation::Mutation;
 use super::proto::processing_response::Response;
 use super::proto::value::Kind;
 use super::proto::{
-    BodyMutation, BodyResponse, CommonResponse, HeaderMutation, HeaderValue, HeaderValueOption, HeadersResponse,
-    ProcessingResponse, StreamedBodyResponse, Struct, TrailersResponse, Value,
+    BodyMutation, BodyResponse, CommonResponse, HeaderMutation, HeaderValue, HeaderValueOption,
+    HeadersResponse, ProcessingResponse, StreamedBodyResponse, Struct, TrailersResponse, Value,
 };
 
 /// Which half of the exchange a message belongs to.
@@ -24,55 +24,99 @@ pub enum Direction {
 /// A header that replaces every value of its name. Only `raw_value` is filled: Envoy rejects both.
 pub fn set_header(name: &str, value: Bytes) -> HeaderValueOption {
     HeaderValueOption {
-        header: Some(HeaderValue { key: name.to_owned(), value: Bytes::new(), raw_value: value }),
+        header: Some(HeaderValue {
+            key: name.to_owned(),
+            value: Bytes::new(),
+            raw_value: value,
+        }),
     }
 }
 
 /// Answer to a headers message.
-pub fn headers(direction: Direction, common: CommonResponse, metadata: Option<Struct>) -> ProcessingResponse {
+pub fn headers(
+    direction: Direction,
+    common: CommonResponse,
+    metadata: Option<Struct>,
+) -> ProcessingResponse {
     let response = Some(common);
     let response = match direction {
         Direction::Request => Response::RequestHeaders(HeadersResponse { response }),
         Direction::Response => Response::ResponseHeaders(HeadersResponse { response }),
     };
-    ProcessingResponse { response: Some(response), dynamic_metadata: metadata }
+    ProcessingResponse {
+        response: Some(response),
+        dynamic_metadata: metadata,
+    }
 }
 
 /// Answer to a body message.
-pub fn body(direction: Direction, common: CommonResponse, metadata: Option<Struct>) -> ProcessingResponse {
+pub fn body(
+    direction: Direction,
+    common: CommonResponse,
+    metadata: Option<Struct>,
+) -> ProcessingResponse {
     let response = Some(common);
     let response = match direction {
         Direction::Request => Response::RequestBody(BodyResponse { response }),
         Direction::Response => Response::ResponseBody(BodyResponse { response }),
     };
-    ProcessingResponse { response: Some(response), dynamic_metadata: metadata }
+    ProcessingResponse {
+        response: Some(response),
+        dynamic_metadata: metadata,
+    }
 }
 
 /// One piece of a body in full duplex mode.
-pub fn streamed_body(direction: Direction, piece: Bytes, end_of_stream: bool) -> ProcessingResponse {
-    let mutation = Mutation::StreamedResponse(StreamedBodyResponse { body: piece, end_of_stream });
+pub fn streamed_body(
+    direction: Direction,
+    piece: Bytes,
+    end_of_stream: bool,
+) -> ProcessingResponse {
+    let mutation = Mutation::StreamedResponse(StreamedBodyResponse {
+        body: piece,
+        end_of_stream,
+    });
     body(direction, with_body(mutation), None)
 }
 
 /// A `CommonResponse` that only replaces the body.
 pub fn with_body(mutation: Mutation) -> CommonResponse {
-    CommonResponse { body_mutation: Some(BodyMutation { mutation: Some(mutation) }), ..CommonResponse::default() }
+    CommonResponse {
+        body_mutation: Some(BodyMutation {
+            mutation: Some(mutation),
+        }),
+        ..CommonResponse::default()
+    }
 }
 
 /// Answer to a trailers message; changes nothing.
 pub fn trailers(direction: Direction) -> ProcessingResponse {
     let response = match direction {
-        Direction::Request => Response::RequestTrailers(TrailersResponse { header_mutation: None }),
-        Direction::Response => Response::ResponseTrailers(TrailersResponse { header_mutation: None }),
+        Direction::Request => Response::RequestTrailers(TrailersResponse {
+            header_mutation: None,
+        }),
+        Direction::Response => Response::ResponseTrailers(TrailersResponse {
+            header_mutation: None,
+        }),
     };
-    ProcessingResponse { response: Some(response), dynamic_metadata: None }
+    ProcessingResponse {
+        response: Some(response),
+        dynamic_metadata: None,
+    }
 }
 
 /// A `CommonResponse` with header changes; `None` when there are none.
-pub fn with_headers(set: Vec<HeaderValueOption>, remove: Vec<String>, clear_route_cache: bool) -> CommonResponse {
+pub fn with_headers(
+    set: Vec<HeaderValueOption>,
+    remove: Vec<String>,
+    clear_route_cache: bool,
+) -> CommonResponse {
     let empty = set.is_empty() && remove.is_empty();
     CommonResponse {
-        header_mutation: (!empty).then_some(HeaderMutation { set_headers: set, remove_headers: remove }),
+        header_mutation: (!empty).then_some(HeaderMutation {
+            set_headers: set,
+            remove_headers: remove,
+        }),
         clear_route_cache,
         ..CommonResponse::default()
     }
@@ -105,22 +149,30 @@ pub fn stream_pieces(
 
 /// A string in a metadata struct.
 pub fn string_value(text: &str) -> Value {
-    Value { kind: Some(Kind::StringValue(text.to_owned())) }
+    Value {
+        kind: Some(Kind::StringValue(text.to_owned())),
+    }
 }
 
 /// A struct from its fields.
 pub fn structure(fields: impl IntoIterator<Item = (String, Value)>) -> Struct {
-    Struct { fields: fields.into_iter().collect::<HashMap<_, _>>() }
+    Struct {
+        fields: fields.into_iter().collect::<HashMap<_, _>>(),
+    }
 }
 
 /// A struct as the value of a field.
 pub fn struct_value(value: Struct) -> Value {
-    Value { kind: Some(Kind::StructValue(value)) }
+    Value {
+        kind: Some(Kind::StructValue(value)),
+    }
 }
 
 /// A number in a metadata struct.
 pub fn number_value(number: f64) -> Value {
-    Value { kind: Some(Kind::NumberValue(number)) }
+    Value {
+        kind: Some(Kind::NumberValue(number)),
+    }
 }
 
 #[cfg(test)]
@@ -131,9 +183,13 @@ mod tests {
         let mut out = Vec::new();
         let pieces = pieces.iter().map(|p| Bytes::from_static(p));
         stream_pieces(Direction::Request, pieces, limit, end, &mut |message| {
-            let Some(Response::RequestBody(body)) = message.response else { panic!("not a body") };
+            let Some(Response::RequestBody(body)) = message.response else {
+                panic!("not a body")
+            };
             let mutation = body.response.unwrap().body_mutation.unwrap().mutation;
-            let Some(Mutation::StreamedResponse(piece)) = mutation else { panic!("not streamed") };
+            let Some(Mutation::StreamedResponse(piece)) = mutation else {
+                panic!("not streamed")
+            };
             out.push((piece.body, piece.end_of_stream));
         });
         out
@@ -144,7 +200,10 @@ mod tests {
         let out = cut(&[b"abcde", b"", b"fg"], 2, true);
         let texts: Vec<&[u8]> = out.iter().map(|(b, _)| b.as_ref()).collect();
         assert_eq!(texts, [&b"ab"[..], b"cd", b"e", b"fg"]);
-        assert_eq!(out.iter().map(|(_, end)| *end).collect::<Vec<_>>(), [false, false, false, true]);
+        assert_eq!(
+            out.iter().map(|(_, end)| *end).collect::<Vec<_>>(),
+            [false, false, false, true]
+        );
     }
 
     #[test]
@@ -155,6 +214,9 @@ mod tests {
 
     #[test]
     fn before_trailers_no_piece_ends_the_stream() {
-        assert_eq!(cut(&[b"ab"], 10, false), [(Bytes::from_static(b"ab"), false)]);
+        assert_eq!(
+            cut(&[b"ab"], 10, false),
+            [(Bytes::from_static(b"ab"), false)]
+        );
     }
 }

@@ -65,7 +65,10 @@ impl Server {
     /// Binds and serves on threads of its own. `service` handles every request of every connection.
     pub fn start<S>(config: &ServerConfigs, service: &S) -> std::io::Result<Self>
     where
-        S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+        S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>
+            + Clone
+            + Send
+            + 'static,
         S::Future: Send,
     {
         let listener = std::net::TcpListener::bind(config.address)?;
@@ -83,7 +86,9 @@ impl Server {
                 shutdown: shutdown.clone(),
                 force: force.clone(),
             };
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             workers.push((runtime, worker, connections));
         }
         // The first worker also accepts.
@@ -102,7 +107,12 @@ impl Server {
             };
             threads.push(std::thread::Builder::new().name(name).spawn(run)?);
         }
-        Ok(Self { address, shutdown, force, workers: threads })
+        Ok(Self {
+            address,
+            shutdown,
+            force,
+            workers: threads,
+        })
     }
 
     /// Where it listens.
@@ -134,7 +144,11 @@ impl Server {
 }
 
 /// Accepts and deals connections to the workers in turn; a worker that is busy is skipped.
-async fn deal(listener: std::net::TcpListener, queues: Vec<mpsc::Sender<TcpStream>>, shutdown: CancellationToken) {
+async fn deal(
+    listener: std::net::TcpListener,
+    queues: Vec<mpsc::Sender<TcpStream>>,
+    shutdown: CancellationToken,
+) {
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => {
@@ -176,7 +190,10 @@ struct Worker<S> {
 
 impl<S> Worker<S>
 where
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
     S::Future: Send,
 {
     async fn run(self, mut connections: mpsc::Receiver<TcpStream>) {
@@ -209,7 +226,10 @@ async fn serve_connection<S>(
     service: S,
     shutdown: CancellationToken,
 ) where
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
     S::Future: Send,
 {
     if let Err(error) = stream.set_nodelay(true) {
@@ -219,7 +239,9 @@ async fn serve_connection<S>(
     match tls {
         None => serve_http2(stream, service, shutdown).await,
         Some(config) => {
-            match tokio::time::timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(stream)).await {
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, TlsAcceptor::from(config).accept(stream))
+                .await
+            {
                 Ok(Ok(stream)) => serve_http2(stream, service, shutdown).await,
                 Ok(Err(error)) => tracing::debug!(%error, "TLS handshake failed"),
                 Err(_) => tracing::debug!("TLS handshake timed out"),
@@ -228,9 +250,15 @@ async fn serve_connection<S>(
     }
 }
 
-async fn serve_http2<S>(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, service: S, shutdown: CancellationToken)
-where
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+async fn serve_http2<S>(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    service: S,
+    shutdown: CancellationToken,
+) where
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
     S::Future: Send,
 {
     let connection = http2::Builder::new(TokioExecutor::new())
@@ -273,13 +301,20 @@ where
     type Error = Infallible;
     type Future = futures_util::future::Either<P::Future, H::Future>;
 
-    fn poll_ready(&mut self, cx: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Infallible>> {
+    fn poll_ready(
+        &mut self,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Result<(), Infallible>> {
         self.processor.poll_ready(cx)
     }
 
     /// An unknown path is left to the health service, which answers UNIMPLEMENTED.
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
-        if request.uri().path().starts_with("/envoy.service.ext_proc.v3.ExternalProcessor/") {
+        if request
+            .uri()
+            .path()
+            .starts_with("/envoy.service.ext_proc.v3.ExternalProcessor/")
+        {
             futures_util::future::Either::Left(self.processor.call(request))
         } else {
             futures_util::future::Either::Right(self.health.call(request))

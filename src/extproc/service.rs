@@ -27,8 +27,16 @@ pub struct Processor {
 
 impl Processor {
     /// `streams` is given with `--enable-grpc-stream-metrics`.
-    pub fn new(director: Arc<Director>, settings: StreamSettings, streams: Option<Arc<ExtProcStreams>>) -> Self {
-        Self { director, settings: Arc::new(settings), streams }
+    pub fn new(
+        director: Arc<Director>,
+        settings: StreamSettings,
+        streams: Option<Arc<ExtProcStreams>>,
+    ) -> Self {
+        Self {
+            director,
+            settings: Arc::new(settings),
+            streams,
+        }
     }
 }
 
@@ -42,7 +50,11 @@ impl ExternalProcessor for Processor {
     ) -> Result<Response<Self::ProcessStream>, Status> {
         let exchange = Exchange::new(Arc::clone(&self.director), Arc::clone(&self.settings));
         let guard = self.streams.as_ref().map(ExtProcStreams::open);
-        Ok(Response::new(ReplyStream::new(request.into_inner(), exchange, guard)))
+        Ok(Response::new(ReplyStream::new(
+            request.into_inner(),
+            exchange,
+            guard,
+        )))
     }
 }
 
@@ -58,8 +70,17 @@ pub struct ReplyStream<S> {
 
 impl<S> ReplyStream<S> {
     /// Replies of `exchange` to what `inbound` brings.
-    pub fn new(inbound: S, exchange: Exchange, guard: Option<crate::telemetry::metrics::StreamGuard>) -> Self {
-        Self { inbound: Some(inbound), exchange, timer: None, guard }
+    pub fn new(
+        inbound: S,
+        exchange: Exchange,
+        guard: Option<crate::telemetry::metrics::StreamGuard>,
+    ) -> Self {
+        Self {
+            inbound: Some(inbound),
+            exchange,
+            timer: None,
+            guard,
+        }
     }
 
     /// True when the decision is overdue; otherwise arms the timer for this task.
@@ -68,7 +89,9 @@ impl<S> ReplyStream<S> {
             self.timer = None;
             return false;
         };
-        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
         timer.as_mut().poll(cx).is_ready()
     }
 

@@ -21,8 +21,8 @@ use super::proto::body_mutation::Mutation;
 use super::proto::processing_request::Request;
 use super::proto::value::Kind;
 use super::proto::{
-    BodySendMode, CommonResponse, HeaderMap, HttpBody, HttpHeaders, Metadata, ProcessingRequest, ProcessingResponse,
-    ProtocolConfiguration, Struct, Value,
+    BodySendMode, CommonResponse, HeaderMap, HttpBody, HttpHeaders, Metadata, ProcessingRequest,
+    ProcessingResponse, ProtocolConfiguration, Struct, Value,
 };
 use crate::control::{BodyKnowledge, Decision, Director, Intake, RequestError, Subset};
 use crate::request::{Body, Headers};
@@ -158,7 +158,8 @@ impl Exchange {
 
     /// The stream ended or was reset. Returns true when that is the normal end.
     pub fn on_end(&mut self) -> bool {
-        let normal = self.closed || matches!(self.phase, Phase::Ended | Phase::Start | Phase::Passive);
+        let normal =
+            self.closed || matches!(self.phase, Phase::Ended | Phase::Start | Phase::Passive);
         if !normal {
             self.director.note_abort(self.phase_name());
         }
@@ -179,7 +180,9 @@ impl Exchange {
         }
         let metadata = message.metadata_context;
         match message.request {
-            Some(Request::RequestHeaders(headers)) => self.on_request_headers(headers, metadata.as_ref()),
+            Some(Request::RequestHeaders(headers)) => {
+                self.on_request_headers(headers, metadata.as_ref())
+            }
             Some(Request::RequestBody(body)) => self.on_request_body(body, metadata.as_ref()),
             Some(Request::RequestTrailers(_)) => self.on_request_trailers(metadata.as_ref()),
             Some(Request::ResponseHeaders(headers)) => {
@@ -209,7 +212,11 @@ impl Exchange {
 
     // -- request ------------------------------------------------------------------------------
 
-    fn on_request_headers(&mut self, message: HttpHeaders, metadata: Option<&Metadata>) -> Result<(), Status> {
+    fn on_request_headers(
+        &mut self,
+        message: HttpHeaders,
+        metadata: Option<&Metadata>,
+    ) -> Result<(), Status> {
         if self.phase != Phase::Start {
             return Err(Status::invalid_argument("request headers arrived twice"));
         }
@@ -230,17 +237,31 @@ impl Exchange {
             BodySendMode::FullDuplexStreamed => {}
             BodySendMode::Streamed if self.headers_may_wait => {}
             BodySendMode::Buffered | BodySendMode::BufferedPartial => {
-                self.out.push_back(mutation::headers(Direction::Request, CommonResponse::default(), None));
+                self.out.push_back(mutation::headers(
+                    Direction::Request,
+                    CommonResponse::default(),
+                    None,
+                ));
             }
             // The body comes only after the headers were answered, or not at all.
-            BodySendMode::Streamed | BodySendMode::None | BodySendMode::Grpc => self.decide(BodyKnowledge::Unseen),
+            BodySendMode::Streamed | BodySendMode::None | BodySendMode::Grpc => {
+                self.decide(BodyKnowledge::Unseen)
+            }
         }
         Ok(())
     }
 
-    fn on_request_body(&mut self, message: HttpBody, metadata: Option<&Metadata>) -> Result<(), Status> {
+    fn on_request_body(
+        &mut self,
+        message: HttpBody,
+        metadata: Option<&Metadata>,
+    ) -> Result<(), Status> {
         match self.phase {
-            Phase::Start => return Err(Status::invalid_argument("request body arrived before its headers")),
+            Phase::Start => {
+                return Err(Status::invalid_argument(
+                    "request body arrived before its headers",
+                ));
+            }
             Phase::Undecided => {}
             _ => {
                 self.pass_request_piece(message);
@@ -272,7 +293,9 @@ impl Exchange {
     /// Trailers end the body: its last piece came without an end-of-stream mark.
     fn on_request_trailers(&mut self, metadata: Option<&Metadata>) -> Result<(), Status> {
         if self.phase == Phase::Start {
-            return Err(Status::invalid_argument("request trailers arrived before headers"));
+            return Err(Status::invalid_argument(
+                "request trailers arrived before headers",
+            ));
         }
         if self.phase == Phase::Undecided {
             self.read_subset(metadata);
@@ -290,7 +313,11 @@ impl Exchange {
             BodySendMode::FullDuplexStreamed => {
                 self.stream_back(Direction::Request, [message.body], message.end_of_stream);
             }
-            _ => self.out.push_back(mutation::body(Direction::Request, CommonResponse::default(), None)),
+            _ => self.out.push_back(mutation::body(
+                Direction::Request,
+                CommonResponse::default(),
+                None,
+            )),
         }
     }
 
@@ -309,11 +336,23 @@ impl Exchange {
 
     fn route(&mut self, decision: Decision) {
         self.phase = Phase::Routed;
-        let Decision { destination, scores, set_headers, remove_headers, body, rewritten, account, skip_response } =
-            decision;
+        let Decision {
+            destination,
+            scores,
+            set_headers,
+            remove_headers,
+            body,
+            rewritten,
+            account,
+            skip_response,
+        } = decision;
         let mut set = Vec::with_capacity(set_headers.len() + 2);
         set.push(set_header(DESTINATION, destination.clone()));
-        set.extend(set_headers.into_iter().map(|(name, value)| set_header(name, value)));
+        set.extend(
+            set_headers
+                .into_iter()
+                .map(|(name, value)| set_header(name, value)),
+        );
         let metadata = routing_metadata(&destination, scores);
         match self.request_mode {
             BodySendMode::FullDuplexStreamed => {
@@ -321,13 +360,19 @@ impl Exchange {
                     set.push(content_length(body.len()));
                 }
                 let common = mutation::with_headers(set, remove_headers, true);
-                self.out.push_back(mutation::headers(Direction::Request, common, Some(metadata)));
+                self.out.push_back(mutation::headers(
+                    Direction::Request,
+                    common,
+                    Some(metadata),
+                ));
                 // A header-only request has no body to return; one with trailers ends with them.
                 if self.unanswered_pieces > 0 {
                     self.stream_back(Direction::Request, body.into_pieces(), self.request_ended);
                 }
             }
-            BodySendMode::Buffered | BodySendMode::BufferedPartial if self.unanswered_pieces > 0 => {
+            BodySendMode::Buffered | BodySendMode::BufferedPartial
+                if self.unanswered_pieces > 0 =>
+            {
                 if rewritten {
                     set.push(content_length(body.len()));
                 }
@@ -336,13 +381,22 @@ impl Exchange {
                     let whole = Bytes::from(body.copy_range(0..body.len()));
                     common.body_mutation = mutation::with_body(Mutation::Body(whole)).body_mutation;
                 }
-                self.out.push_back(mutation::body(Direction::Request, common, Some(metadata)));
+                self.out
+                    .push_back(mutation::body(Direction::Request, common, Some(metadata)));
             }
             _ => {
                 let common = mutation::with_headers(set, remove_headers, true);
-                self.out.push_back(mutation::headers(Direction::Request, common, Some(metadata)));
+                self.out.push_back(mutation::headers(
+                    Direction::Request,
+                    common,
+                    Some(metadata),
+                ));
                 for _ in 0..self.unanswered_pieces {
-                    self.out.push_back(mutation::body(Direction::Request, CommonResponse::default(), None));
+                    self.out.push_back(mutation::body(
+                        Direction::Request,
+                        CommonResponse::default(),
+                        None,
+                    ));
                 }
             }
         }
@@ -358,7 +412,10 @@ impl Exchange {
     }
 
     fn announced_length(&self) -> usize {
-        self.headers.get_str("content-length").and_then(|v| v.trim().parse().ok()).unwrap_or(0)
+        self.headers
+            .get_str("content-length")
+            .and_then(|v| v.trim().parse().ok())
+            .unwrap_or(0)
     }
 
     fn refuse_too_large(&mut self) {
@@ -405,9 +462,13 @@ impl Exchange {
             }
             account.on_response_headers(&headers);
         }
-        let set = vec![set_header("x-went-into-resp-headers", Bytes::from_static(b"true"))];
+        let set = vec![set_header(
+            "x-went-into-resp-headers",
+            Bytes::from_static(b"true"),
+        )];
         let common = mutation::with_headers(set, Vec::new(), false);
-        self.out.push_back(mutation::headers(Direction::Response, common, None));
+        self.out
+            .push_back(mutation::headers(Direction::Response, common, None));
         self.phase = Phase::Responding;
         if message.end_of_stream {
             self.end_response();
@@ -420,7 +481,9 @@ impl Exchange {
         }
         match self.response_mode {
             BodySendMode::FullDuplexStreamed => match &mut self.model_names {
-                None => self.stream_back(Direction::Response, [message.body], message.end_of_stream),
+                None => {
+                    self.stream_back(Direction::Response, [message.body], message.end_of_stream)
+                }
                 Some(rewriter) => {
                     let pieces = rewriter.push(message.body, message.end_of_stream);
                     self.stream_back(Direction::Response, pieces, message.end_of_stream);
@@ -428,7 +491,8 @@ impl Exchange {
             },
             _ => {
                 let common = self.rewritten_piece(message.body, message.end_of_stream);
-                self.out.push_back(mutation::body(Direction::Response, common, None));
+                self.out
+                    .push_back(mutation::body(Direction::Response, common, None));
             }
         }
         if message.end_of_stream {
@@ -451,7 +515,8 @@ impl Exchange {
         let mut common = mutation::with_body(Mutation::Body(whole));
         if self.response_mode == BodySendMode::Buffered {
             common.header_mutation =
-                mutation::with_headers(vec![content_length(length)], Vec::new(), false).header_mutation;
+                mutation::with_headers(vec![content_length(length)], Vec::new(), false)
+                    .header_mutation;
         }
         common
     }
@@ -476,11 +541,22 @@ impl Exchange {
 
     // -- shared -------------------------------------------------------------------------------
 
-    fn stream_back(&mut self, direction: Direction, pieces: impl IntoIterator<Item = Bytes>, end: bool) {
+    fn stream_back(
+        &mut self,
+        direction: Direction,
+        pieces: impl IntoIterator<Item = Bytes>,
+        end: bool,
+    ) {
         let out = &mut self.out;
-        mutation::stream_pieces(direction, pieces, self.settings.max_chunk_bytes, end, &mut |reply| {
-            out.push_back(reply);
-        });
+        mutation::stream_pieces(
+            direction,
+            pieces,
+            self.settings.max_chunk_bytes,
+            end,
+            &mut |reply| {
+                out.push_back(reply);
+            },
+        );
     }
 
     fn phase_name(&self) -> &'static str {
@@ -502,13 +578,28 @@ fn content_length(bytes: usize) -> super::proto::HeaderValueOption {
 /// Values come in `raw_value` from Envoy and, for pseudo headers, in `value` from agentgateway.
 fn read_headers(map: Option<HeaderMap>) -> Headers {
     let lines = map.map(|m| m.headers).unwrap_or_default();
-    lines.into_iter().map(|h| (h.key, if h.raw_value.is_empty() { h.value } else { h.raw_value })).collect()
+    lines
+        .into_iter()
+        .map(|h| {
+            (
+                h.key,
+                if h.raw_value.is_empty() {
+                    h.value
+                } else {
+                    h.raw_value
+                },
+            )
+        })
+        .collect()
 }
 
 /// A list of `ip:port` or one comma-separated string; another type is no hint.
 fn read_subset(value: &Value) -> Option<Subset> {
     let split = |text: &str| -> Vec<String> {
-        text.split(',').map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()).collect()
+        text.split(',')
+            .map(|part| part.trim().to_owned())
+            .filter(|part| !part.is_empty())
+            .collect()
     };
     match value.kind.as_ref()? {
         Kind::ListValue(list) => {
@@ -535,8 +626,12 @@ fn served_endpoint<'a>(
         .and_then(|m| m.filter_metadata.get(DESTINATION_NAMESPACE))
         .and_then(|s| s.fields.get(SERVED))
         .and_then(string);
-    let attribute =
-        || attributes.get(FILTER_ATTRIBUTES).and_then(|s| s.fields.get(UPSTREAM_ADDRESS)).and_then(string);
+    let attribute = || {
+        attributes
+            .get(FILTER_ATTRIBUTES)
+            .and_then(|s| s.fields.get(UPSTREAM_ADDRESS))
+            .and_then(string)
+    };
     reported.or_else(attribute)
 }
 
@@ -544,8 +639,13 @@ fn routing_metadata(destination: &Bytes, scores: Option<Vec<(String, f64)>>) -> 
     let destination = String::from_utf8_lossy(destination);
     let mut fields = vec![(DESTINATION.to_owned(), mutation::string_value(&destination))];
     if let Some(scores) = scores {
-        let numbers = scores.into_iter().map(|(endpoint, score)| (endpoint, mutation::number_value(score)));
-        fields.push((SCORES.to_owned(), mutation::struct_value(mutation::structure(numbers))));
+        let numbers = scores
+            .into_iter()
+            .map(|(endpoint, score)| (endpoint, mutation::number_value(score)));
+        fields.push((
+            SCORES.to_owned(),
+            mutation::struct_value(mutation::structure(numbers)),
+        ));
     }
     mutation::structure([(
         DESTINATION_NAMESPACE.to_owned(),

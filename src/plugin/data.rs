@@ -89,7 +89,10 @@ impl DataKeys {
     pub fn produce_as<T: 'static>(&mut self, data_type: &'static str, producer: &str) -> Column<T> {
         let slot = self.slot::<T>(data_type, producer);
         self.keys[slot].produced_by.push(self.current.clone());
-        Column { slot, of: PhantomData }
+        Column {
+            slot,
+            of: PhantomData,
+        }
     }
 
     /// The current instance cannot work without `data_type` from the instance called `producer`.

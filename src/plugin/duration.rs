@@ -20,9 +20,13 @@ impl std::str::FromStr for GoDuration {
         let mut rest = body;
         let mut seconds = 0.0;
         while !rest.is_empty() {
-            let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(refuse)?;
+            let end = rest
+                .find(|c: char| !c.is_ascii_digit() && c != '.')
+                .ok_or_else(refuse)?;
             let (number, tail) = rest.split_at(end);
-            let unit_end = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+            let unit_end = tail
+                .find(|c: char| c.is_ascii_digit() || c == '.')
+                .unwrap_or(tail.len());
             let (unit, next) = tail.split_at(unit_end);
             let scale = match unit {
                 "ns" => 1e-9,
@@ -39,7 +43,9 @@ impl std::str::FromStr for GoDuration {
         if body.is_empty() {
             return Err(refuse());
         }
-        Duration::try_from_secs_f64(seconds).map(Self).map_err(|_| refuse())
+        Duration::try_from_secs_f64(seconds)
+            .map(Self)
+            .map_err(|_| refuse())
     }
 }
 
@@ -51,7 +57,9 @@ impl std::fmt::Display for GoDuration {
 
 impl<'de> Deserialize<'de> for GoDuration {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(de::Error::custom)
     }
 }
 

@@ -45,12 +45,20 @@ impl Parser for AnthropicParser {
             return Err(ParseError::new(format!("unsupported API endpoint: {path}")));
         }
         let mut reader = Reader::new(body);
-        scan(body, &mut reader)
-            .map_err(|error| ParseError::new(format!("error unmarshaling request body: {error}")))?;
+        scan(body, &mut reader).map_err(|error| {
+            ParseError::new(format!("error unmarshaling request body: {error}"))
+        })?;
         if reader.count == 0 {
-            return Err(ParseError::new("invalid messages request: must have at least one message"));
+            return Err(ParseError::new(
+                "invalid messages request: must have at least one message",
+            ));
         }
-        let parts = reader.tools.map(raw_segment).into_iter().chain(reader.system).chain(reader.messages);
+        let parts = reader
+            .tools
+            .map(raw_segment)
+            .into_iter()
+            .chain(reader.system)
+            .chain(reader.messages);
         let prompts = vec![Prompt::Text(parts.collect())];
         Ok(reader.common.payload(ApiKind::Messages, body, prompts))
     }
@@ -85,7 +93,9 @@ impl<'a> Reader<'a> {
         match (path, text_of(event)) {
             ([], Some(text)) => self.system = vec![text.segment()],
             ([], None) if *event == Event::ArrayStart => self.system.clear(),
-            ([Step::Index(_), Step::Key(Key::Text)], Some(text)) => self.system.push(text.segment()),
+            ([Step::Index(_), Step::Key(Key::Text)], Some(text)) => {
+                self.system.push(text.segment())
+            }
             _ => {}
         }
     }
@@ -104,13 +114,20 @@ impl<'a> Reader<'a> {
                 }
                 _ => {}
             },
-            [Step::Index(_), Step::Key(Key::Role)] => self.role = text_of(event).map(|t| t.segment()),
+            [Step::Index(_), Step::Key(Key::Role)] => {
+                self.role = text_of(event).map(|t| t.segment())
+            }
             [Step::Index(_), Step::Key(Key::Content)] => {
                 if let Some(text) = text_of(event) {
                     self.content = vec![text.segment()];
                 }
             }
-            [Step::Index(_), Step::Key(Key::Content), Step::Index(_), block @ ..] => self.block(block, event),
+            [
+                Step::Index(_),
+                Step::Key(Key::Content),
+                Step::Index(_),
+                block @ ..,
+            ] => self.block(block, event),
             _ => {}
         }
     }
@@ -122,8 +139,16 @@ impl<'a> Reader<'a> {
         }
         let Some(text) = text_of(event) else { return };
         match path {
-            [Step::Key(Key::Text | Key::Thinking | Key::Id | Key::Name | Key::ToolUseId | Key::Content)]
-            | [Step::Key(Key::Content), Step::Index(_), Step::Key(Key::Text)] => self.content.push(text.segment()),
+            [
+                Step::Key(
+                    Key::Text | Key::Thinking | Key::Id | Key::Name | Key::ToolUseId | Key::Content,
+                ),
+            ]
+            | [
+                Step::Key(Key::Content),
+                Step::Index(_),
+                Step::Key(Key::Text),
+            ] => self.content.push(text.segment()),
             [.., Step::Key(Key::Source), Step::Key(Key::Data | Key::Url)] => {
                 self.content.push(text.media("image", self.body));
             }
@@ -156,14 +181,18 @@ mod tests {
     use super::*;
 
     fn parse(path: &str, body: &str) -> Result<Payload, String> {
-        AnthropicParser.parse(path, &Body::from(body)).map_err(|e| e.to_string())
+        AnthropicParser
+            .parse(path, &Body::from(body))
+            .map_err(|e| e.to_string())
     }
 
     #[test]
     fn tools_system_and_messages_count_in_that_order() {
         let body = r#"{"model":"c","max_tokens":9,"messages":[{"role":"user","content":"q"},{"role":"assistant","content":[{"type":"thinking","thinking":"t"},{"type":"tool_use","id":"i","name":"n","input":{"a":1}}]},{"role":"user","content":[{"type":"tool_result","tool_use_id":"i","content":[{"type":"text","text":"r"}]},{"type":"image","source":{"type":"base64","data":"AA"}}]}],"system":[{"type":"text","text":"s"}],"tools":[0]}"#;
         let payload = parse("/v1/messages", body).unwrap();
-        let Prompt::Text(segments) = &payload.prompts[0] else { panic!("tokens") };
+        let Prompt::Text(segments) = &payload.prompts[0] else {
+            panic!("tokens")
+        };
         let mut out = String::new();
         for_each_piece(segments, &Body::from(body), &mut |piece| match piece {
             Piece::Text(bytes) => out.push_str(std::str::from_utf8(bytes).unwrap()),
@@ -186,7 +215,14 @@ mod tests {
             parse("/v1/messages", r#"{"messages":[]}"#).unwrap_err(),
             "invalid messages request: must have at least one message"
         );
-        assert!(parse("/v1/messages", "{").unwrap_err().starts_with("error unmarshaling request body: "));
-        assert_eq!(parse("/v1/xmessages", "{}").unwrap_err(), "unsupported API endpoint: /v1/xmessages");
+        assert!(
+            parse("/v1/messages", "{")
+                .unwrap_err()
+                .starts_with("error unmarshaling request body: ")
+        );
+        assert_eq!(
+            parse("/v1/xmessages", "{}").unwrap_err(),
+            "unsupported API endpoint: /v1/xmessages"
+        );
     }
 }

@@ -22,8 +22,15 @@ pub(super) struct Text {
 impl Text {
     /// As a piece of a prompt.
     pub(super) fn segment(&self) -> Segment {
-        let encoding = if self.escaped { TextEncoding::JsonEscaped } else { TextEncoding::Verbatim };
-        Segment::Body { range: self.range.clone(), encoding }
+        let encoding = if self.escaped {
+            TextEncoding::JsonEscaped
+        } else {
+            TextEncoding::Verbatim
+        };
+        Segment::Body {
+            range: self.range.clone(),
+            encoding,
+        }
     }
 
     /// The decoded string, unless it is absurdly long.
@@ -31,25 +38,38 @@ impl Text {
         if self.range.len() > MAX_NAME_BYTES {
             return None;
         }
-        Some(decode_json_string(&body.copy_range(self.range.clone()), self.escaped))
+        Some(decode_json_string(
+            &body.copy_range(self.range.clone()),
+            self.escaped,
+        ))
     }
 
     /// xxHash64 of the decoded bytes.
     pub(super) fn hash(&self, body: &Body) -> u64 {
         let mut hasher = Xxh64::new(0);
-        super::text::for_each_decoded(body, self.range.clone(), self.escaped, &mut |bytes| hasher.update(bytes));
+        super::text::for_each_decoded(body, self.range.clone(), self.escaped, &mut |bytes| {
+            hasher.update(bytes)
+        });
         hasher.digest()
     }
 
     /// As a media item of `modality`.
     pub(super) fn media(&self, modality: &'static str, body: &Body) -> Segment {
-        Segment::Media(MediaItem { modality, hash: self.hash(body), token_offset: None, tokens: None })
+        Segment::Media(MediaItem {
+            modality,
+            hash: self.hash(body),
+            token_offset: None,
+            tokens: None,
+        })
     }
 }
 
 /// A range of raw JSON as a piece of a prompt.
 pub(super) fn raw_segment(range: Range<usize>) -> Segment {
-    Segment::Body { range, encoding: TextEncoding::Verbatim }
+    Segment::Body {
+        range,
+        encoding: TextEncoding::Verbatim,
+    }
 }
 
 /// Top-level fields that the payload reports. Of duplicate keys the last wins, as in every engine.
@@ -84,7 +104,10 @@ impl Common {
         let model = self.model.and_then(|text| {
             // The rewrite replaces the string with its quotes.
             let range = text.range.start - 1..text.range.end + 1;
-            Some(ModelField { name: text.read(body)?, range })
+            Some(ModelField {
+                name: text.read(body)?,
+                range,
+            })
         });
         let max_output_tokens = match api {
             ApiKind::ChatCompletions => self.max_completion_tokens.or(self.max_tokens),
@@ -99,7 +122,11 @@ impl Common {
             object_start: object_start(body),
             stream: self.stream,
             max_output_tokens,
-            cache_salt: if api == ApiKind::Images { None } else { self.salt.and_then(|text| text.read(body)) },
+            cache_salt: if api == ApiKind::Images {
+                None
+            } else {
+                self.salt.and_then(|text| text.read(body))
+            },
             prompts,
             skip_response: false,
         }
@@ -121,27 +148,38 @@ fn object_start(body: &Body) -> Option<usize> {
 /// The string an event carries.
 pub(super) fn text_of(event: &Event<'_>) -> Option<Text> {
     match event {
-        Event::String { range, escaped } => Some(Text { range: range.clone(), escaped: *escaped }),
+        Event::String { range, escaped } => Some(Text {
+            range: range.clone(),
+            escaped: *escaped,
+        }),
         _ => None,
     }
 }
 
 /// A scalar that is a non-negative whole number, also when written `16.0` or `1e3`.
 pub(super) fn whole_number(event: &Event<'_>) -> Option<u64> {
-    let Event::Scalar(text) = event else { return None };
+    let Event::Scalar(text) = event else {
+        return None;
+    };
     let text = std::str::from_utf8(text).ok()?;
     if let Ok(number) = text.parse() {
         return Some(number);
     }
     let number: f64 = text.parse().ok()?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be whole and in range")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "checked to be whole and in range"
+    )]
     let whole = (number >= 0.0 && number.fract() == 0.0 && number < 9e15).then_some(number as u64);
     whole
 }
 
 /// A scalar that is a token id.
 pub(super) fn token_id(event: &Event<'_>) -> Option<u32> {
-    let Event::Scalar(text) = event else { return None };
+    let Event::Scalar(text) = event else {
+        return None;
+    };
     let mut id: u32 = 0;
     if text.is_empty() {
         return None;

@@ -49,8 +49,9 @@ impl Parser for OpenAiParser {
     fn parse(&self, path: &str, body: &Body) -> Result<Payload, ParseError> {
         let api = api_of(path);
         let mut reader = Reader::new(api, body);
-        scan(body, &mut reader)
-            .map_err(|error| ParseError::new(format!("error unmarshaling request bodyMap: {error}")))?;
+        scan(body, &mut reader).map_err(|error| {
+            ParseError::new(format!("error unmarshaling request bodyMap: {error}"))
+        })?;
         reader.finish()
     }
 }
@@ -120,7 +121,9 @@ impl<'a> Reader<'a> {
 
     fn finish(self) -> Result<Payload, ParseError> {
         let missing = |api: &str, field: &str| {
-            Err(ParseError::new(format!("invalid {api} request: must have {field} field")))
+            Err(ParseError::new(format!(
+                "invalid {api} request: must have {field} field"
+            )))
         };
         let tools = self.tools.map(raw_segment);
         let prompts = match self.api {
@@ -128,11 +131,19 @@ impl<'a> Reader<'a> {
                 return missing("chat completions", "valid messages");
             }
             ApiKind::ChatCompletions => {
-                vec![Prompt::Text(tools.into_iter().chain(self.messages.segments).collect())]
+                vec![Prompt::Text(
+                    tools.into_iter().chain(self.messages.segments).collect(),
+                )]
             }
             ApiKind::Responses => {
-                let Some(input) = self.raw_input else { return missing("responses", "input") };
-                let parts = self.instructions.into_iter().chain(tools).chain([raw_segment(input)]);
+                let Some(input) = self.raw_input else {
+                    return missing("responses", "input");
+                };
+                let parts = self
+                    .instructions
+                    .into_iter()
+                    .chain(tools)
+                    .chain([raw_segment(input)]);
                 vec![Prompt::Text(parts.collect())]
             }
             ApiKind::Conversations => match self.raw_input {
@@ -181,7 +192,9 @@ impl<'a> Reader<'a> {
     fn conversations(&mut self, path: &[Step], event: &Event<'_>) {
         match (path, event) {
             ([Step::Key(Key::Items)], Event::ArrayStart) => self.items = 0,
-            ([Step::Key(Key::Items)], _) => self.raw_input = value_range(event, self.raw_input.take()),
+            ([Step::Key(Key::Items)], _) => {
+                self.raw_input = value_range(event, self.raw_input.take())
+            }
             ([Step::Key(Key::Items), Step::Index(_)], Event::ObjectStart) => self.items += 1,
             _ => {}
         }
@@ -263,8 +276,14 @@ impl Texts {
         {
             return None;
         }
-        let texts = self.strings.iter().map(|text| Prompt::Text(vec![text.segment()]));
-        let tokens = self.ids.into_iter().map(|ids| Prompt::Tokens { ids, media: Vec::new() });
+        let texts = self
+            .strings
+            .iter()
+            .map(|text| Prompt::Text(vec![text.segment()]));
+        let tokens = self.ids.into_iter().map(|ids| Prompt::Tokens {
+            ids,
+            media: Vec::new(),
+        });
         Some(texts.chain(tokens).collect())
     }
 }
@@ -282,17 +301,25 @@ impl Messages {
                 }
                 _ => {}
             },
-            [Step::Index(_), Step::Key(Key::Role)] => self.role = text_of(event).map(|t| t.segment()),
+            [Step::Index(_), Step::Key(Key::Role)] => {
+                self.role = text_of(event).map(|t| t.segment())
+            }
             [Step::Index(_), Step::Key(Key::Content)] => match text_of(event) {
                 Some(text) => self.content = vec![text.segment()],
                 None if *event == Event::ArrayStart => self.content.clear(),
                 None => {}
             },
-            [Step::Index(_), Step::Key(Key::Content), Step::Index(_), block @ ..] => {
+            [
+                Step::Index(_),
+                Step::Key(Key::Content),
+                Step::Index(_),
+                block @ ..,
+            ] => {
                 let Some(text) = text_of(event) else { return };
                 let media = match block {
                     [Step::Key(Key::Text)] => return self.content.push(text.segment()),
-                    [Step::Key(Key::ImageUrl)] | [Step::Key(Key::ImageUrl), Step::Key(Key::Url)] => "image",
+                    [Step::Key(Key::ImageUrl)]
+                    | [Step::Key(Key::ImageUrl), Step::Key(Key::Url)] => "image",
                     [Step::Key(Key::VideoUrl), Step::Key(Key::Url)] => "video",
                     [Step::Key(Key::InputAudio), Step::Key(Key::Data)] => "audio",
                     _ => return,
@@ -306,21 +333,27 @@ impl Messages {
 
 #[cfg(test)]
 mod tests {
-    use super::super::text::for_each_piece;
     use super::super::text::Piece;
+    use super::super::text::for_each_piece;
     use super::*;
 
     fn parse(path: &str, body: &str) -> Result<Payload, String> {
-        OpenAiParser.parse(path, &Body::from(body)).map_err(|e| e.to_string())
+        OpenAiParser
+            .parse(path, &Body::from(body))
+            .map_err(|e| e.to_string())
     }
 
     fn text(payload: &Payload, body: &str) -> String {
         let mut out = Vec::new();
         for prompt in &payload.prompts {
-            let Prompt::Text(segments) = prompt else { panic!("token prompt") };
+            let Prompt::Text(segments) = prompt else {
+                panic!("token prompt")
+            };
             for_each_piece(segments, &Body::from(body), &mut |piece| match piece {
                 Piece::Text(bytes) => out.extend_from_slice(bytes),
-                Piece::Media(item) => out.extend_from_slice(format!("<{}>", item.modality).as_bytes()),
+                Piece::Media(item) => {
+                    out.extend_from_slice(format!("<{}>", item.modality).as_bytes())
+                }
             });
             out.push(b'|');
         }
@@ -331,7 +364,10 @@ mod tests {
     fn chat_counts_tools_then_role_and_text_of_each_message() {
         let body = r#"{"model":"m","messages":[{"content":"a\n","role":"system"},{"role":"user","content":[{"type":"text","text":"b"},{"type":"image_url","image_url":{"url":"http://x"}},{"type":"input_audio","input_audio":{"data":"zz","format":"wav"}}]}, {"role":"assistant","content":null}],"tools":[{"type":"function"}],"stream":true,"max_tokens":5,"max_completion_tokens":7,"cache_salt":"s"}"#;
         let payload = parse("/v1/chat/completions", body).unwrap();
-        assert_eq!(text(&payload, body), "[{\"type\":\"function\"}]systema\nuserb<image><audio>assistant|");
+        assert_eq!(
+            text(&payload, body),
+            "[{\"type\":\"function\"}]systema\nuserb<image><audio>assistant|"
+        );
         assert_eq!(payload.model.as_ref().unwrap().name, "m");
         assert!(payload.stream && payload.rewritable);
         assert_eq!(payload.max_output_tokens, Some(7));
@@ -341,17 +377,35 @@ mod tests {
     #[test]
     fn a_limit_counts_only_as_a_non_negative_whole_number() {
         let limit = |fields: &str| {
-            parse("/v1/chat/completions", &format!(r#"{{"messages":[{{}}],{fields}}}"#)).unwrap().max_output_tokens
+            parse(
+                "/v1/chat/completions",
+                &format!(r#"{{"messages":[{{}}],{fields}}}"#),
+            )
+            .unwrap()
+            .max_output_tokens
         };
-        assert_eq!(limit(r#""max_completion_tokens":-1,"max_tokens":5"#), Some(5));
-        assert_eq!(limit(r#""max_completion_tokens":1.5,"max_tokens":6.0"#), Some(6));
+        assert_eq!(
+            limit(r#""max_completion_tokens":-1,"max_tokens":5"#),
+            Some(5)
+        );
+        assert_eq!(
+            limit(r#""max_completion_tokens":1.5,"max_tokens":6.0"#),
+            Some(6)
+        );
         assert_eq!(limit(r#""max_completion_tokens":"7""#), None);
     }
 
     #[test]
     fn completions_take_text_lists_and_token_ids() {
-        let prompts = |prompt: &str| parse("/v1/completions", &format!(r#"{{"prompt":{prompt}}}"#)).unwrap().prompts;
-        let ids = |list: &[u32]| Prompt::Tokens { ids: list.to_vec(), media: Vec::new() };
+        let prompts = |prompt: &str| {
+            parse("/v1/completions", &format!(r#"{{"prompt":{prompt}}}"#))
+                .unwrap()
+                .prompts
+        };
+        let ids = |list: &[u32]| Prompt::Tokens {
+            ids: list.to_vec(),
+            media: Vec::new(),
+        };
         assert_eq!(prompts(r#""abc""#).len(), 1);
         assert_eq!(prompts(r#"["a","b"]"#).len(), 2);
         assert_eq!(prompts("[1,2,4294967295]"), [ids(&[1, 2, u32::MAX])]);
@@ -363,18 +417,50 @@ mod tests {
         for (path, bodies, text) in [
             (
                 "/v1/chat/completions",
-                &[r#"{}"#, r#"{"messages":[]}"#, r#"{"messages":"x"}"#, r#"{"messages":[1]}"#][..],
+                &[
+                    r#"{}"#,
+                    r#"{"messages":[]}"#,
+                    r#"{"messages":"x"}"#,
+                    r#"{"messages":[1]}"#,
+                ][..],
                 "invalid chat completions request: must have valid messages field",
             ),
             (
                 "/v1/completions",
-                &[r#"{}"#, r#"{"prompt":""}"#, r#"{"prompt":[]}"#, r#"{"prompt":["a",1]}"#, r#"{"prompt":[1,[2]]}"#, r#"{"prompt":[-1]}"#, r#"{"prompt":[4294967296]}"#, r#"{"prompt":{}}"#, r#"{"prompt":null}"#, r#"{"prompt":[[]]}"#],
+                &[
+                    r#"{}"#,
+                    r#"{"prompt":""}"#,
+                    r#"{"prompt":[]}"#,
+                    r#"{"prompt":["a",1]}"#,
+                    r#"{"prompt":[1,[2]]}"#,
+                    r#"{"prompt":[-1]}"#,
+                    r#"{"prompt":[4294967296]}"#,
+                    r#"{"prompt":{}}"#,
+                    r#"{"prompt":null}"#,
+                    r#"{"prompt":[[]]}"#,
+                ],
                 "invalid completions request: must have prompt field",
             ),
-            ("/v1/embeddings", &[r#"{"input":null}"#], "invalid embeddings request: must have input field"),
-            ("/v1/responses", &[r#"{"input":null}"#, "{}"], "invalid responses request: must have input field"),
-            ("/v1/conversations", &[r#"{"items":[]}"#], "invalid conversations request: must have items field"),
-            ("/v1/images/generations", &["{}"], "invalid images generations request: must have prompt field"),
+            (
+                "/v1/embeddings",
+                &[r#"{"input":null}"#],
+                "invalid embeddings request: must have input field",
+            ),
+            (
+                "/v1/responses",
+                &[r#"{"input":null}"#, "{}"],
+                "invalid responses request: must have input field",
+            ),
+            (
+                "/v1/conversations",
+                &[r#"{"items":[]}"#],
+                "invalid conversations request: must have items field",
+            ),
+            (
+                "/v1/images/generations",
+                &["{}"],
+                "invalid images generations request: must have prompt field",
+            ),
         ] {
             for body in bodies {
                 assert_eq!(parse(path, body).unwrap_err(), text, "{path} {body}");
@@ -385,8 +471,15 @@ mod tests {
     #[test]
     fn malformed_json_names_the_place() {
         let error = parse("/v1/completions", r#"{"prompt":tru}"#).unwrap_err();
-        assert_eq!(error, "error unmarshaling request bodyMap: invalid literal before offset 13");
-        assert!(parse("/v1/completions", "").unwrap_err().starts_with("error unmarshaling request bodyMap: "));
+        assert_eq!(
+            error,
+            "error unmarshaling request bodyMap: invalid literal before offset 13"
+        );
+        assert!(
+            parse("/v1/completions", "")
+                .unwrap_err()
+                .starts_with("error unmarshaling request bodyMap: ")
+        );
         assert!(parse("/v1/completions", "[1]").is_err());
     }
 
@@ -405,12 +498,18 @@ mod tests {
         assert_eq!(text(&payload, body), r#"do[2][{"a":1}]|"#);
         assert_eq!(payload.max_output_tokens, Some(9));
         let body = r#"{"input":"hi"}"#;
-        assert_eq!(text(&parse("/v1/responses", body).unwrap(), body), "\"hi\"|");
+        assert_eq!(
+            text(&parse("/v1/responses", body).unwrap(), body),
+            "\"hi\"|"
+        );
     }
 
     #[test]
     fn render_and_unknown_paths_follow_their_family() {
-        assert_eq!(api_of("/v1/chat/completions/render"), ApiKind::ChatCompletions);
+        assert_eq!(
+            api_of("/v1/chat/completions/render"),
+            ApiKind::ChatCompletions
+        );
         assert_eq!(api_of("/v1/completions/render"), ApiKind::Completions);
         assert_eq!(api_of("/x"), ApiKind::Completions);
     }

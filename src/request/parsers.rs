@@ -29,7 +29,12 @@ impl ParserSet {
                 set.fallback = Some(parser);
                 break;
             }
-            set.by_suffix.extend(parser.path_suffixes().iter().map(|suffix| (*suffix, Arc::clone(&parser))));
+            set.by_suffix.extend(
+                parser
+                    .path_suffixes()
+                    .iter()
+                    .map(|suffix| (*suffix, Arc::clone(&parser))),
+            );
         }
         set
     }
@@ -37,13 +42,20 @@ impl ParserSet {
     /// The parser with the longest suffix of `path` (whole segments), else the fallback.
     pub fn resolve(&self, path: &str) -> Result<&dyn Parser, ParseError> {
         let matching = self.by_suffix.iter().filter(|(suffix, _)| {
-            path.strip_suffix(suffix).is_some_and(|head| head.is_empty() || head.ends_with('/'))
+            path.strip_suffix(suffix)
+                .is_some_and(|head| head.is_empty() || head.ends_with('/'))
         });
-        let longest = matching.max_by_key(|(suffix, _)| suffix.len()).map(|(_, parser)| parser);
+        let longest = matching
+            .max_by_key(|(suffix, _)| suffix.len())
+            .map(|(_, parser)| parser);
         longest
             .or(self.fallback.as_ref())
             .map(AsRef::as_ref)
-            .ok_or_else(|| ParseError::new(format!("no parser registered matching path suffix for: {path}")))
+            .ok_or_else(|| {
+                ParseError::new(format!(
+                    "no parser registered matching path suffix for: {path}"
+                ))
+            })
     }
 }
 
@@ -51,7 +63,10 @@ impl ParserSet {
 /// `x-forwarded-path`, without query string and trailing slash.
 pub fn request_path(headers: &Headers) -> &str {
     let named = [":path", "x-original-path", "x-forwarded-path"].into_iter();
-    let path = named.filter_map(|name| headers.get_str(name)).find(|path| !path.is_empty()).unwrap_or(DEFAULT_PATH);
+    let path = named
+        .filter_map(|name| headers.get_str(name))
+        .find(|path| !path.is_empty())
+        .unwrap_or(DEFAULT_PATH);
     let path = path.split('?').next().unwrap_or_default().trim();
     path.strip_suffix('/').unwrap_or(path)
 }
@@ -89,24 +104,45 @@ mod tests {
     fn without_a_fallback_an_unknown_path_is_refused() {
         let set = ParserSet::new([Arc::new(OpenAiParser) as Arc<dyn Parser>]);
         let error = set.resolve("/v1/rerank").unwrap_err();
-        assert_eq!(error.to_string(), "no parser registered matching path suffix for: /v1/rerank");
+        assert_eq!(
+            error.to_string(),
+            "no parser registered matching path suffix for: /v1/rerank"
+        );
     }
 
     #[test]
     fn the_fallback_ends_the_registration() {
-        let set = ParserSet::new([Arc::new(PassthroughParser) as Arc<dyn Parser>, Arc::new(OpenAiParser)]);
-        assert_eq!(set.resolve("/v1/completions").unwrap().type_name(), "passthrough-parser");
+        let set = ParserSet::new([
+            Arc::new(PassthroughParser) as Arc<dyn Parser>,
+            Arc::new(OpenAiParser),
+        ]);
+        assert_eq!(
+            set.resolve("/v1/completions").unwrap().type_name(),
+            "passthrough-parser"
+        );
     }
 
     #[test]
     fn the_path_is_cut_at_query_and_slash() {
         let path = |lines: &[(&str, &'static str)]| {
-            let headers: Headers =
-                lines.iter().map(|(n, v)| ((*n).to_owned(), Bytes::from_static(v.as_bytes()))).collect();
+            let headers: Headers = lines
+                .iter()
+                .map(|(n, v)| ((*n).to_owned(), Bytes::from_static(v.as_bytes())))
+                .collect();
             request_path(&headers).to_owned()
         };
-        assert_eq!(path(&[(":path", "/v1/chat/completions/?a=b")]), "/v1/chat/completions");
-        assert_eq!(path(&[(":path", ""), ("x-forwarded-path", "/b"), ("x-original-path", "/a")]), "/a");
+        assert_eq!(
+            path(&[(":path", "/v1/chat/completions/?a=b")]),
+            "/v1/chat/completions"
+        );
+        assert_eq!(
+            path(&[
+                (":path", ""),
+                ("x-forwarded-path", "/b"),
+                ("x-original-path", "/a")
+            ]),
+            "/a"
+        );
         assert_eq!(path(&[]), "/v1/completions");
     }
 }

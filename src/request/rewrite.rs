@@ -42,7 +42,10 @@ mod tests {
     use super::*;
 
     fn rewrite(pieces: &[&'static str], model: &str) -> String {
-        let body: Body = pieces.iter().map(|p| Bytes::from_static(p.as_bytes())).collect();
+        let body: Body = pieces
+            .iter()
+            .map(|p| Bytes::from_static(p.as_bytes()))
+            .collect();
         let payload = OpenAiParser.parse("/v1/completions", &body).unwrap();
         let out = rewrite_model(&body, &payload, model);
         String::from_utf8(out.copy_range(0..out.len())).unwrap()
@@ -51,12 +54,25 @@ mod tests {
     #[test]
     fn only_the_model_string_changes() {
         // 2^53 + 1, key order, duplicates and spacing survive.
-        let out = rewrite(&[r#"{ "seed": 9007199254740993, "a":1,"a":2, "mod"#, r#"el" : "old\"#, r#""x", "prompt":"p"}"#], "n\"w");
-        assert_eq!(out, r#"{ "seed": 9007199254740993, "a":1,"a":2, "model" : "n\"w", "prompt":"p"}"#);
+        let out = rewrite(
+            &[
+                r#"{ "seed": 9007199254740993, "a":1,"a":2, "mod"#,
+                r#"el" : "old\"#,
+                r#""x", "prompt":"p"}"#,
+            ],
+            "n\"w",
+        );
+        assert_eq!(
+            out,
+            r#"{ "seed": 9007199254740993, "a":1,"a":2, "model" : "n\"w", "prompt":"p"}"#
+        );
     }
 
     #[test]
     fn a_missing_model_is_inserted() {
-        assert_eq!(rewrite(&[r#" {"prompt":"p"}"#], "m"), r#" {"model":"m","prompt":"p"}"#);
+        assert_eq!(
+            rewrite(&[r#" {"prompt":"p"}"#], "m"),
+            r#" {"model":"m","prompt":"p"}"#
+        );
     }
 }

@@ -163,11 +163,23 @@ impl Scanner {
 
     /// Checks that the root value is complete.
     pub fn finish(&self) -> Result<(), ScanError> {
-        if self.state == State::Done { Ok(()) } else { Err(ScanError::Truncated) }
+        if self.state == State::Done {
+            Ok(())
+        } else {
+            Err(ScanError::Truncated)
+        }
     }
 
-    fn structure(&mut self, byte: u8, at: usize, visitor: &mut impl Visitor) -> Result<(), ScanError> {
-        let unexpected = ScanError::Unexpected { found: char::from(byte), at: self.base + at };
+    fn structure(
+        &mut self,
+        byte: u8,
+        at: usize,
+        visitor: &mut impl Visitor,
+    ) -> Result<(), ScanError> {
+        let unexpected = ScanError::Unexpected {
+            found: char::from(byte),
+            at: self.base + at,
+        };
         match (self.state, byte) {
             (State::Root, b'{') => self.open(true, at, visitor),
             (State::Root, _) => Err(ScanError::NotAnObject),
@@ -183,7 +195,9 @@ impl Scanner {
                 self.state = State::Value;
                 Ok(())
             }
-            (State::Value | State::ValueOrEnd, _) => self.begin_value(byte, at, visitor, unexpected),
+            (State::Value | State::ValueOrEnd, _) => {
+                self.begin_value(byte, at, visitor, unexpected)
+            }
             (State::AfterValue, _) => self.after_value(byte, at, visitor, unexpected),
             _ => Err(unexpected),
         }
@@ -242,12 +256,27 @@ impl Scanner {
         Ok(())
     }
 
-    fn open(&mut self, object: bool, at: usize, visitor: &mut impl Visitor) -> Result<(), ScanError> {
+    fn open(
+        &mut self,
+        object: bool,
+        at: usize,
+        visitor: &mut impl Visitor,
+    ) -> Result<(), ScanError> {
         if self.frames.len() >= MAX_DEPTH {
             return Err(ScanError::TooDeep);
         }
-        visitor.visit(&self.path, if object { Event::ObjectStart } else { Event::ArrayStart });
-        self.frames.push(Frame { start: self.base + at, object });
+        visitor.visit(
+            &self.path,
+            if object {
+                Event::ObjectStart
+            } else {
+                Event::ArrayStart
+            },
+        );
+        self.frames.push(Frame {
+            start: self.base + at,
+            object,
+        });
         if object {
             self.state = State::KeyOrEnd;
         } else {
@@ -259,7 +288,9 @@ impl Scanner {
 
     /// An object's last key is popped by the caller; an array's index is popped here.
     fn close(&mut self, at: usize, visitor: &mut impl Visitor) {
-        let Some(frame) = self.frames.pop() else { return };
+        let Some(frame) = self.frames.pop() else {
+            return;
+        };
         if !frame.object {
             self.path.pop();
         }
@@ -268,7 +299,11 @@ impl Scanner {
     }
 
     fn value_done(&mut self) {
-        self.state = if self.frames.is_empty() { State::Done } else { State::AfterValue };
+        self.state = if self.frames.is_empty() {
+            State::Done
+        } else {
+            State::AfterValue
+        };
     }
 
     fn begin_string(&mut self, at: usize, key: bool) {
@@ -286,7 +321,9 @@ impl Scanner {
         if key {
             self.capture(rest.get(..run).unwrap_or_default());
         }
-        let Some(offset) = found else { return piece.len() };
+        let Some(offset) = found else {
+            return piece.len();
+        };
         if rest.get(offset) == Some(&b'\\') {
             self.escaped = true;
             if key {
@@ -296,12 +333,22 @@ impl Scanner {
             return at + offset + 1;
         }
         if key {
-            let known = if self.escaped || self.token_cut { Key::Other } else { Key::of(&self.token) };
+            let known = if self.escaped || self.token_cut {
+                Key::Other
+            } else {
+                Key::of(&self.token)
+            };
             self.path.push(Step::Key(known));
             self.state = State::Colon;
         } else {
             let range = self.start..self.base + at + offset;
-            visitor.visit(&self.path, Event::String { range, escaped: self.escaped });
+            visitor.visit(
+                &self.path,
+                Event::String {
+                    range,
+                    escaped: self.escaped,
+                },
+            );
             self.value_done();
         }
         at + offset + 1
@@ -311,20 +358,40 @@ impl Scanner {
         self.state = match byte {
             b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => State::String { key },
             b'u' => State::Hex { key, left: 4 },
-            _ => return Err(ScanError::Unexpected { found: char::from(byte), at: self.base + at }),
+            _ => {
+                return Err(ScanError::Unexpected {
+                    found: char::from(byte),
+                    at: self.base + at,
+                });
+            }
         };
         Ok(at + 1)
     }
 
     fn hex(&mut self, byte: u8, at: usize, key: bool, left: u8) -> Result<usize, ScanError> {
         if !byte.is_ascii_hexdigit() {
-            return Err(ScanError::Unexpected { found: char::from(byte), at: self.base + at });
+            return Err(ScanError::Unexpected {
+                found: char::from(byte),
+                at: self.base + at,
+            });
         }
-        self.state = if left > 1 { State::Hex { key, left: left - 1 } } else { State::String { key } };
+        self.state = if left > 1 {
+            State::Hex {
+                key,
+                left: left - 1,
+            }
+        } else {
+            State::String { key }
+        };
         Ok(at + 1)
     }
 
-    fn scalar(&mut self, byte: u8, at: usize, visitor: &mut impl Visitor) -> Result<usize, ScanError> {
+    fn scalar(
+        &mut self,
+        byte: u8,
+        at: usize,
+        visitor: &mut impl Visitor,
+    ) -> Result<usize, ScanError> {
         if matches!(byte, b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b'+' | b'-' | b'.') {
             self.capture(&[byte]);
             return Ok(at + 1);
@@ -333,7 +400,9 @@ impl Scanner {
             b"true" | b"false" | b"null" => true,
             number if !self.token_cut => is_number(number),
             // A number longer than any use: its head was a number so far, its tail is digits at most.
-            number => number.iter().all(|b| matches!(b, b'0'..=b'9' | b'-' | b'+' | b'.' | b'e' | b'E')),
+            number => number
+                .iter()
+                .all(|b| matches!(b, b'0'..=b'9' | b'-' | b'+' | b'.' | b'e' | b'E')),
         };
         if !valid {
             return Err(ScanError::Literal { at: self.base + at });
@@ -349,7 +418,8 @@ impl Scanner {
         if bytes.len() > room {
             self.token_cut = true;
         }
-        self.token.extend_from_slice(bytes.get(..bytes.len().min(room)).unwrap_or_default());
+        self.token
+            .extend_from_slice(bytes.get(..bytes.len().min(room)).unwrap_or_default());
     }
 }
 
@@ -370,7 +440,10 @@ fn is_number(text: &[u8]) -> bool {
         rest = fraction.get(count..).unwrap_or_default();
     }
     if let Some(exponent) = rest.strip_prefix(b"e").or_else(|| rest.strip_prefix(b"E")) {
-        let exponent = exponent.strip_prefix(b"+").or_else(|| exponent.strip_prefix(b"-")).unwrap_or(exponent);
+        let exponent = exponent
+            .strip_prefix(b"+")
+            .or_else(|| exponent.strip_prefix(b"-"))
+            .unwrap_or(exponent);
         let count = digits(exponent);
         return count > 0 && count == exponent.len();
     }
@@ -401,29 +474,58 @@ mod tests {
     #[test]
     fn values_are_reported_with_path_and_place() {
         let log = events(&[br#"{"model":"a\"b","prompt":[1,{"text":null}]}"#]).unwrap();
-        assert_eq!(log.0, [
-            "[] ObjectStart",
-            r"[Key(Model)] String { range: 10..14, escaped: true }",
-            "[Key(Prompt)] ArrayStart",
-            "[Key(Prompt), Index(0)] Scalar([49])",
-            "[Key(Prompt), Index(1)] ObjectStart",
-            "[Key(Prompt), Index(1), Key(Text)] Scalar([110, 117, 108, 108])",
-            "[Key(Prompt), Index(1)] End(28..41)",
-            "[Key(Prompt)] End(25..42)",
-            "[] End(0..43)",
-        ]);
+        assert_eq!(
+            log.0,
+            [
+                "[] ObjectStart",
+                r"[Key(Model)] String { range: 10..14, escaped: true }",
+                "[Key(Prompt)] ArrayStart",
+                "[Key(Prompt), Index(0)] Scalar([49])",
+                "[Key(Prompt), Index(1)] ObjectStart",
+                "[Key(Prompt), Index(1), Key(Text)] Scalar([110, 117, 108, 108])",
+                "[Key(Prompt), Index(1)] End(28..41)",
+                "[Key(Prompt)] End(25..42)",
+                "[] End(0..43)",
+            ]
+        );
     }
 
     #[test]
     fn what_is_not_json_is_refused() {
         for bad in [
-            "", " ", "[]", "1", "{", "}", "{]", r#"{"a"}"#, r#"{"a":}"#, r#"{"a":1,}"#, r#"{"a":1 "b":2}"#,
-            r#"{"a":01}"#, r#"{"a":1.}"#, r#"{"a":-}"#, r#"{"a":1e}"#, r#"{"a":nul}"#, r#"{"a":truee}"#,
-            r#"{"a":"\x"}"#, r#"{"a":"\u12g4"}"#, r#"{"a":"b}"#, r#"{"a":[1,]}"#, r#"{"a":[1}"#, r#"{"a":1]"#,
-            r#"{"a":1}x"#, r#"{"a":1}{}"#, r#"{a:1}"#, r#"{"a":+1}"#,
+            "",
+            " ",
+            "[]",
+            "1",
+            "{",
+            "}",
+            "{]",
+            r#"{"a"}"#,
+            r#"{"a":}"#,
+            r#"{"a":1,}"#,
+            r#"{"a":1 "b":2}"#,
+            r#"{"a":01}"#,
+            r#"{"a":1.}"#,
+            r#"{"a":-}"#,
+            r#"{"a":1e}"#,
+            r#"{"a":nul}"#,
+            r#"{"a":truee}"#,
+            r#"{"a":"\x"}"#,
+            r#"{"a":"\u12g4"}"#,
+            r#"{"a":"b}"#,
+            r#"{"a":[1,]}"#,
+            r#"{"a":[1}"#,
+            r#"{"a":1]"#,
+            r#"{"a":1}x"#,
+            r#"{"a":1}{}"#,
+            r#"{a:1}"#,
+            r#"{"a":+1}"#,
         ] {
             assert!(events(&[bad.as_bytes()]).is_err(), "{bad}");
-            assert!(serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(bad).is_err(), "{bad}");
+            assert!(
+                serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(bad).is_err(),
+                "{bad}"
+            );
         }
     }
 
@@ -431,7 +533,10 @@ mod tests {
     fn depth_is_bounded() {
         let nested = |n: usize| format!("{{\"a\":{}{}}}", "[".repeat(n), "]".repeat(n));
         assert!(events(&[nested(MAX_DEPTH - 1).as_bytes()]).is_ok());
-        assert_eq!(events(&[nested(MAX_DEPTH).as_bytes()]), Err(ScanError::TooDeep));
+        assert_eq!(
+            events(&[nested(MAX_DEPTH).as_bytes()]),
+            Err(ScanError::TooDeep)
+        );
     }
 
     fn json() -> impl Strategy<Value = serde_json::Value> {
@@ -440,7 +545,8 @@ mod tests {
             Just(serde_json::Value::Null),
             any::<bool>().prop_map(Into::into),
             any::<i64>().prop_map(Into::into),
-            any::<f32>().prop_filter_map("finite", |f| serde_json::Number::from_f64(f.into()).map(Into::into)),
+            any::<f32>().prop_filter_map("finite", |f| serde_json::Number::from_f64(f.into())
+                .map(Into::into)),
             text().prop_map(Into::into),
         ];
         leaf.prop_recursive(4, 40, 5, move |inner| {

@@ -40,8 +40,13 @@ impl Parser for SglangHttpParser {
             return Err(ParseError::new(format!("unsupported path: {path}")));
         }
         let mut reader = Reader::default();
-        scan(body, &mut reader).map_err(|e| ParseError::new(format!("error unmarshaling request bodyMap: {e}")))?;
-        let refuse = |text: &str| Err(ParseError::new(format!("invalid generate request: input_ids {text}")));
+        scan(body, &mut reader)
+            .map_err(|e| ParseError::new(format!("error unmarshaling request bodyMap: {e}")))?;
+        let refuse = |text: &str| {
+            Err(ParseError::new(format!(
+                "invalid generate request: input_ids {text}"
+            )))
+        };
         if !reader.seen {
             return refuse("must be provided");
         }
@@ -52,10 +57,21 @@ impl Parser for SglangHttpParser {
             return refuse("cannot be empty");
         }
         if reader.bad_salt {
-            return Err(ParseError::new("unsupported generate request: extra_key must be a string"));
+            return Err(ParseError::new(
+                "unsupported generate request: extra_key must be a string",
+            ));
         }
-        let prompts = reader.ids.into_iter().map(|ids| Prompt::Tokens { ids, media: Vec::new() }).collect();
-        let mut payload = reader.common.payload(ApiKind::SglangGenerate, body, prompts);
+        let prompts = reader
+            .ids
+            .into_iter()
+            .map(|ids| Prompt::Tokens {
+                ids,
+                media: Vec::new(),
+            })
+            .collect();
+        let mut payload = reader
+            .common
+            .payload(ApiKind::SglangGenerate, body, prompts);
         payload.model = None;
         payload.rewritable = false;
         payload.max_output_tokens = reader.max_tokens;
@@ -107,19 +123,26 @@ impl Visitor for Reader {
                     self.invalid = true;
                 }
             },
-            [Step::Key(Key::InputIds), Step::Index(0)] if event == Event::ArrayStart => self.ids.push(Vec::new()),
-            [Step::Key(Key::InputIds), Step::Index(_)] if event == Event::ArrayStart && !self.ids.is_empty() => {
+            [Step::Key(Key::InputIds), Step::Index(0)] if event == Event::ArrayStart => {
+                self.ids.push(Vec::new())
+            }
+            [Step::Key(Key::InputIds), Step::Index(_)]
+                if event == Event::ArrayStart && !self.ids.is_empty() =>
+            {
                 self.ids.push(Vec::new());
             }
             [Step::Key(Key::InputIds), Step::Index(_)] if matches!(event, Event::End(_)) => {}
-            [Step::Key(Key::InputIds), Step::Index(_)] | [Step::Key(Key::InputIds), Step::Index(_), Step::Index(_)] => {
+            [Step::Key(Key::InputIds), Step::Index(_)]
+            | [Step::Key(Key::InputIds), Step::Index(_), Step::Index(_)] => {
                 self.push(&event);
             }
             [Step::Key(Key::ExtraKey)] => {
                 self.salt = text_of(&event);
                 self.bad_salt = self.salt.is_none() && event != Event::Scalar(b"null");
             }
-            [Step::Key(Key::SamplingParams), Step::Key(Key::MaxNewTokens)] => self.max_tokens = whole_number(&event),
+            [Step::Key(Key::SamplingParams), Step::Key(Key::MaxNewTokens)] => {
+                self.max_tokens = whole_number(&event)
+            }
             _ => {
                 self.common.visit(path, &event);
             }
@@ -132,31 +155,62 @@ mod tests {
     use super::*;
 
     fn parse(body: &str) -> Result<Payload, String> {
-        SglangHttpParser.parse("/generate", &Body::from(body)).map_err(|e| e.to_string())
+        SglangHttpParser
+            .parse("/generate", &Body::from(body))
+            .map_err(|e| e.to_string())
     }
 
     #[test]
     fn ids_salt_and_limit_are_read() {
         let body = r#"{"input_ids":[5,6],"extra_key":"k","stream":true,"sampling_params":{"max_new_tokens":8},"model":"x"}"#;
         let payload = parse(body).unwrap();
-        assert_eq!(payload.prompts, [Prompt::Tokens { ids: vec![5, 6], media: Vec::new() }]);
-        assert_eq!((payload.cache_salt.as_deref(), payload.max_output_tokens), (Some("k"), Some(8)));
+        assert_eq!(
+            payload.prompts,
+            [Prompt::Tokens {
+                ids: vec![5, 6],
+                media: Vec::new()
+            }]
+        );
+        assert_eq!(
+            (payload.cache_salt.as_deref(), payload.max_output_tokens),
+            (Some("k"), Some(8))
+        );
         assert!(payload.model.is_none() && !payload.rewritable && payload.stream);
-        assert_eq!(parse(r#"{"input_ids":[[5],[6,7]]}"#).unwrap().prompts.len(), 2);
+        assert_eq!(
+            parse(r#"{"input_ids":[[5],[6,7]]}"#).unwrap().prompts.len(),
+            2
+        );
     }
 
     #[test]
     fn errors_have_the_contracts_texts() {
         for (body, text) in [
             ("{}", "invalid generate request: input_ids must be provided"),
-            (r#"{"input_ids":"x"}"#, "invalid generate request: input_ids must be an array of uint32 integers"),
-            (r#"{"input_ids":[1.5]}"#, "invalid generate request: input_ids must be an array of uint32 integers"),
-            (r#"{"input_ids":[]}"#, "invalid generate request: input_ids cannot be empty"),
-            (r#"{"input_ids":[1],"extra_key":3}"#, "unsupported generate request: extra_key must be a string"),
+            (
+                r#"{"input_ids":"x"}"#,
+                "invalid generate request: input_ids must be an array of uint32 integers",
+            ),
+            (
+                r#"{"input_ids":[1.5]}"#,
+                "invalid generate request: input_ids must be an array of uint32 integers",
+            ),
+            (
+                r#"{"input_ids":[]}"#,
+                "invalid generate request: input_ids cannot be empty",
+            ),
+            (
+                r#"{"input_ids":[1],"extra_key":3}"#,
+                "unsupported generate request: extra_key must be a string",
+            ),
         ] {
             assert_eq!(parse(body).unwrap_err(), text, "{body}");
         }
-        let error = SglangHttpParser.parse("/inference/v1/generate", &Body::default()).unwrap_err();
-        assert_eq!(error.to_string(), "unsupported path: /inference/v1/generate");
+        let error = SglangHttpParser
+            .parse("/inference/v1/generate", &Body::default())
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "unsupported path: /inference/v1/generate"
+        );
     }
 }

@@ -23,7 +23,12 @@ pub fn decode_json_string(inside: &[u8], escaped: bool) -> String {
 
 /// Hands the decoded bytes of one string to `f`, in slices of any length. Runs without escapes are
 /// slices of the body.
-pub fn for_each_decoded(body: &Body, range: Range<usize>, escaped: bool, f: &mut impl FnMut(&[u8])) {
+pub fn for_each_decoded(
+    body: &Body,
+    range: Range<usize>,
+    escaped: bool,
+    f: &mut impl FnMut(&[u8]),
+) {
     if !escaped {
         body.slices(range).for_each(f);
         return;
@@ -51,7 +56,9 @@ pub fn for_each_piece(segments: &[Segment], body: &Body, f: &mut impl FnMut(Piec
             Segment::Media(item) => f(Piece::Media(item)),
             Segment::Body { range, encoding } => {
                 let escaped = *encoding == TextEncoding::JsonEscaped;
-                for_each_decoded(body, range.clone(), escaped, &mut |bytes| f(Piece::Text(bytes)));
+                for_each_decoded(body, range.clone(), escaped, &mut |bytes| {
+                    f(Piece::Text(bytes))
+                });
             }
         }
     }
@@ -66,9 +73,14 @@ pub fn token_count(prompt: &Prompt, body: &Body) -> u64 {
             let mut bytes = 0u64;
             for segment in segments {
                 match segment {
-                    Segment::Body { range, encoding: TextEncoding::Verbatim } => bytes += range.len() as u64,
+                    Segment::Body {
+                        range,
+                        encoding: TextEncoding::Verbatim,
+                    } => bytes += range.len() as u64,
                     Segment::Body { range, .. } => {
-                        for_each_decoded(body, range.clone(), true, &mut |b| bytes += b.len() as u64);
+                        for_each_decoded(body, range.clone(), true, &mut |b| {
+                            bytes += b.len() as u64
+                        });
                     }
                     Segment::Media(item) => {
                         // Media begin at a token border.
@@ -97,7 +109,10 @@ enum Pending {
     #[default]
     None,
     Backslash,
-    Hex { digits: u8, value: u16 },
+    Hex {
+        digits: u8,
+        value: u16,
+    },
 }
 
 impl Unescape {
@@ -122,13 +137,19 @@ impl Unescape {
                     bytes = rest;
                 }
                 Pending::Hex { digits, value } => {
-                    let digit = char::from(first).to_digit(16).and_then(|d| u16::try_from(d).ok()).unwrap_or(0);
+                    let digit = char::from(first)
+                        .to_digit(16)
+                        .and_then(|d| u16::try_from(d).ok())
+                        .unwrap_or(0);
                     let value = value << 4 | digit;
                     if digits == 3 {
                         self.pending = Pending::None;
                         self.unit(value, f);
                     } else {
-                        self.pending = Pending::Hex { digits: digits + 1, value };
+                        self.pending = Pending::Hex {
+                            digits: digits + 1,
+                            value,
+                        };
                     }
                     bytes = rest;
                 }
@@ -142,7 +163,10 @@ impl Unescape {
 
     fn simple(&mut self, byte: u8, f: &mut impl FnMut(&[u8])) {
         if byte == b'u' {
-            self.pending = Pending::Hex { digits: 0, value: 0 };
+            self.pending = Pending::Hex {
+                digits: 0,
+                value: 0,
+            };
             return;
         }
         self.pending = Pending::None;
@@ -216,10 +240,18 @@ mod tests {
         let text = |range, encoding| Segment::Body { range, encoding };
         let escaped = text(0..4, TextEncoding::JsonEscaped);
         let plain = text(4..7, TextEncoding::Verbatim);
-        let image = super::super::MediaItem { modality: "image", hash: 1, token_offset: None, tokens: None };
+        let image = super::super::MediaItem {
+            modality: "image",
+            hash: 1,
+            token_offset: None,
+            tokens: None,
+        };
         let count = |segments| token_count(&Prompt::Text(segments), &body);
         assert_eq!(count(vec![escaped.clone(), plain.clone()]), 2);
-        assert_eq!(count(vec![escaped, Segment::Media(image), plain]), 1 + 225 + 1);
+        assert_eq!(
+            count(vec![escaped, Segment::Media(image), plain]),
+            1 + 225 + 1
+        );
     }
 
     proptest! {

@@ -45,16 +45,23 @@ impl Parser for VllmHttpParser {
             return Err(ParseError::new(format!("unsupported path: {path}")));
         }
         let mut reader = Reader::default();
-        scan(body, &mut reader).map_err(|e| ParseError::new(format!("error unmarshaling request bodyMap: {e}")))?;
+        scan(body, &mut reader)
+            .map_err(|e| ParseError::new(format!("error unmarshaling request bodyMap: {e}")))?;
         if let Some((index, value)) = reader.invalid {
-            let text = format!("invalid generate request: token_ids[{index}]: invalid value {value}");
+            let text =
+                format!("invalid generate request: token_ids[{index}]: invalid value {value}");
             return Err(ParseError::new(text));
         }
         if reader.ids.is_empty() {
-            return Err(ParseError::new("invalid generate request: must have non-empty token_ids field"));
+            return Err(ParseError::new(
+                "invalid generate request: must have non-empty token_ids field",
+            ));
         }
         let media = reader.features.media(body);
-        let prompts = vec![Prompt::Tokens { ids: reader.ids, media }];
+        let prompts = vec![Prompt::Tokens {
+            ids: reader.ids,
+            media,
+        }];
         let mut payload = reader.common.payload(ApiKind::VllmGenerate, body, prompts);
         payload.max_output_tokens = reader.max_tokens;
         Ok(payload)
@@ -83,17 +90,30 @@ impl Features {
             return;
         }
         match path {
-            [Step::Key(Key::MmHashes), Step::Key(modality), Step::Index(_)] => {
+            [
+                Step::Key(Key::MmHashes),
+                Step::Key(modality),
+                Step::Index(_),
+            ] => {
                 if let (Some(modality), Some(text)) = (modality_of(*modality), text_of(event)) {
                     self.hashes.push((modality, text));
                 }
             }
-            [Step::Key(Key::MmPlaceholders), Step::Key(modality), Step::Index(_)] if *event == Event::ObjectStart => {
+            [
+                Step::Key(Key::MmPlaceholders),
+                Step::Key(modality),
+                Step::Index(_),
+            ] if *event == Event::ObjectStart => {
                 if let Some(modality) = modality_of(*modality) {
                     self.places.push((modality, None, None));
                 }
             }
-            [Step::Key(Key::MmPlaceholders), Step::Key(_), Step::Index(_), Step::Key(field)] => {
+            [
+                Step::Key(Key::MmPlaceholders),
+                Step::Key(_),
+                Step::Index(_),
+                Step::Key(field),
+            ] => {
                 if let Some(place) = self.places.last_mut() {
                     match field {
                         Key::Offset => place.1 = token_id(event),
@@ -153,7 +173,9 @@ impl Visitor for Reader {
                 }
                 (None, _) => self.invalid = Some((*index, "of another type".to_owned())),
             },
-            [Step::Key(Key::SamplingParams), Step::Key(Key::MaxTokens)] => self.max_tokens = whole_number(&event),
+            [Step::Key(Key::SamplingParams), Step::Key(Key::MaxTokens)] => {
+                self.max_tokens = whole_number(&event)
+            }
             [Step::Key(Key::Features), rest @ ..] => self.features.visit(rest, &event),
             _ => {}
         }
@@ -165,7 +187,9 @@ mod tests {
     use super::*;
 
     fn parse(body: &str) -> Result<Payload, String> {
-        VllmHttpParser.parse("/inference/v1/generate", &Body::from(body)).map_err(|e| e.to_string())
+        VllmHttpParser
+            .parse("/inference/v1/generate", &Body::from(body))
+            .map_err(|e| e.to_string())
     }
 
     #[test]
@@ -175,12 +199,17 @@ mod tests {
                "features":{"mm_hashes":{"image":["h1","h2"]},"mm_placeholders":{"image":[{"offset":0,"length":5},{"offset":9,"length":6}]}}}"#,
         )
         .unwrap();
-        let Prompt::Tokens { ids, media } = &payload.prompts[0] else { panic!("text") };
+        let Prompt::Tokens { ids, media } = &payload.prompts[0] else {
+            panic!("text")
+        };
         assert_eq!(ids, &[1, 2]);
-        assert_eq!(media.iter().map(|m| (m.token_offset, m.tokens)).collect::<Vec<_>>(), [
-            (Some(0), Some(5)),
-            (Some(9), Some(6))
-        ]);
+        assert_eq!(
+            media
+                .iter()
+                .map(|m| (m.token_offset, m.tokens))
+                .collect::<Vec<_>>(),
+            [(Some(0), Some(5)), (Some(9), Some(6))]
+        );
         assert_eq!(media[0].hash, xxh64(b"h1", 0));
         assert_eq!((payload.max_output_tokens, payload.stream), (Some(3), true));
         assert_eq!(payload.cache_salt.as_deref(), Some("s"));

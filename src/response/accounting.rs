@@ -66,7 +66,11 @@ impl Accounting {
 
     /// Puts the client's model name back into the response; `None` when nothing was rewritten.
     pub fn model_name_rewriter(&self) -> Option<ModelNameRewriter> {
-        let RequestFacts { model, target_model, .. } = &self.facts;
+        let RequestFacts {
+            model,
+            target_model,
+            ..
+        } = &self.facts;
         (model != target_model && !model.is_empty() && !target_model.is_empty())
             .then(|| ModelNameRewriter::new(target_model, model))
     }
@@ -74,20 +78,32 @@ impl Accounting {
     /// The proxy reported which endpoint answers; it differs from the pick after a retry or fallback.
     pub fn on_served(&mut self, served: &str) {
         if served != self.facts.endpoint {
-            tracing::debug!(picked = self.facts.endpoint, served, "another endpoint answered");
+            tracing::debug!(
+                picked = self.facts.endpoint,
+                served,
+                "another endpoint answered"
+            );
         }
     }
 
     /// Response headers arrived.
     pub fn on_response_headers(&mut self, headers: &Headers) {
         self.headers_at = Some(Instant::now());
-        self.streaming |= headers.get_str("content-type").is_some_and(|v| v.contains("text/event-stream"));
-        let status = headers.get_str(":status").or_else(|| headers.get_str("status")).unwrap_or("200");
+        self.streaming |= headers
+            .get_str("content-type")
+            .is_some_and(|v| v.contains("text/event-stream"));
+        let status = headers
+            .get_str(":status")
+            .or_else(|| headers.get_str("status"))
+            .unwrap_or("200");
         if let Some(series) = &self.series {
             if status != "200" {
                 series.error("ModelServerError");
             }
-            self.reader = self.facts.usage.map(|format| ResponseReader::new(format, self.streaming));
+            self.reader = self
+                .facts
+                .usage
+                .map(|format| ResponseReader::new(format, self.streaming));
         }
     }
 
@@ -118,18 +134,28 @@ impl Accounting {
 
     /// The response ended naturally: records usage and durations, then releases everything.
     pub fn complete(mut self) {
-        let Some(series) = self.series.take() else { return };
+        let Some(series) = self.series.take() else {
+            return;
+        };
         let end = Instant::now();
         let usage = self.reader.as_mut().and_then(ResponseReader::finish);
         if let Some(usage) = usage {
-            series.usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens);
+            series.usage(
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cached_tokens,
+            );
         }
         let received = self.facts.received_at;
         series.complete(&Completion {
             duration: end.saturating_duration_since(received),
             response_bytes: self.response_bytes,
-            ttft: self.first_piece_at.map(|at| at.saturating_duration_since(received)),
-            generation: self.first_piece_at.map(|at| end.saturating_duration_since(at)),
+            ttft: self
+                .first_piece_at
+                .map(|at| at.saturating_duration_since(received)),
+            generation: self
+                .first_piece_at
+                .map(|at| end.saturating_duration_since(at)),
             response_phase: self.headers_at.map(|at| end.saturating_duration_since(at)),
             streaming: self.streaming,
             output_tokens: usage.map_or(0, |u| u.completion_tokens),

@@ -21,7 +21,10 @@ impl ModelNameRewriter {
             let to = format!("\"model\"{colon}{}", quote(incoming));
             (Finder::new(from.as_bytes()).into_owned(), Bytes::from(to))
         };
-        Self { patterns: [pattern(":"), pattern(": ")], held: Bytes::new() }
+        Self {
+            patterns: [pattern(":"), pattern(": ")],
+            held: Bytes::new(),
+        }
     }
 
     /// Pieces to forward in place of `piece`. Without a match they are slices of it.
@@ -53,7 +56,9 @@ impl ModelNameRewriter {
 
     fn find(&self, text: &[u8]) -> Option<(usize, usize, Bytes)> {
         let places = self.patterns.iter().filter_map(|(finder, to)| {
-            finder.find(text).map(|at| (at, finder.needle().len(), to.clone()))
+            finder
+                .find(text)
+                .map(|at| (at, finder.needle().len(), to.clone()))
         });
         places.min_by_key(|(at, ..)| *at)
     }
@@ -62,9 +67,16 @@ impl ModelNameRewriter {
     fn open_tail(&self, text: &[u8]) -> usize {
         let open = |needle: &[u8]| {
             let longest = (needle.len() - 1).min(text.len());
-            (1..=longest).rev().find(|&n| text.ends_with(needle.get(..n).unwrap_or_default())).unwrap_or(0)
+            (1..=longest)
+                .rev()
+                .find(|&n| text.ends_with(needle.get(..n).unwrap_or_default()))
+                .unwrap_or(0)
         };
-        self.patterns.iter().map(|(finder, _)| open(finder.needle())).max().unwrap_or(0)
+        self.patterns
+            .iter()
+            .map(|(finder, _)| open(finder.needle()))
+            .max()
+            .unwrap_or(0)
     }
 }
 
@@ -84,13 +96,18 @@ mod tests {
         let mut out = Vec::new();
         for (i, piece) in pieces.iter().enumerate() {
             let last = i + 1 == pieces.len();
-            rewriter.push(Bytes::copy_from_slice(piece), last).iter().for_each(|p| out.extend_from_slice(p));
+            rewriter
+                .push(Bytes::copy_from_slice(piece), last)
+                .iter()
+                .for_each(|p| out.extend_from_slice(p));
         }
         out
     }
 
-    const TEXT: &[u8] = br#"{"model":"base-v2","x":"base-v2","y":{"model": "base-v2"},"model":"base-v"}"#;
-    const WANTED: &[u8] = br#"{"model":"chat\"x","x":"base-v2","y":{"model": "chat\"x"},"model":"base-v"}"#;
+    const TEXT: &[u8] =
+        br#"{"model":"base-v2","x":"base-v2","y":{"model": "base-v2"},"model":"base-v"}"#;
+    const WANTED: &[u8] =
+        br#"{"model":"chat\"x","x":"base-v2","y":{"model": "chat\"x"},"model":"base-v"}"#;
 
     #[test]
     fn every_place_is_replaced_and_nothing_else() {

@@ -31,7 +31,9 @@ impl Lines {
         };
         let (whole, open) = rest.split_at(last);
         if memmem::find(whole, marker).is_some() {
-            whole.split(|byte| *byte == b'\n').for_each(|line| on_line(trim(line)));
+            whole
+                .split(|byte| *byte == b'\n')
+                .for_each(|line| on_line(trim(line)));
         }
         self.carry_on(open.get(1..).unwrap_or_default());
     }
@@ -67,14 +69,19 @@ mod tests {
         let mut out = Vec::new();
         let mut reader = Lines::default();
         let mut on_line = |line: &[u8]| out.push(String::from_utf8_lossy(line).into_owned());
-        pieces.iter().for_each(|piece| reader.push(piece, b"u", &mut on_line));
+        pieces
+            .iter()
+            .for_each(|piece| reader.push(piece, b"u", &mut on_line));
         reader.finish(&mut on_line);
         out
     }
 
     #[test]
     fn a_line_split_over_pieces_is_whole_again() {
-        assert_eq!(lines(&[b"a u", b"", b" b\r\nc u\r", b"\n"]), ["a u b", "c u"]);
+        assert_eq!(
+            lines(&[b"a u", b"", b" b\r\nc u\r", b"\n"]),
+            ["a u b", "c u"]
+        );
         assert_eq!(lines(&[b"x\nno\n"]), Vec::<String>::new());
         assert_eq!(lines(&[b"last u"]), ["last u"]);
     }

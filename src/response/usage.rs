@@ -50,22 +50,40 @@ enum Source {
 impl ResponseReader {
     /// A reader for `format`; `streaming` when the body is an event stream.
     pub fn new(format: UsageFormat, streaming: bool) -> Self {
-        let source = if streaming { Source::Stream(Lines::default()) } else { Source::Tail(Vec::new()) };
-        Self { format, source, usage: None }
+        let source = if streaming {
+            Source::Stream(Lines::default())
+        } else {
+            Source::Tail(Vec::new())
+        };
+        Self {
+            format,
+            source,
+            usage: None,
+        }
     }
 
     /// Looks at one piece of the body.
     pub fn on_chunk(&mut self, piece: &[u8]) {
-        let Self { format, source, usage } = self;
+        let Self {
+            format,
+            source,
+            usage,
+        } = self;
         match source {
-            Source::Stream(lines) => lines.push(piece, format.marker(), &mut |line| format.read_line(line, usage)),
+            Source::Stream(lines) => lines.push(piece, format.marker(), &mut |line| {
+                format.read_line(line, usage)
+            }),
             Source::Tail(tail) => keep_tail(tail, piece),
         }
     }
 
     /// The usage, once the body ended.
     pub fn finish(&mut self) -> Option<Usage> {
-        let Self { format, source, usage } = self;
+        let Self {
+            format,
+            source,
+            usage,
+        } = self;
         match source {
             Source::Stream(lines) => lines.finish(&mut |line| format.read_line(line, usage)),
             Source::Tail(tail) => format.read_tail(tail, usage),
@@ -75,10 +93,14 @@ impl ResponseReader {
 }
 
 fn keep_tail(tail: &mut Vec<u8>, piece: &[u8]) {
-    let keep = piece.get(piece.len().saturating_sub(TAIL_BYTES)..).unwrap_or_default();
+    let keep = piece
+        .get(piece.len().saturating_sub(TAIL_BYTES)..)
+        .unwrap_or_default();
     // Shift only when the buffer is twice the bound, so that small pieces cost what they copy.
     if tail.len() + keep.len() > 2 * TAIL_BYTES {
-        let excess = tail.len().saturating_sub(TAIL_BYTES.saturating_sub(keep.len()));
+        let excess = tail
+            .len()
+            .saturating_sub(TAIL_BYTES.saturating_sub(keep.len()));
         tail.drain(..excess);
     }
     tail.extend_from_slice(keep);
@@ -95,11 +117,15 @@ impl UsageFormat {
 
     /// One line of an event stream. What cannot be read is skipped: the response is not ours.
     fn read_line(self, line: &[u8], usage: &mut Option<Usage>) {
-        let Some(data) = line.strip_prefix(b"data:") else { return };
+        let Some(data) = line.strip_prefix(b"data:") else {
+            return;
+        };
         if memmem::find(data, self.marker()).is_none() {
             return;
         }
-        let Ok(event) = serde_json::from_slice::<Event>(data) else { return };
+        let Ok(event) = serde_json::from_slice::<Event>(data) else {
+            return;
+        };
         let block = match self {
             Self::OpenAi => event.usage.or_else(|| event.response?.usage),
             Self::Anthropic => event.usage.or_else(|| event.message?.usage),
@@ -113,9 +139,16 @@ impl UsageFormat {
     /// The end of a plain JSON body: the last usage object in it. A quoted `"usage"` inside text has
     /// a backslash before its closing quote and does not match.
     fn read_tail(self, tail: &[u8], usage: &mut Option<Usage>) {
-        let Some(at) = memmem::rfind(tail, self.marker()) else { return };
-        let rest = tail.get(at + self.marker().len()..).unwrap_or_default().trim_ascii_start();
-        let Some(value) = rest.strip_prefix(b":") else { return };
+        let Some(at) = memmem::rfind(tail, self.marker()) else {
+            return;
+        };
+        let rest = tail
+            .get(at + self.marker().len()..)
+            .unwrap_or_default()
+            .trim_ascii_start();
+        let Some(value) = rest.strip_prefix(b":") else {
+            return;
+        };
         let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Option<Block>>();
         if let Some(Ok(Some(block))) = values.next() {
             block.merge_into(usage);
@@ -183,8 +216,15 @@ impl Block {
             all.completion_tokens = self.completion_tokens;
         }
         let both = self.prompt_tokens > 0 && self.completion_tokens > 0 && self.total_tokens > 0;
-        all.total_tokens = if both { self.total_tokens } else { all.prompt_tokens + all.completion_tokens };
-        let cached = self.prompt_tokens_details.map(|d| d.cached_tokens).or(self.cached_tokens);
+        all.total_tokens = if both {
+            self.total_tokens
+        } else {
+            all.prompt_tokens + all.completion_tokens
+        };
+        let cached = self
+            .prompt_tokens_details
+            .map(|d| d.cached_tokens)
+            .or(self.cached_tokens);
         all.cached_tokens = cached.or(all.cached_tokens);
     }
 }
@@ -216,15 +256,29 @@ mod tests {
     }
 
     fn last_usage_line(stream: &[u8]) -> &[u8] {
-        let mut lines = stream.split(|b| *b == b'\n').filter(|l| memmem::find(l, b"\"usage\":{").is_some());
-        lines.next_back().and_then(|l| l.strip_prefix(b"data: ")).unwrap()
+        let mut lines = stream
+            .split(|b| *b == b'\n')
+            .filter(|l| memmem::find(l, b"\"usage\":{").is_some());
+        lines
+            .next_back()
+            .and_then(|l| l.strip_prefix(b"data: "))
+            .unwrap()
     }
 
     #[test]
     fn recorded_bodies_are_read() {
-        assert_eq!(read(UsageFormat::OpenAi, false, &[JSON]), Some(recorded(JSON)));
-        assert!(recorded(JSON).cached_tokens.unwrap() > 0, "the recording is a cache hit");
-        assert_eq!(read(UsageFormat::OpenAi, true, &[STREAM]), Some(recorded(last_usage_line(STREAM))));
+        assert_eq!(
+            read(UsageFormat::OpenAi, false, &[JSON]),
+            Some(recorded(JSON))
+        );
+        assert!(
+            recorded(JSON).cached_tokens.unwrap() > 0,
+            "the recording is a cache hit"
+        );
+        assert_eq!(
+            read(UsageFormat::OpenAi, true, &[STREAM]),
+            Some(recorded(last_usage_line(STREAM)))
+        );
     }
 
     #[test]
@@ -232,24 +286,57 @@ mod tests {
         let stream = b"event: message_start\r\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":11,\"cache_read_input_tokens\":4,\"output_tokens\":1}}}\r\n\r\ndata:{\"type\":\"message_delta\",\"usage\":{\"output_tokens\":\"9\"}}\r\n\r\n";
         let usage = read(UsageFormat::Anthropic, true, &[stream]).unwrap();
         // 11 + 9: the total is a sum, because no block reported all three.
-        assert_eq!(usage, Usage { prompt_tokens: 11, completion_tokens: 9, total_tokens: 20, cached_tokens: Some(4) });
+        assert_eq!(
+            usage,
+            Usage {
+                prompt_tokens: 11,
+                completion_tokens: 9,
+                total_tokens: 20,
+                cached_tokens: Some(4)
+            }
+        );
     }
 
     #[test]
     fn responses_events_carry_usage_inside_response() {
         let line = b"data: {\"type\":\"response.completed\",\"response\":{\"usage\":{\"input_tokens\":3,\"output_tokens\":2,\"total_tokens\":5,\"input_tokens_details\":{\"cached_tokens\":1}}}}\n\n";
         let usage = read(UsageFormat::OpenAi, true, &[line]).unwrap();
-        assert_eq!(usage, Usage { prompt_tokens: 3, completion_tokens: 2, total_tokens: 5, cached_tokens: Some(1) });
+        assert_eq!(
+            usage,
+            Usage {
+                prompt_tokens: 3,
+                completion_tokens: 2,
+                total_tokens: 5,
+                cached_tokens: Some(1)
+            }
+        );
     }
 
     #[test]
     fn sglang_usage_counts_once_finished() {
         let event = |reason: &str| {
-            format!("data: {{\"text\":\"x\",\"meta_info\":{{\"finish_reason\":{reason},\"prompt_tokens\":5,\"completion_tokens\":2,\"cached_tokens\":3}}}}\n\n")
+            format!(
+                "data: {{\"text\":\"x\",\"meta_info\":{{\"finish_reason\":{reason},\"prompt_tokens\":5,\"completion_tokens\":2,\"cached_tokens\":3}}}}\n\n"
+            )
         };
-        assert_eq!(read(UsageFormat::Sglang, true, &[event("null").as_bytes()]), None);
-        let usage = read(UsageFormat::Sglang, true, &[event("{\"type\":\"stop\"}").as_bytes()]).unwrap();
-        assert_eq!((usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens), (5, 2, Some(3)));
+        assert_eq!(
+            read(UsageFormat::Sglang, true, &[event("null").as_bytes()]),
+            None
+        );
+        let usage = read(
+            UsageFormat::Sglang,
+            true,
+            &[event("{\"type\":\"stop\"}").as_bytes()],
+        )
+        .unwrap();
+        assert_eq!(
+            (
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                usage.cached_tokens
+            ),
+            (5, 2, Some(3))
+        );
     }
 
     #[test]
@@ -261,11 +348,15 @@ mod tests {
     #[test]
     fn the_tail_of_a_long_body_is_enough_and_bounded() {
         let mut body = format!("{{\"text\":\"{}\",", "x".repeat(1 << 20)).into_bytes();
-        body.extend_from_slice(br#""usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}"#);
+        body.extend_from_slice(
+            br#""usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}"#,
+        );
         let mut reader = ResponseReader::new(UsageFormat::OpenAi, false);
         for piece in body.chunks(1000) {
             reader.on_chunk(piece);
-            let Source::Tail(tail) = &reader.source else { panic!("streaming") };
+            let Source::Tail(tail) = &reader.source else {
+                panic!("streaming")
+            };
             assert!(tail.len() <= 2 * TAIL_BYTES);
         }
         assert_eq!(reader.finish().unwrap().total_tokens, 3);

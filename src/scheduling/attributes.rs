@@ -32,7 +32,11 @@ pub struct PrefixMatch {
 impl PrefixMatch {
     /// Share of the request's blocks that is held, `0..=1`; 0 for a request without blocks.
     pub fn ratio(&self) -> f64 {
-        if self.total_blocks == 0 { 0.0 } else { f64::from(self.matched_blocks) / f64::from(self.total_blocks) }
+        if self.total_blocks == 0 {
+            0.0
+        } else {
+            f64::from(self.matched_blocks) / f64::from(self.total_blocks)
+        }
     }
 }
 

@@ -148,7 +148,13 @@ pub enum ProfileRun {
 pub trait ProfileHandler: Send + Sync + Debug {
     /// Writes the positions of the profiles to run next into `run` (given empty), given what ran so
     /// far; leaving it empty ends the loop. `names` and `runs` are in configuration order.
-    fn next_profiles(&self, cycle: &Cycle<'_>, names: &[Arc<str>], runs: &[ProfileRun], run: &mut Vec<usize>);
+    fn next_profiles(
+        &self,
+        cycle: &Cycle<'_>,
+        names: &[Arc<str>],
+        runs: &[ProfileRun],
+        run: &mut Vec<usize>,
+    );
 
     /// Combines the runs once the loop ended; takes what it needs out of `runs`.
     fn combine(

@@ -7,8 +7,8 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use super::{
-    Candidate, Candidates, Cycle, Filter, Picker, ProfileHandler, ProfilePicks, ProfileRun, ScheduleError,
-    SchedulingResult, Scored, Scorer,
+    Candidate, Candidates, Cycle, Filter, Picker, ProfileHandler, ProfilePicks, ProfileRun,
+    ScheduleError, SchedulingResult, Scored, Scorer,
 };
 use crate::plugin::TypedName;
 use crate::telemetry::metrics::{Pair, labels};
@@ -25,7 +25,11 @@ pub struct Hook<T: ?Sized> {
 
 impl<T: ?Sized> Clone for Hook<T> {
     fn clone(&self) -> Self {
-        Self { name: self.name.clone(), plugin: Arc::clone(&self.plugin), duration: self.duration.clone() }
+        Self {
+            name: self.name.clone(),
+            plugin: Arc::clone(&self.plugin),
+            duration: self.duration.clone(),
+        }
     }
 }
 
@@ -37,7 +41,11 @@ impl<T: ?Sized> Hook<T> {
             ("plugin_type", name.type_name),
             ("plugin_name", &name.name),
         ]);
-        Self { duration: Pair::histogram("llm_d_epp_plugin_duration_seconds", list.clone(), list), name, plugin }
+        Self {
+            duration: Pair::histogram("llm_d_epp_plugin_duration_seconds", list.clone(), list),
+            name,
+            plugin,
+        }
     }
 }
 
@@ -80,7 +88,10 @@ pub struct Scratch {
 impl Scratch {
     /// Totals of every candidate that the primary profile of the last cycle scored.
     pub fn primary_scores(&self) -> &[Scored] {
-        self.totals.get(self.primary).map(Vec::as_slice).unwrap_or_default()
+        self.totals
+            .get(self.primary)
+            .map(Vec::as_slice)
+            .unwrap_or_default()
     }
 }
 
@@ -91,7 +102,11 @@ impl Scheduler {
             handler,
             names: profiles.iter().map(|p| Arc::clone(&p.name)).collect(),
             profiles,
-            duration: Pair::histogram("llm_d_epp_scheduler_e2e_duration_seconds", Vec::new(), Vec::new()),
+            duration: Pair::histogram(
+                "llm_d_epp_scheduler_e2e_duration_seconds",
+                Vec::new(),
+                Vec::new(),
+            ),
         }
     }
 
@@ -115,13 +130,16 @@ impl Scheduler {
         scratch: &mut Scratch,
     ) -> Result<SchedulingResult, ScheduleError> {
         scratch.runs.clear();
-        scratch.runs.resize_with(self.profiles.len(), ProfileRun::default);
+        scratch
+            .runs
+            .resize_with(self.profiles.len(), ProfileRun::default);
         scratch.totals.resize_with(self.profiles.len(), Vec::new);
         // Each round must run a profile that has not run, so a handler cannot loop for ever.
         for _ in 0..self.profiles.len() {
             let mut run = std::mem::take(&mut scratch.run);
             run.clear();
-            self.handler.next_profiles(cycle, &self.names, &scratch.runs, &mut run);
+            self.handler
+                .next_profiles(cycle, &self.names, &scratch.runs, &mut run);
             for &position in &run {
                 if let Some(profile) = self.profiles.get(position) {
                     let outcome = profile.run(cycle, candidates, scratch, position);
@@ -135,19 +153,41 @@ impl Scheduler {
             }
         }
         let failed = scratch.runs.iter().any(|run| *run == ProfileRun::Failed);
-        let picked = scratch.runs.iter().any(|run| matches!(run, ProfileRun::Picked(_)));
+        let picked = scratch
+            .runs
+            .iter()
+            .any(|run| matches!(run, ProfileRun::Picked(_)));
         if failed && !picked {
             return Err(ScheduleError::FiltersLeftNothing);
         }
-        let result = self.handler.combine(cycle, &self.names, &mut scratch.runs)?;
-        scratch.primary = self.names.iter().position(|n| *n == result.primary.profile).unwrap_or(0);
+        let result = self
+            .handler
+            .combine(cycle, &self.names, &mut scratch.runs)?;
+        scratch.primary = self
+            .names
+            .iter()
+            .position(|n| *n == result.primary.profile)
+            .unwrap_or(0);
         Ok(result)
     }
 }
 
 impl Profile {
-    fn run(&self, cycle: &Cycle<'_>, candidates: &[Candidate], scratch: &mut Scratch, position: usize) -> ProfileRun {
-        let Scratch { selected, keep, scores, scored, totals, .. } = scratch;
+    fn run(
+        &self,
+        cycle: &Cycle<'_>,
+        candidates: &[Candidate],
+        scratch: &mut Scratch,
+        position: usize,
+    ) -> ProfileRun {
+        let Scratch {
+            selected,
+            keep,
+            scores,
+            scored,
+            totals,
+            ..
+        } = scratch;
         selected.clear();
         selected.extend((0..).take(candidates.len()));
         for hook in &self.filters {
@@ -159,13 +199,20 @@ impl Profile {
             }
         }
         scored.clear();
-        scored.extend(selected.iter().map(|&position| Scored { position, total: 0.0 }));
+        scored.extend(selected.iter().map(|&position| Scored {
+            position,
+            total: 0.0,
+        }));
         for (hook, weight) in &self.scorers {
             scores.clear();
             scores.resize(selected.len(), 0.0);
             hook.timed(|scorer| scorer.score(cycle, Candidates::new(candidates, selected), scores));
             for (scored, score) in scored.iter_mut().zip(scores.iter()) {
-                let score = if score.is_nan() { 0.0 } else { score.clamp(0.0, 1.0) };
+                let score = if score.is_nan() {
+                    0.0
+                } else {
+                    score.clamp(0.0, 1.0)
+                };
                 scored.total += score * weight;
             }
         }
@@ -180,7 +227,10 @@ impl Profile {
             return ProfileRun::Failed;
         }
         let picks: SmallVec<[u32; 4]> = scored.iter().map(|s| s.position).collect();
-        ProfileRun::Picked(ProfilePicks { profile: Arc::clone(&self.name), picks })
+        ProfileRun::Picked(ProfilePicks {
+            profile: Arc::clone(&self.name),
+            picks,
+        })
     }
 }
 
@@ -219,7 +269,10 @@ mod tests {
     }
 
     fn scheduler(filters: &[&'static [u32]], scorers: &[(&'static [f64], f64)]) -> Scheduler {
-        let name = || TypedName { type_name: "t", name: "n".to_owned() };
+        let name = || TypedName {
+            type_name: "t",
+            name: "n".to_owned(),
+        };
         let profile = Profile {
             name: "default".into(),
             filters: filters
@@ -228,18 +281,34 @@ mod tests {
                 .collect(),
             scorers: scorers
                 .iter()
-                .map(|(s, w)| (Hook::new("Scorer", name(), Arc::new(Fixed(s)) as Arc<dyn Scorer>), *w))
+                .map(|(s, w)| {
+                    (
+                        Hook::new("Scorer", name(), Arc::new(Fixed(s)) as Arc<dyn Scorer>),
+                        *w,
+                    )
+                })
                 .collect(),
-            picker: Hook::new("Picker", name(), Arc::new(super::super::pickers::MaxScorePicker::default())),
+            picker: Hook::new(
+                "Picker",
+                name(),
+                Arc::new(super::super::pickers::MaxScorePicker::default()),
+            ),
         };
-        Scheduler::new(Arc::new(super::super::profile_handlers::SingleProfileHandler), vec![profile])
+        Scheduler::new(
+            Arc::new(super::super::profile_handlers::SingleProfileHandler),
+            vec![profile],
+        )
     }
 
     fn totals(scheduler: &Scheduler, n: usize) -> Result<(u32, Vec<f64>), ScheduleError> {
         let pool = Pool::new((0..n).map(|i| endpoint(&format!("e{i}"))));
         let mut scratch = Scratch::default();
-        let result = pool.with_cycle(|cycle, candidates| scheduler.schedule(cycle, candidates, &mut scratch))?;
-        Ok((result.primary.picks[0], scratch.primary_scores().iter().map(|s| s.total).collect()))
+        let result = pool
+            .with_cycle(|cycle, candidates| scheduler.schedule(cycle, candidates, &mut scratch))?;
+        Ok((
+            result.primary.picks[0],
+            scratch.primary_scores().iter().map(|s| s.total).collect(),
+        ))
     }
 
     #[test]
@@ -251,9 +320,16 @@ mod tests {
 
     #[test]
     fn filters_apply_in_order_and_an_empty_set_fails() {
-        let (pick, scores) = totals(&scheduler(&[&[2, 1], &[1, 0]], &[(&[1.0, 0.2, 1.0], 1.0)]), 3).unwrap();
+        let (pick, scores) = totals(
+            &scheduler(&[&[2, 1], &[1, 0]], &[(&[1.0, 0.2, 1.0], 1.0)]),
+            3,
+        )
+        .unwrap();
         assert_eq!((pick, scores), (1, vec![0.2]));
-        assert_eq!(totals(&scheduler(&[&[0], &[1]], &[]), 2).unwrap_err(), ScheduleError::FiltersLeftNothing);
+        assert_eq!(
+            totals(&scheduler(&[&[0], &[1]], &[]), 2).unwrap_err(),
+            ScheduleError::FiltersLeftNothing
+        );
     }
 
     #[test]

@@ -27,7 +27,10 @@ pub(crate) struct TestEndpoint {
 pub(crate) fn endpoint(name: &str) -> TestEndpoint {
     TestEndpoint {
         name: name.to_owned(),
-        metrics: EngineMetrics { updated_at: Some(Instant::now()), ..EngineMetrics::default() },
+        metrics: EngineMetrics {
+            updated_at: Some(Instant::now()),
+            ..EngineMetrics::default()
+        },
         labels: BTreeMap::new(),
         matched_blocks: 0,
         in_flight: (0, 0),
@@ -78,8 +81,11 @@ impl TestEndpoint {
 
     pub(crate) fn lora(mut self, active: &[&str], waiting: &[&str], max: u32) -> Self {
         let own = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect();
-        self.metrics.lora =
-            Some(Arc::new(LoraState { active: own(active), waiting: own(waiting), max_active: max }));
+        self.metrics.lora = Some(Arc::new(LoraState {
+            active: own(active),
+            waiting: own(waiting),
+            max_active: max,
+        }));
         self
     }
 }
@@ -109,18 +115,32 @@ impl Pool {
                 };
                 let endpoint = Endpoint::new(spec, EndpointIndex(i));
                 endpoint.set_metrics(e.metrics.clone());
-                Candidate { metrics: endpoint.metrics(), endpoint: Arc::new(endpoint) }
+                Candidate {
+                    metrics: endpoint.metrics(),
+                    endpoint: Arc::new(endpoint),
+                }
             })
             .collect();
         let request = InferenceRequest::new("r", Payload::raw(false), Body::default());
-        Self { candidates, request, endpoints, keys: DataKeys::default(), rng: RefCell::new(fastrand::Rng::with_seed(7)) }
+        Self {
+            candidates,
+            request,
+            endpoints,
+            keys: DataKeys::default(),
+            rng: RefCell::new(fastrand::Rng::with_seed(7)),
+        }
     }
 
     /// Builds `P` with `parameters` (JSON), wired to this pool's columns.
     pub(crate) fn plugin<P: Plugin>(&mut self, parameters: &str) -> P {
         let parameters = Parameters(Some(serde_json::from_str(parameters).unwrap()));
         self.keys.enter(P::TYPE);
-        P::build(&mut Build { name: P::TYPE, parameters: &parameters, keys: &mut self.keys }).unwrap()
+        P::build(&mut Build {
+            name: P::TYPE,
+            parameters: &parameters,
+            keys: &mut self.keys,
+        })
+        .unwrap()
     }
 
     /// Fills the columns the default producers would write and runs `f`.
@@ -139,11 +159,15 @@ impl Pool {
                         total_blocks: 10,
                         block_size_tokens: 64,
                     };
-                    attributes.write(column).extend(self.endpoints.iter().map(value));
+                    attributes
+                        .write(column)
+                        .extend(self.endpoints.iter().map(value));
                 }
                 super::attributes::UNCACHED_TOKENS => {
                     let column = keys.require::<u64>(key.data_type, &key.producer);
-                    attributes.write(column).extend(self.endpoints.iter().map(|e| e.uncached));
+                    attributes
+                        .write(column)
+                        .extend(self.endpoints.iter().map(|e| e.uncached));
                 }
                 _ => {
                     keys.require::<()>(key.data_type, &key.producer);
@@ -151,13 +175,20 @@ impl Pool {
             }
         }
         let mut slots = DataKeys::default();
-        let slot = slots.in_flight(super::attributes::IN_FLIGHT_PRODUCER).unwrap();
+        let slot = slots
+            .in_flight(super::attributes::IN_FLIGHT_PRODUCER)
+            .unwrap();
         for (candidate, e) in self.candidates.iter().zip(&self.endpoints) {
             let load = candidate.endpoint.in_flight(slot);
             load.release(load.requests(), load.tokens());
             load.book(e.in_flight.0, e.in_flight.1);
         }
-        let cycle = Cycle { request: &self.request, attributes: &attributes, now: Instant::now(), rng: &self.rng };
+        let cycle = Cycle {
+            request: &self.request,
+            attributes: &attributes,
+            now: Instant::now(),
+            rng: &self.rng,
+        };
         f(&cycle, &self.candidates)
     }
 
@@ -165,7 +196,9 @@ impl Pool {
     pub(crate) fn scores(&self, scorer: &dyn Scorer) -> Vec<f64> {
         let all: Vec<u32> = (0..).take(self.candidates.len()).collect();
         let mut scores = vec![0.0; all.len()];
-        self.with_cycle(|cycle, candidates| scorer.score(cycle, Candidates::new(candidates, &all), &mut scores));
+        self.with_cycle(|cycle, candidates| {
+            scorer.score(cycle, Candidates::new(candidates, &all), &mut scores)
+        });
         scores
     }
 
@@ -173,7 +206,11 @@ impl Pool {
     pub(crate) fn kept(&self, filter: &dyn Filter) -> Vec<&str> {
         let all: Vec<u32> = (0..).take(self.candidates.len()).collect();
         let mut keep = Vec::new();
-        self.with_cycle(|cycle, candidates| filter.filter(cycle, Candidates::new(candidates, &all), &mut keep));
-        keep.iter().map(|&i| self.endpoints[i as usize].name.as_str()).collect()
+        self.with_cycle(|cycle, candidates| {
+            filter.filter(cycle, Candidates::new(candidates, &all), &mut keep)
+        });
+        keep.iter()
+            .map(|&i| self.endpoints[i as usize].name.as_str())
+            .collect()
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use tracing::{Event, Level, Subscriber};
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
@@ -28,9 +28,15 @@ pub fn level(verbosity: i32) -> Level {
 
 /// Installs the process-wide subscriber. A second call does nothing.
 pub fn install(format: Format, level: Level) {
+    // Our own lines at the wanted level; libraries only when something is wrong.
+    let filter = EnvFilter::default().add_directive(Level::WARN.into());
+    let filter = match format!("pinpod={level}").parse() {
+        Ok(ours) => filter.add_directive(ours),
+        Err(_) => filter,
+    };
     let builder = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
-        .with_max_level(LevelFilter::from_level(level));
+        .with_env_filter(filter);
     // An earlier subscriber (of a test or an embedding program) stays in charge.
     let _ = match format {
         Format::Json => builder.event_format(JsonLine).try_init(),
@@ -47,11 +53,21 @@ where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
-    fn format_event(&self, _: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
         let mut line = serde_json::Map::new();
         let meta = event.metadata();
-        line.insert("level".into(), meta.level().as_str().to_ascii_lowercase().into());
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        line.insert(
+            "level".into(),
+            meta.level().as_str().to_ascii_lowercase().into(),
+        );
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
         line.insert("ts".into(), now.as_secs_f64().into());
         line.insert("logger".into(), meta.target().into());
         event.record(&mut Fields(&mut line));
@@ -64,7 +80,11 @@ struct Fields<'a>(&'a mut serde_json::Map<String, serde_json::Value>);
 
 impl Fields<'_> {
     fn put(&mut self, field: &tracing::field::Field, value: serde_json::Value) {
-        let name = if field.name() == "message" { "msg" } else { field.name() };
+        let name = if field.name() == "message" {
+            "msg"
+        } else {
+            field.name()
+        };
         self.0.insert(name.to_owned(), value);
     }
 }
@@ -101,14 +121,17 @@ mod tests {
 
     #[test]
     fn verbosity_maps_to_levels() {
-        assert_eq!([-1, 2, 3, 4, 5, 9].map(level), [
-            Level::INFO,
-            Level::INFO,
-            Level::INFO,
-            Level::DEBUG,
-            Level::TRACE,
-            Level::TRACE
-        ]);
+        assert_eq!(
+            [-1, 2, 3, 4, 5, 9].map(level),
+            [
+                Level::INFO,
+                Level::INFO,
+                Level::INFO,
+                Level::DEBUG,
+                Level::TRACE,
+                Level::TRACE
+            ]
+        );
     }
 
     #[test]
@@ -116,8 +139,13 @@ mod tests {
         let buffer = std::sync::Arc::new(parking_lot::Mutex::new(Vec::new()));
         let sink = std::sync::Arc::clone(&buffer);
         let writer = move || Sink(std::sync::Arc::clone(&sink));
-        let subscriber = tracing_subscriber::fmt().event_format(JsonLine).with_writer(writer).finish();
-        tracing::subscriber::with_default(subscriber, || tracing::warn!(endpoint = "a:1", n = 3, "odd"));
+        let subscriber = tracing_subscriber::fmt()
+            .event_format(JsonLine)
+            .with_writer(writer)
+            .finish();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::warn!(endpoint = "a:1", n = 3, "odd")
+        });
         let line: serde_json::Value = serde_json::from_slice(&buffer.lock()).unwrap();
         assert_eq!(line["level"], "warn");
         assert_eq!(line["msg"], "odd");

@@ -18,7 +18,9 @@ const MAX_CONNECTIONS: usize = 256;
 pub async fn serve(listener: TcpListener, handle: PrometheusHandle, shutdown: CancellationToken) {
     let permits = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let Ok(permit) = std::sync::Arc::clone(&permits).acquire_owned().await else { return };
+        let Ok(permit) = std::sync::Arc::clone(&permits).acquire_owned().await else {
+            return;
+        };
         let accepted = tokio::select! {
             () = shutdown.cancelled() => return,
             accepted = listener.accept() => accepted,
@@ -38,7 +40,8 @@ pub async fn serve(listener: TcpListener, handle: PrometheusHandle, shutdown: Ca
                 let response = respond(request.method(), request.uri().path(), &handle);
                 std::future::ready(Ok::<_, Infallible>(response))
             });
-            let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            let connection = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service);
             tokio::select! {
                 // A scraper that hangs up is none of our business.
                 _ = connection => {}
@@ -55,22 +58,39 @@ fn respond(method: &Method, path: &str, handle: &PrometheusHandle) -> Response<F
         return reply(StatusCode::NOT_FOUND, "text/plain", "not found\n".into());
     }
     if method != Method::GET {
-        let mut response = reply(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".into());
-        response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET"));
+        let mut response = reply(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "text/plain",
+            "only GET\n".into(),
+        );
+        response
+            .headers_mut()
+            .insert(header::ALLOW, header::HeaderValue::from_static("GET"));
         return response;
     }
     match path {
-        "/metrics" => reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", handle.render()),
+        "/metrics" => reply(
+            StatusCode::OK,
+            "text/plain; version=0.0.4; charset=utf-8",
+            handle.render(),
+        ),
         "/healthz" => reply(StatusCode::OK, "text/plain", "ok\n".into()),
         // No plugin keeps state that it can show yet; the shape is the contract's.
-        _ => reply(StatusCode::OK, "application/json", r#"{"plugins":{}}"#.into()),
+        _ => reply(
+            StatusCode::OK,
+            "application/json",
+            r#"{"plugins":{}}"#.into(),
+        ),
     }
 }
 
 fn reply(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static(content_type),
+    );
     response
 }
 
@@ -80,7 +100,9 @@ mod tests {
 
     #[test]
     fn only_get_and_only_known_paths() {
-        let handle = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
+        let handle = metrics_exporter_prometheus::PrometheusBuilder::new()
+            .build_recorder()
+            .handle();
         let status = |method, path| respond(&method, path, &handle).status().as_u16();
         assert_eq!(status(Method::GET, "/metrics"), 200);
         assert_eq!(status(Method::GET, "/nothing"), 404);

@@ -16,7 +16,9 @@ use crate::request::InferenceRequest;
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_PRODUCER, TOKENIZED_PROMPT,
 };
-use crate::scheduling::{Candidate, Cycle, DataProducer, PreRequest, ProducerError, SchedulingResult};
+use crate::scheduling::{
+    Candidate, Cycle, DataProducer, PreRequest, ProducerError, SchedulingResult,
+};
 use crate::telemetry::metrics::{Pair, labels};
 
 /// Smallest block in tokens; the reference raises every smaller one to it.
@@ -105,7 +107,12 @@ impl Plugin for ApproxPrefixProducer {
             default: "16",
             help: "Tokens of a block without autoTune; above 0, raised to at least 64.",
         },
-        ParamDoc { name: "blockSize", kind: "int", default: "", help: "Deprecated name of blockSizeTokens." },
+        ParamDoc {
+            name: "blockSize",
+            kind: "int",
+            default: "",
+            help: "Deprecated name of blockSizeTokens.",
+        },
         ParamDoc {
             name: "maxPrefixTokensToMatch",
             kind: "int",
@@ -143,7 +150,11 @@ impl Plugin for ApproxPrefixProducer {
             matches: build.keys.produce(PREFIX_MATCH),
             chain: build.keys.produce(CHAIN),
             size: Pair::gauge("llm_d_epp_prefix_indexer_size", own.clone(), Vec::new()),
-            hit_ratio: Pair::histogram("llm_d_epp_prefix_indexer_hit_ratio", own.clone(), Vec::new()),
+            hit_ratio: Pair::histogram(
+                "llm_d_epp_prefix_indexer_hit_ratio",
+                own.clone(),
+                Vec::new(),
+            ),
             hit_bytes: Pair::histogram("llm_d_epp_prefix_indexer_hit_bytes", own, Vec::new()),
         })
     }
@@ -159,7 +170,9 @@ impl Settings {
         match u32::try_from(size) {
             Ok(tokens) if tokens > 0 => Ok(tokens.max(MIN_BLOCK_TOKENS)),
             _ if self.auto_tune => Ok(MIN_BLOCK_TOKENS),
-            _ => Err(ParamError(format!("blockSizeTokens: {size} is not above 0"))),
+            _ => Err(ParamError(format!(
+                "blockSizeTokens: {size} is not above 0"
+            ))),
         }
     }
 
@@ -181,7 +194,10 @@ impl Settings {
 
 impl ApproxPrefixProducer {
     fn block_tokens(&self, candidates: &[Candidate]) -> u32 {
-        let reported = candidates.first().and_then(|c| c.metrics.block_size_tokens).filter(|_| self.auto_tune);
+        let reported = candidates
+            .first()
+            .and_then(|c| c.metrics.block_size_tokens)
+            .filter(|_| self.auto_tune);
         reported.map_or(self.block_tokens, |tokens| tokens.max(MIN_BLOCK_TOKENS))
     }
 
@@ -189,9 +205,16 @@ impl ApproxPrefixProducer {
     /// blocks as it is, which overestimates the cache by the ratio of the block sizes.
     fn capacity(&self, candidate: &Candidate, block_tokens: u32) -> u32 {
         let metrics = &candidate.metrics;
-        let reported = metrics.kv_blocks.zip(metrics.block_size_tokens).filter(|_| self.auto_tune);
-        let blocks = reported.map(|(blocks, size)| u64::from(blocks) * u64::from(size) / u64::from(block_tokens));
-        blocks.and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0).unwrap_or(self.capacity)
+        let reported = metrics
+            .kv_blocks
+            .zip(metrics.block_size_tokens)
+            .filter(|_| self.auto_tune);
+        let blocks = reported
+            .map(|(blocks, size)| u64::from(blocks) * u64::from(size) / u64::from(block_tokens));
+        blocks
+            .and_then(|n| u32::try_from(n).ok())
+            .filter(|n| *n > 0)
+            .unwrap_or(self.capacity)
     }
 
     fn hash(&self, request: &InferenceRequest, block_tokens: u32, chain: &mut Chain) {
@@ -203,7 +226,14 @@ impl ApproxPrefixProducer {
         let seed = chain_seed(&request.target_model, request.payload.cache_salt.as_deref());
         chain.block_tokens = block_tokens;
         for prompt in &request.payload.prompts {
-            hash_prompt(prompt, &request.body, seed, block_tokens as usize, max_blocks, &mut chain.hashes);
+            hash_prompt(
+                prompt,
+                &request.body,
+                seed,
+                block_tokens as usize,
+                max_blocks,
+                &mut chain.hashes,
+            );
             chain.ends.push(chain.hashes.len());
         }
     }
@@ -212,7 +242,9 @@ impl ApproxPrefixProducer {
 impl Chain {
     fn prompts(&self) -> impl Iterator<Item = &[u64]> {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts.zip(&self.ends).filter_map(|(from, to)| self.hashes.get(from..*to))
+        starts
+            .zip(&self.ends)
+            .filter_map(|(from, to)| self.hashes.get(from..*to))
     }
 }
 
@@ -228,12 +260,21 @@ impl DataProducer for ApproxPrefixProducer {
         self.hash(request, block_tokens, &mut chain);
         let total_blocks = u32::try_from(chain.hashes.len()).unwrap_or(u32::MAX);
         let best = SCRATCH.with_borrow_mut(|(matched, walk)| {
-            let largest = candidates.iter().map(|c| c.endpoint.index.0 as usize + 1).max().unwrap_or(0);
+            let largest = candidates
+                .iter()
+                .map(|c| c.endpoint.index.0 as usize + 1)
+                .max()
+                .unwrap_or(0);
             matched.clear();
             matched.resize(largest, 0);
-            chain.prompts().for_each(|blocks| self.index.match_chain(blocks, matched, walk));
+            chain
+                .prompts()
+                .for_each(|blocks| self.index.match_chain(blocks, matched, walk));
             let found = candidates.iter().map(|c| PrefixMatch {
-                matched_blocks: matched.get(c.endpoint.index.0 as usize).copied().unwrap_or(0),
+                matched_blocks: matched
+                    .get(c.endpoint.index.0 as usize)
+                    .copied()
+                    .unwrap_or(0),
                 total_blocks,
                 block_size_tokens: block_tokens,
             });
@@ -242,9 +283,11 @@ impl DataProducer for ApproxPrefixProducer {
             column.iter().map(|m| m.matched_blocks).max().unwrap_or(0)
         });
         if total_blocks > 0 {
-            self.hit_ratio.record(f64::from(best) / f64::from(total_blocks));
+            self.hit_ratio
+                .record(f64::from(best) / f64::from(total_blocks));
             // Four bytes a token, as the estimate counts them.
-            self.hit_bytes.record(f64::from(best) * f64::from(block_tokens) * 4.0);
+            self.hit_bytes
+                .record(f64::from(best) * f64::from(block_tokens) * 4.0);
         }
         attributes.write(self.chain).push(chain);
         Ok(())
@@ -253,16 +296,28 @@ impl DataProducer for ApproxPrefixProducer {
 
 impl PreRequest for ApproxPrefixProducer {
     /// Learns the prompt for the primary pick and the `prefill` pick.
-    fn on_pick(&self, cycle: &Cycle<'_>, candidates: &[Candidate], result: &SchedulingResult, _: &mut Leases) {
-        let Some(chain) = cycle.attributes.get(self.chain).and_then(<[Chain]>::first) else { return };
+    fn on_pick(
+        &self,
+        cycle: &Cycle<'_>,
+        candidates: &[Candidate],
+        result: &SchedulingResult,
+        _: &mut Leases,
+    ) {
+        let Some(chain) = cycle.attributes.get(self.chain).and_then(<[Chain]>::first) else {
+            return;
+        };
         let prefill = result.others.iter().filter(|p| &*p.profile == "prefill");
         for picks in std::iter::once(&result.primary).chain(prefill) {
-            let first = picks.picks.first().and_then(|&p| candidates.get(p as usize));
+            let first = picks
+                .picks
+                .first()
+                .and_then(|&p| candidates.get(p as usize));
             let Some(candidate) = first else { continue };
             let capacity = self.capacity(candidate, chain.block_tokens);
             let endpoint = &candidate.endpoint;
             for blocks in chain.prompts() {
-                self.index.insert(endpoint.index.0, blocks, capacity, || endpoint.is_removed());
+                self.index
+                    .insert(endpoint.index.0, blocks, capacity, || endpoint.is_removed());
             }
         }
         self.size.set(self.index.len() as f64);
@@ -280,13 +335,17 @@ impl EndpointListener for ApproxPrefixProducer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::{Body, Parser};
     use crate::request::openai::OpenAiParser;
+    use crate::request::{Body, Parser};
     use crate::scheduling::ProfilePicks;
     use crate::scheduling::test_support::{Pool, endpoint};
 
     fn ask(pool: &mut Pool, text: &str) {
-        let body = Body::from(serde_json::json!({"model": "m", "prompt": text}).to_string().as_str());
+        let body = Body::from(
+            serde_json::json!({"model": "m", "prompt": text})
+                .to_string()
+                .as_str(),
+        );
         let payload = OpenAiParser.parse("/v1/completions", &body).unwrap();
         pool.request = InferenceRequest::new("r", payload, body);
     }
@@ -294,11 +353,20 @@ mod tests {
     /// Matched and total blocks per endpoint, then books the prompt on `pick`.
     fn round(producer: &ApproxPrefixProducer, pool: &Pool, pick: u32) -> Vec<(u32, u32)> {
         let mut attributes = pool.keys.new_attributes();
-        producer.produce(&pool.request, &pool.candidates, &mut attributes).unwrap();
-        let found = attributes.get(producer.matches).unwrap().iter().map(|m| (m.matched_blocks, m.total_blocks));
+        producer
+            .produce(&pool.request, &pool.candidates, &mut attributes)
+            .unwrap();
+        let found = attributes
+            .get(producer.matches)
+            .unwrap()
+            .iter()
+            .map(|m| (m.matched_blocks, m.total_blocks));
         let found = found.collect();
         let result = SchedulingResult {
-            primary: ProfilePicks { profile: "default".into(), picks: [pick].into_iter().collect() },
+            primary: ProfilePicks {
+                profile: "default".into(),
+                picks: [pick].into_iter().collect(),
+            },
             others: smallvec::SmallVec::new(),
         };
         let cycle = Cycle {
@@ -351,8 +419,17 @@ mod tests {
         assert_eq!(blocks(&mut pool, "{}"), 10);
         assert_eq!(blocks(&mut pool, r#"{"maxPrefixTokensToMatch": 200}"#), 3);
         assert_eq!(blocks(&mut pool, r#"{"maxPrefixTokensToMatch": 10}"#), 0);
-        assert_eq!(blocks(&mut pool, r#"{"maxPrefixTokensToMatch": 0, "maxPrefixBlocksToMatch": 2}"#), 2);
-        assert_eq!(blocks(&mut pool, r#"{"autoTune": false, "blockSizeTokens": 128}"#), 5);
+        assert_eq!(
+            blocks(
+                &mut pool,
+                r#"{"maxPrefixTokensToMatch": 0, "maxPrefixBlocksToMatch": 2}"#
+            ),
+            2
+        );
+        assert_eq!(
+            blocks(&mut pool, r#"{"autoTune": false, "blockSizeTokens": 128}"#),
+            5
+        );
         assert_eq!(blocks(&mut pool, r#"{"blockSize": 128}"#), 5);
         assert_eq!(blocks(&mut pool, r#"{"blockSizeTokens": 8}"#), 10);
     }

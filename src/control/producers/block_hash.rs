@@ -37,7 +37,10 @@ pub fn hash_prompt(
             Piece::Text(bytes) => hasher.push(bytes),
             Piece::Media(item) => {
                 hasher.align();
-                #[expect(clippy::cast_possible_truncation, reason = "the low half stands for the item")]
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    reason = "the low half stands for the item"
+                )]
                 let token = (item.hash as u32).to_le_bytes();
                 for _ in 0..item.tokens.map_or(DEFAULT_IMAGE_TOKENS, u64::from) {
                     hasher.push(&token);
@@ -70,7 +73,13 @@ struct BlockHasher<'a> {
 
 impl<'a> BlockHasher<'a> {
     fn new(seed: u64, block_tokens: usize, max_blocks: usize, hashes: &'a mut Vec<u64>) -> Self {
-        Self { parent: seed, block_bytes: block_tokens.max(1) * TOKEN_BYTES, room: max_blocks, partial: Vec::new(), hashes }
+        Self {
+            parent: seed,
+            block_bytes: block_tokens.max(1) * TOKEN_BYTES,
+            room: max_blocks,
+            partial: Vec::new(),
+            hashes,
+        }
     }
 
     fn push(&mut self, mut bytes: &[u8]) {
@@ -149,14 +158,23 @@ mod tests {
                 (None, Some(messages)) => serde_json::json!({ "messages": messages }).to_string(),
                 (None, None) => serde_json::json!({ "prompt": case["tokens"] }).to_string(),
             };
-            let path = if case["messages"].is_array() { "/v1/chat/completions" } else { "/v1/completions" };
+            let path = if case["messages"].is_array() {
+                "/v1/chat/completions"
+            } else {
+                "/v1/completions"
+            };
             let body = Body::from(body.as_str());
             let payload = OpenAiParser.parse(path, &body).unwrap();
             let mut hashes = Vec::new();
             let block = usize::try_from(case["block_size_tokens"].as_u64().unwrap()).unwrap();
             let max = usize::try_from(case["max_blocks"].as_u64().unwrap()).unwrap();
             hash_prompt(&payload.prompts[0], &body, seed, block, max, &mut hashes);
-            let wanted: Vec<u64> = case["blocks"].as_array().unwrap().iter().map(number).collect();
+            let wanted: Vec<u64> = case["blocks"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(number)
+                .collect();
             assert_eq!(hashes, wanted, "{name}");
         }
     }
@@ -164,7 +182,10 @@ mod tests {
     #[test]
     fn pieces_of_any_size_hash_alike() {
         let text = "0123456789".repeat(100);
-        let segments = vec![Segment::Body { range: 0..text.len(), encoding: TextEncoding::Verbatim }];
+        let segments = vec![Segment::Body {
+            range: 0..text.len(),
+            encoding: TextEncoding::Verbatim,
+        }];
         let prompt = Prompt::Text(segments);
         let hash = |body: &Body| {
             let mut hashes = Vec::new();
@@ -175,7 +196,11 @@ mod tests {
         // 1000 bytes are 250 tokens: 15 blocks of 16 and a partial one of 10.
         assert_eq!(whole.len(), 16);
         for size in [1, 3, 64, 65, 999] {
-            let body: Body = text.as_bytes().chunks(size).map(Bytes::copy_from_slice).collect();
+            let body: Body = text
+                .as_bytes()
+                .chunks(size)
+                .map(Bytes::copy_from_slice)
+                .collect();
             assert_eq!(hash(&body), whole, "pieces of {size}");
         }
     }

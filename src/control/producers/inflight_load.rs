@@ -7,14 +7,17 @@ use smallvec::SmallVec;
 
 use crate::datalayer::Endpoint;
 use crate::plugin::{
-    Attributes, Build, Column, InFlightSlot, Lease, Leases, Maturity, ParamDoc, ParamError, Plugin, PluginError,
+    Attributes, Build, Column, InFlightSlot, Lease, Leases, Maturity, ParamDoc, ParamError, Plugin,
+    PluginError,
 };
 use crate::request::InferenceRequest;
 use crate::scheduling::attributes::{
-    APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_PRODUCER,
-    TOKENIZED_PROMPT, UNCACHED_TOKENS, producer_or,
+    APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH, PrefixMatch,
+    TOKEN_PRODUCER, TOKENIZED_PROMPT, UNCACHED_TOKENS, producer_or,
 };
-use crate::scheduling::{Candidate, Cycle, DataProducer, PreRequest, ProducerError, SchedulingResult};
+use crate::scheduling::{
+    Candidate, Cycle, DataProducer, PreRequest, ProducerError, SchedulingResult,
+};
 
 /// Books each pick on its endpoint at once and releases it exactly once, by a guard.
 ///
@@ -99,15 +102,21 @@ impl Plugin for InFlightLoadProducer {
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
         if settings.output_ratio < 0.0 {
-            return Err(ParamError(format!("outputRatio: {} is below 0", settings.output_ratio)).into());
+            return Err(
+                ParamError(format!("outputRatio: {} is below 0", settings.output_ratio)).into(),
+            );
         }
-        let cap = match settings.max_estimated_output_tokens {
-            None => None,
-            Some(cap) => Some(u64::try_from(cap).map_err(|_| {
-                ParamError(format!("maxEstimatedOutputTokens: {cap} is below 0"))
-            })?),
-        };
-        let prefix = producer_or(&settings.prefix_match_info_producer_name, APPROX_PREFIX_PRODUCER);
+        let cap =
+            match settings.max_estimated_output_tokens {
+                None => None,
+                Some(cap) => Some(u64::try_from(cap).map_err(|_| {
+                    ParamError(format!("maxEstimatedOutputTokens: {cap} is below 0"))
+                })?),
+            };
+        let prefix = producer_or(
+            &settings.prefix_match_info_producer_name,
+            APPROX_PREFIX_PRODUCER,
+        );
         build.keys.produce::<()>(IN_FLIGHT);
         Ok(Self {
             slot: build.keys.in_flight(build.name)?,
@@ -116,14 +125,21 @@ impl Plugin for InFlightLoadProducer {
             matches: build.keys.optional(PREFIX_MATCH, prefix),
             output: settings
                 .add_estimated_output_tokens
-                .then_some(OutputEstimate { ratio: settings.output_ratio, cap }),
+                .then_some(OutputEstimate {
+                    ratio: settings.output_ratio,
+                    cap,
+                }),
         })
     }
 }
 
 impl OutputEstimate {
     fn tokens(&self, input: u64, request: &InferenceRequest) -> u64 {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float cast saturates")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a float cast saturates"
+        )]
         let estimate = (input as f64 * self.ratio).round() as u64;
         let limit = request.payload.max_output_tokens.unwrap_or(u64::MAX);
         estimate.min(limit).min(self.cap.unwrap_or(u64::MAX))
@@ -149,7 +165,9 @@ impl DataProducer for InFlightLoadProducer {
         let per_candidate: SmallVec<[u64; 64]> = (0..candidates.len())
             .map(|position| uncached_tokens(input, matches.and_then(|m| m.get(position))))
             .collect();
-        attributes.write(self.uncached).extend_from_slice(&per_candidate);
+        attributes
+            .write(self.uncached)
+            .extend_from_slice(&per_candidate);
         Ok(())
     }
 }
@@ -163,13 +181,25 @@ impl PreRequest for InFlightLoadProducer {
         result: &SchedulingResult,
         leases: &mut Leases,
     ) {
-        let input: u64 = cycle.attributes.get(self.tokens).unwrap_or_default().iter().sum();
-        let output = self.output.as_ref().map_or(0, |estimate| estimate.tokens(input, cycle.request));
+        let input: u64 = cycle
+            .attributes
+            .get(self.tokens)
+            .unwrap_or_default()
+            .iter()
+            .sum();
+        let output = self
+            .output
+            .as_ref()
+            .map_or(0, |estimate| estimate.tokens(input, cycle.request));
         let uncached = cycle.attributes.get(self.uncached).unwrap_or_default();
         let mut bookings = SmallVec::new();
         for profile in result.profiles() {
-            let Some(&position) = profile.picks.first() else { continue };
-            let Some(candidate) = candidates.get(position as usize) else { continue };
+            let Some(&position) = profile.picks.first() else {
+                continue;
+            };
+            let Some(candidate) = candidates.get(position as usize) else {
+                continue;
+            };
             let own = uncached.get(position as usize).copied().unwrap_or(input);
             let tokens = i64::try_from(own.saturating_add(output)).unwrap_or(i64::MAX / 2);
             candidate.endpoint.in_flight(self.slot).book(1, tokens);
@@ -213,10 +243,21 @@ impl Lease for InFlightGuard {
             return;
         }
         for booking in &mut self.bookings {
-            let requests = if booking.prefill { std::mem::take(&mut booking.requests) } else { 0 };
+            let requests = if booking.prefill {
+                std::mem::take(&mut booking.requests)
+            } else {
+                0
+            };
             let all = booking.prefill || !self.output_included;
-            let tokens = if all { std::mem::take(&mut booking.tokens) } else { 0 };
-            booking.endpoint.in_flight(self.slot).release(requests, tokens);
+            let tokens = if all {
+                std::mem::take(&mut booking.tokens)
+            } else {
+                0
+            };
+            booking
+                .endpoint
+                .in_flight(self.slot)
+                .release(requests, tokens);
         }
     }
 }
@@ -224,7 +265,10 @@ impl Lease for InFlightGuard {
 impl Drop for InFlightGuard {
     fn drop(&mut self) {
         for booking in &self.bookings {
-            booking.endpoint.in_flight(self.slot).release(booking.requests, booking.tokens);
+            booking
+                .endpoint
+                .in_flight(self.slot)
+                .release(booking.requests, booking.tokens);
         }
     }
 }
@@ -237,10 +281,14 @@ mod tests {
     use crate::scheduling::test_support::{Pool, endpoint};
 
     fn result(profiles: &[(&str, u32)]) -> SchedulingResult {
-        let mut picks = profiles
-            .iter()
-            .map(|(name, p)| ProfilePicks { profile: (*name).into(), picks: [*p].into_iter().collect() });
-        SchedulingResult { primary: picks.next().unwrap(), others: picks.collect() }
+        let mut picks = profiles.iter().map(|(name, p)| ProfilePicks {
+            profile: (*name).into(),
+            picks: [*p].into_iter().collect(),
+        });
+        SchedulingResult {
+            primary: picks.next().unwrap(),
+            others: picks.collect(),
+        }
     }
 
     fn load(pool: &Pool, position: usize) -> (i64, i64) {
@@ -251,7 +299,11 @@ mod tests {
 
     #[test]
     fn uncached_tokens_follow_the_formula() {
-        let found = |matched, total| PrefixMatch { matched_blocks: matched, total_blocks: total, block_size_tokens: 64 };
+        let found = |matched, total| PrefixMatch {
+            matched_blocks: matched,
+            total_blocks: total,
+            block_size_tokens: 64,
+        };
         assert_eq!(uncached_tokens(700, None), 700);
         // (10 - 4) * 64 + max(0, 700 - 640) = 384 + 60.
         assert_eq!(uncached_tokens(700, Some(&found(4, 10))), 444);
@@ -285,7 +337,12 @@ mod tests {
             pool.plugin(r#"{"addEstimatedOutputTokens": true, "outputRatio": 1000}"#);
         let mut leases = Leases::default();
         pool.with_cycle(|cycle, all| {
-            producer.on_pick(cycle, all, &result(&[("decode", 0), ("prefill", 1)]), &mut leases);
+            producer.on_pick(
+                cycle,
+                all,
+                &result(&[("decode", 0), ("prefill", 1)]),
+                &mut leases,
+            );
         });
         // No tokens are known, so the estimate is 0 * 1000 = 0 output tokens.
         assert_eq!((load(&pool, 0), load(&pool, 1)), ((1, 10), (1, 20)));
@@ -299,7 +356,11 @@ mod tests {
     fn the_output_estimate_is_bounded_by_client_and_cap() {
         let mut pool = Pool::new([]);
         let estimate = |cap| OutputEstimate { ratio: 1.5, cap };
-        assert_eq!(estimate(None).tokens(101, &pool.request), 152, "151.5 rounds up");
+        assert_eq!(
+            estimate(None).tokens(101, &pool.request),
+            152,
+            "151.5 rounds up"
+        );
         assert_eq!(estimate(Some(100)).tokens(101, &pool.request), 100);
         pool.request.payload.max_output_tokens = Some(5);
         assert_eq!(estimate(Some(100)).tokens(101, &pool.request), 5);

@@ -121,13 +121,19 @@ impl PrefixIndex {
         alive.clear();
         let mut first = true;
         for segment in chain.chunks(SEGMENT_BLOCKS) {
-            let Some(shard) = self.shard(segment) else { return };
+            let Some(shard) = self.shard(segment) else {
+                return;
+            };
             let shard = shard.read();
             for hash in segment {
-                let Some(entry) = shard.table.find(*hash, |entry| entry.hash == *hash) else { return };
+                let Some(entry) = shard.table.find(*hash, |entry| entry.hash == *hash) else {
+                    return;
+                };
                 next.clear();
                 let live = entry.holders.iter().filter(|holder| {
-                    clocks.get(holder.endpoint as usize).is_some_and(|clock| clock.is_live(holder))
+                    clocks
+                        .get(holder.endpoint as usize)
+                        .is_some_and(|clock| clock.is_live(holder))
                 });
                 let mut before = alive.iter().peekable();
                 for holder in live {
@@ -158,7 +164,9 @@ impl PrefixIndex {
         clock.capacity.store(capacity.max(1), Ordering::Relaxed);
         // Tail first: the head ends up youngest, as engines evict tails before heads.
         for segment in chain.chunks(SEGMENT_BLOCKS).rev() {
-            let Some(shard) = self.shard(segment) else { return };
+            let Some(shard) = self.shard(segment) else {
+                return;
+            };
             if shard.read().refresh(endpoint, &clock, segment) {
                 continue;
             }
@@ -184,7 +192,8 @@ impl PrefixIndex {
             let mut shard = shard.write();
             let before = shard.table.len();
             shard.retain(|holder| holder.endpoint != endpoint);
-            self.entries.fetch_sub(before - shard.table.len(), Ordering::Relaxed);
+            self.entries
+                .fetch_sub(before - shard.table.len(), Ordering::Relaxed);
         }
     }
 
@@ -199,7 +208,12 @@ impl PrefixIndex {
         if let Some(clock) = self.clocks.load().get(position) {
             return Arc::clone(clock);
         }
-        let new = || Arc::new(EndpointClock { now: AtomicU32::new(0), capacity: AtomicU32::new(1) });
+        let new = || {
+            Arc::new(EndpointClock {
+                now: AtomicU32::new(0),
+                capacity: AtomicU32::new(1),
+            })
+        };
         self.clocks.rcu(|clocks| {
             let mut clocks = Vec::clone(clocks);
             while clocks.len() <= position {
@@ -207,7 +221,10 @@ impl PrefixIndex {
             }
             clocks
         });
-        self.clocks.load().get(position).map_or_else(new, Arc::clone)
+        self.clocks
+            .load()
+            .get(position)
+            .map_or_else(new, Arc::clone)
     }
 }
 
@@ -221,7 +238,10 @@ impl Shard {
         segment.iter().rev().all(|hash| {
             let entry = self.table.find(*hash, |entry| entry.hash == *hash);
             let holder = entry.and_then(|entry| {
-                let at = entry.holders.binary_search_by_key(&endpoint, |h| h.endpoint).ok()?;
+                let at = entry
+                    .holders
+                    .binary_search_by_key(&endpoint, |h| h.endpoint)
+                    .ok()?;
                 entry.holders.get(at)
             });
             holder.map(|holder| touch(holder, clock)).is_some()
@@ -230,9 +250,19 @@ impl Shard {
 
     fn add(&mut self, endpoint: u32, clock: &EndpointClock, segment: &[u64]) {
         for hash in segment.iter().rev() {
-            let entry = self.table.entry(*hash, |entry| entry.hash == *hash, |entry| entry.hash);
-            let entry = entry.or_insert_with(|| Entry { hash: *hash, holders: SmallVec::new() }).into_mut();
-            match entry.holders.binary_search_by_key(&endpoint, |h| h.endpoint) {
+            let entry = self
+                .table
+                .entry(*hash, |entry| entry.hash == *hash, |entry| entry.hash);
+            let entry = entry
+                .or_insert_with(|| Entry {
+                    hash: *hash,
+                    holders: SmallVec::new(),
+                })
+                .into_mut();
+            match entry
+                .holders
+                .binary_search_by_key(&endpoint, |h| h.endpoint)
+            {
                 Ok(at) => {
                     if let Some(holder) = entry.holders.get(at) {
                         touch(holder, clock);
@@ -242,7 +272,13 @@ impl Shard {
                     if !entry.holders.is_empty() {
                         self.extra_holders += 1;
                     }
-                    entry.holders.insert(at, Holder { endpoint, stamp: AtomicU32::new(clock.tick()) });
+                    entry.holders.insert(
+                        at,
+                        Holder {
+                            endpoint,
+                            stamp: AtomicU32::new(clock.tick()),
+                        },
+                    );
                 }
             }
         }
@@ -375,7 +411,12 @@ mod tests {
         let budget = 1 << 20;
         let index = PrefixIndex::new(budget);
         for i in 0..2000 {
-            insert(&index, u32::try_from(i % 8).unwrap(), &chain(i, 100), u32::MAX);
+            insert(
+                &index,
+                u32::try_from(i % 8).unwrap(),
+                &chain(i, 100),
+                u32::MAX,
+            );
         }
         let used: usize = index.shards.iter().map(|s| s.read().bytes()).sum();
         assert!(used <= budget, "{used}");
@@ -391,7 +432,8 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(seed);
         let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
         let chains: Vec<_> = (0..20).map(|i| chain(seed ^ i, 150)).collect();
-        let mut naive: Vec<std::collections::HashSet<u64>> = vec![std::collections::HashSet::new(); 6];
+        let mut naive: Vec<std::collections::HashSet<u64>> =
+            vec![std::collections::HashSet::new(); 6];
         for step in 0..500 {
             let blocks = rng.choice(&chains).unwrap();
             let cut = &blocks[..rng.usize(..=blocks.len())];
@@ -409,9 +451,15 @@ mod tests {
             }
             let wanted: Vec<u32> = naive
                 .iter()
-                .map(|held| u32::try_from(blocks.iter().take_while(|b| held.contains(b)).count()).unwrap())
+                .map(|held| {
+                    u32::try_from(blocks.iter().take_while(|b| held.contains(b)).count()).unwrap()
+                })
                 .collect();
-            assert_eq!(matched(&index, blocks, naive.len()), wanted, "seed {seed}, step {step}");
+            assert_eq!(
+                matched(&index, blocks, naive.len()),
+                wanted,
+                "seed {seed}, step {step}"
+            );
         }
     }
 }

@@ -34,16 +34,33 @@ impl Plugin for TokenProducer {
             default: "{}",
             help: "Count four bytes as one token; media options are not available yet.",
         },
-        ParamDoc { name: "vllm", kind: "object", default: "", help: "Ask a vLLM render endpoint; not yet available." },
-        ParamDoc { name: "modelName", kind: "string", default: "", help: "Model for a remote backend; not yet available." },
-        ParamDoc { name: "udsTokenizerConfig", kind: "object", default: "", help: "Deprecated; not yet available." },
+        ParamDoc {
+            name: "vllm",
+            kind: "object",
+            default: "",
+            help: "Ask a vLLM render endpoint; not yet available.",
+        },
+        ParamDoc {
+            name: "modelName",
+            kind: "string",
+            default: "",
+            help: "Model for a remote backend; not yet available.",
+        },
+        ParamDoc {
+            name: "udsTokenizerConfig",
+            kind: "object",
+            default: "",
+            help: "Deprecated; not yet available.",
+        },
     ];
     const ABOUT: &'static str = "Counts prompt tokens.";
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
         let later = |what: &str| {
-            Err(PluginError::Invalid(format!("{what} is known but not yet available in this version")))
+            Err(PluginError::Invalid(format!(
+                "{what} is known but not yet available in this version"
+            )))
         };
         if settings.vllm.is_some() || !settings.model_name.is_empty() {
             return later("the vllm backend");
@@ -56,7 +73,9 @@ impl Plugin for TokenProducer {
             Some(serde_json::Value::Object(options)) if options.is_empty() => {}
             Some(_) => return later("estimate: image and video options"),
         }
-        Ok(Self { tokens: build.keys.produce::<u64>(TOKENIZED_PROMPT) })
+        Ok(Self {
+            tokens: build.keys.produce::<u64>(TOKENIZED_PROMPT),
+        })
     }
 }
 
@@ -68,7 +87,11 @@ impl DataProducer for TokenProducer {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         if !request.payload.prompts.is_empty() {
-            let counts = request.payload.prompts.iter().map(|prompt| token_count(prompt, &request.body));
+            let counts = request
+                .payload
+                .prompts
+                .iter()
+                .map(|prompt| token_count(prompt, &request.body));
             attributes.write(self.tokens).extend(counts);
         }
         Ok(())

@@ -35,8 +35,18 @@ impl Plugin for FileDiscovery {
     const TYPE: &'static str = "file-discovery";
     const MATURITY: Maturity = Maturity::Beta;
     const PARAMETERS: &'static [ParamDoc] = &[
-        ParamDoc { name: "path", kind: "string", default: "required", help: "YAML or JSON file of at most 1 MiB." },
-        ParamDoc { name: "watchFile", kind: "bool", default: "false", help: "Follow changes of the file." },
+        ParamDoc {
+            name: "path",
+            kind: "string",
+            default: "required",
+            help: "YAML or JSON file of at most 1 MiB.",
+        },
+        ParamDoc {
+            name: "watchFile",
+            kind: "bool",
+            default: "false",
+            help: "Follow changes of the file.",
+        },
     ];
     const ABOUT: &'static str = "Reads endpoints from a file.";
 
@@ -45,7 +55,10 @@ impl Plugin for FileDiscovery {
         if settings.path.is_empty() {
             return Err(ParamError("path: is required".to_owned()).into());
         }
-        Ok(Self { path: settings.path.into(), watch: settings.watch_file })
+        Ok(Self {
+            path: settings.path.into(),
+            watch: settings.watch_file,
+        })
     }
 }
 
@@ -117,7 +130,10 @@ impl FileDiscovery {
         let fail = |error: std::io::Error| format!("{}: {error}", self.path.display());
         let length = std::fs::metadata(&self.path).map_err(fail)?.len();
         if length > MAX_FILE_BYTES {
-            return Err(format!("{}: {length} bytes, at most {MAX_FILE_BYTES}", self.path.display()));
+            return Err(format!(
+                "{}: {length} bytes, at most {MAX_FILE_BYTES}",
+                self.path.display()
+            ));
         }
         std::fs::read_to_string(&self.path).map_err(fail)
     }
@@ -144,14 +160,23 @@ impl Entry {
         if self.name.is_empty() {
             return Err("name is required".to_owned());
         }
-        let ip: IpAddr =
-            self.address.parse().map_err(|_| format!("address {:?} is not an IP address", self.address))?;
-        let port: u16 = self.port.parse().ok().filter(|p| *p > 0).ok_or_else(|| {
-            format!("port {:?} is not within 1 and 65535", self.port)
-        })?;
+        let ip: IpAddr = self
+            .address
+            .parse()
+            .map_err(|_| format!("address {:?} is not an IP address", self.address))?;
+        let port: u16 = self
+            .port
+            .parse()
+            .ok()
+            .filter(|p| *p > 0)
+            .ok_or_else(|| format!("port {:?} is not within 1 and 65535", self.port))?;
         Ok(EndpointSpec {
             name: self.name,
-            namespace: if self.namespace.is_empty() { "default".to_owned() } else { self.namespace },
+            namespace: if self.namespace.is_empty() {
+                "default".to_owned()
+            } else {
+                self.namespace
+            },
             address: SocketAddr::new(ip, port),
             labels: self.labels,
             rank: 0,
@@ -164,11 +189,16 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    const ONE: &str = "endpoints:\n- {name: a, address: 10.0.0.1, port: \"8000\", labels: {x: y}, extra: 1}\n";
+    const ONE: &str =
+        "endpoints:\n- {name: a, address: 10.0.0.1, port: \"8000\", labels: {x: y}, extra: 1}\n";
     const TWO: &str = r#"{"endpoints": [{"name": "a", "address": "10.0.0.1", "port": "8000"}, {"name": "b", "namespace": "n", "address": "fd00::2", "port": "8001"}]}"#;
 
     fn names(store: &EndpointStore) -> Vec<String> {
-        store.snapshot().iter().map(|e| format!("{}/{}@{}", e.spec.namespace, e.spec.name, e.spec.address)).collect()
+        store
+            .snapshot()
+            .iter()
+            .map(|e| format!("{}/{}@{}", e.spec.namespace, e.spec.name, e.spec.address))
+            .collect()
     }
 
     #[test]
@@ -184,11 +214,14 @@ mod tests {
         let text = "endpoints:\n- {name: a, address: 10.0.0.1, port: \"8000\"}\n- {address: 10.0.0.1, port: \"1\"}\n- {name: c, address: host, port: \"1\"}\n- {name: d, address: 10.0.0.1, port: \"70000\"}\n";
         let (endpoints, problems) = parse(text).unwrap();
         assert_eq!(endpoints.len(), 1);
-        assert_eq!(problems, [
-            "endpoints[1]: name is required",
-            "endpoints[2]: address \"host\" is not an IP address",
-            "endpoints[3]: port \"70000\" is not within 1 and 65535",
-        ]);
+        assert_eq!(
+            problems,
+            [
+                "endpoints[1]: name is required",
+                "endpoints[2]: address \"host\" is not an IP address",
+                "endpoints[3]: port \"70000\" is not within 1 and 65535",
+            ]
+        );
         assert!(parse("").is_err() && parse("{}").is_err() && parse("endpoints: [").is_err());
     }
 
@@ -197,13 +230,17 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("endpoints.yaml");
         std::fs::write(&path, ONE).unwrap();
-        let discovery = Arc::new(FileDiscovery { path: path.clone(), watch: true });
+        let discovery = Arc::new(FileDiscovery {
+            path: path.clone(),
+            watch: true,
+        });
         let store = Arc::new(EndpointStore::default());
         discovery.load(&store).unwrap();
         let first = store.snapshot();
         let shutdown = CancellationToken::new();
         let task = {
-            let (discovery, store, shutdown) = (Arc::clone(&discovery), Arc::clone(&store), shutdown.clone());
+            let (discovery, store, shutdown) =
+                (Arc::clone(&discovery), Arc::clone(&store), shutdown.clone());
             tokio::spawn(async move { discovery.watch(&store, shutdown).await })
         };
         let settle = || tokio::time::sleep(WATCH_INTERVAL * 3);
@@ -214,7 +251,10 @@ mod tests {
         std::fs::write(&next, TWO).unwrap();
         std::fs::rename(&next, &path).unwrap();
         settle().await;
-        assert_eq!(names(&store), ["default/a@10.0.0.1:8000", "n/b@[fd00::2]:8001"]);
+        assert_eq!(
+            names(&store),
+            ["default/a@10.0.0.1:8000", "n/b@[fd00::2]:8001"]
+        );
         for broken in ["", "endpoints: [", "{}"] {
             std::fs::write(&path, broken).unwrap();
             settle().await;
@@ -235,7 +275,10 @@ mod tests {
 
     #[test]
     fn the_first_load_is_strict() {
-        let discovery = FileDiscovery { path: "/nonexistent/endpoints".into(), watch: false };
+        let discovery = FileDiscovery {
+            path: "/nonexistent/endpoints".into(),
+            watch: false,
+        };
         assert!(discovery.load(&EndpointStore::default()).is_err());
     }
 }

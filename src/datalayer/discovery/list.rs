@@ -10,21 +10,39 @@ const MAX_ENDPOINTS: usize = 4096;
 
 /// Reads a comma list. A host name is resolved once, now; its first address is used.
 pub fn parse(text: &str) -> Result<Vec<EndpointSpec>, String> {
-    let entries: Vec<&str> = text.split(',').map(str::trim).filter(|entry| !entry.is_empty()).collect();
+    let entries: Vec<&str> = text
+        .split(',')
+        .map(str::trim)
+        .filter(|entry| !entry.is_empty())
+        .collect();
     if entries.len() > MAX_ENDPOINTS {
-        return Err(format!("--endpoints: {} entries, at most {MAX_ENDPOINTS}", entries.len()));
+        return Err(format!(
+            "--endpoints: {} entries, at most {MAX_ENDPOINTS}",
+            entries.len()
+        ));
     }
-    entries.into_iter().enumerate().map(|(number, entry)| endpoint(number, entry)).collect()
+    entries
+        .into_iter()
+        .enumerate()
+        .map(|(number, entry)| endpoint(number, entry))
+        .collect()
 }
 
 fn endpoint(number: usize, entry: &str) -> Result<EndpointSpec, String> {
     let refuse = |reason: &str| format!("--endpoints: {entry:?} {reason}");
     let mut parts = entry.split(';');
     let address = parts.next().unwrap_or_default();
-    let resolved = address.to_socket_addrs().map_err(|e| refuse(&format!("is not host:port ({e})")))?.next();
-    let address = resolved.filter(|a| a.port() != 0).ok_or_else(|| refuse("has no usable address"))?;
+    let resolved = address
+        .to_socket_addrs()
+        .map_err(|e| refuse(&format!("is not host:port ({e})")))?
+        .next();
+    let address = resolved
+        .filter(|a| a.port() != 0)
+        .ok_or_else(|| refuse("has no usable address"))?;
     let labels = parts.map(|label| {
-        let (key, value) = label.split_once('=').ok_or_else(|| refuse("has a label without '='"))?;
+        let (key, value) = label
+            .split_once('=')
+            .ok_or_else(|| refuse("has a label without '='"))?;
         Ok((key.to_owned(), value.to_owned()))
     });
     Ok(EndpointSpec {

@@ -11,11 +11,17 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use tokio_rustls::rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
+use tokio_rustls::rustls::client::danger::{
+    HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier,
+};
+use tokio_rustls::rustls::crypto::{
+    CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature,
+};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use tokio_rustls::rustls::{ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore, SignatureScheme};
+use tokio_rustls::rustls::{
+    ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore, SignatureScheme,
+};
 
 use super::MetricsDataSource;
 
@@ -59,15 +65,19 @@ pub fn tls_config(source: &MetricsDataSource) -> Result<Option<Arc<ClientConfig>
         (Some(path), _) => {
             let mut roots = RootCertStore::empty();
             for certificate in CertificateDer::pem_file_iter(path).map_err(|e| tls(&e))? {
-                roots.add(certificate.map_err(|e| tls(&e))?).map_err(|e| tls(&e))?;
+                roots
+                    .add(certificate.map_err(|e| tls(&e))?)
+                    .map_err(|e| tls(&e))?;
             }
             builder.with_root_certificates(roots)
         }
-        (None, true) => {
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(AcceptAny(provider)))
-        }
+        (None, true) => builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(AcceptAny(provider))),
         (None, false) => {
-            return Err(ScrapeError::Tls("insecureSkipVerify: false needs caCertPath".to_owned()));
+            return Err(ScrapeError::Tls(
+                "insecureSkipVerify: false needs caCertPath".to_owned(),
+            ));
         }
     };
     let config = match &source.client_pair {
@@ -76,7 +86,9 @@ pub fn tls_config(source: &MetricsDataSource) -> Result<Option<Arc<ClientConfig>
             let chain = CertificateDer::pem_file_iter(certificate).map_err(|e| tls(&e))?;
             let chain = chain.collect::<Result<_, _>>().map_err(|e| tls(&e))?;
             let key = PrivateKeyDer::from_pem_file(key).map_err(|e| tls(&e))?;
-            builder.with_client_auth_cert(chain, key).map_err(|e| tls(&e))?
+            builder
+                .with_client_auth_cert(chain, key)
+                .map_err(|e| tls(&e))?
         }
     };
     Ok(Some(Arc::new(config)))
@@ -104,7 +116,12 @@ impl ServerCertVerifier for AcceptAny {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, TlsError> {
-        verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+        verify_tls12_signature(
+            message,
+            certificate,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -113,7 +130,12 @@ impl ServerCertVerifier for AcceptAny {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, TlsError> {
-        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -133,7 +155,12 @@ pub struct Connection {
 impl Connection {
     /// A closed connection to fetch `path` from `address`.
     pub fn new(address: SocketAddr, path: String, tls: Option<Arc<ClientConfig>>) -> Self {
-        Self { address, path, tls, sender: None }
+        Self {
+            address,
+            path,
+            tls,
+            sender: None,
+        }
     }
 
     /// Fetches into `body`, whose memory is reused. After an error the connection is closed.
@@ -230,12 +257,16 @@ mod tests {
     async fn fetch(reply: &[u8]) -> Result<Vec<u8>, ScrapeError> {
         let (address, _) = server(reply.to_vec()).await;
         let mut body = Vec::new();
-        Connection::new(address, "/metrics".to_owned(), None).fetch(&mut body).await.map(|()| body)
+        Connection::new(address, "/metrics".to_owned(), None)
+            .fetch(&mut body)
+            .await
+            .map(|()| body)
     }
 
     #[tokio::test]
     async fn one_connection_serves_many_scrapes() {
-        let (address, connections) = server(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\na 1".to_vec()).await;
+        let (address, connections) =
+            server(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\na 1".to_vec()).await;
         let mut connection = Connection::new(address, "/metrics".to_owned(), None);
         let mut body = Vec::new();
         for _ in 0..5 {
@@ -247,7 +278,8 @@ mod tests {
 
     #[tokio::test]
     async fn chunked_bodies_are_put_together() {
-        let reply = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\na \r\n1\r\n1\r\n0\r\n\r\n";
+        let reply =
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\na \r\n1\r\n1\r\n0\r\n\r\n";
         assert_eq!(fetch(reply).await.unwrap(), b"a 1");
     }
 
@@ -255,10 +287,20 @@ mod tests {
     async fn errors_redirects_and_floods_are_refused() {
         for status in ["500 Oops", "302 Found", "404 No"] {
             let reply = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n");
-            assert!(matches!(fetch(reply.as_bytes()).await, Err(ScrapeError::Status(_))), "{status}");
+            assert!(
+                matches!(fetch(reply.as_bytes()).await, Err(ScrapeError::Status(_))),
+                "{status}"
+            );
         }
-        assert!(matches!(fetch(b"hello\r\n\r\n").await, Err(ScrapeError::Http(_))));
-        let mut flood = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", MAX_EXPOSITION_BYTES + 1).into_bytes();
+        assert!(matches!(
+            fetch(b"hello\r\n\r\n").await,
+            Err(ScrapeError::Http(_))
+        ));
+        let mut flood = format!(
+            "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n",
+            MAX_EXPOSITION_BYTES + 1
+        )
+        .into_bytes();
         flood.resize(flood.len() + MAX_EXPOSITION_BYTES + 1, b'x');
         assert!(matches!(fetch(&flood).await, Err(ScrapeError::TooLong)));
     }
@@ -269,6 +311,9 @@ mod tests {
         let address = listener.local_addr().unwrap();
         drop(listener);
         let mut connection = Connection::new(address, "/metrics".to_owned(), None);
-        assert!(matches!(connection.fetch(&mut Vec::new()).await, Err(ScrapeError::Io(_))));
+        assert!(matches!(
+            connection.fetch(&mut Vec::new()).await,
+            Err(ScrapeError::Io(_))
+        ));
     }
 }

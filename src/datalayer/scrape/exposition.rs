@@ -24,15 +24,22 @@ impl std::str::FromStr for MetricSpec {
         if name.is_empty() || !name.chars().all(valid) {
             return Err(refuse());
         }
-        let pairs = labels.split(',').map(str::trim).filter(|pair| !pair.is_empty()).map(|pair| {
-            let (label, value) = pair.split_once('=').ok_or_else(refuse)?;
-            let label = label.trim();
-            if label.is_empty() || !label.chars().all(valid) {
-                return Err(refuse());
-            }
-            Ok((label.to_owned(), value.trim().trim_matches('"').to_owned()))
-        });
-        Ok(Self { name: name.to_owned(), labels: pairs.collect::<Result<_, _>>()? })
+        let pairs = labels
+            .split(',')
+            .map(str::trim)
+            .filter(|pair| !pair.is_empty())
+            .map(|pair| {
+                let (label, value) = pair.split_once('=').ok_or_else(refuse)?;
+                let label = label.trim();
+                if label.is_empty() || !label.chars().all(valid) {
+                    return Err(refuse());
+                }
+                Ok((label.to_owned(), value.trim().trim_matches('"').to_owned()))
+            });
+        Ok(Self {
+            name: name.to_owned(),
+            labels: pairs.collect::<Result<_, _>>()?,
+        })
     }
 }
 
@@ -47,11 +54,15 @@ pub struct Sample<'a> {
 impl<'a> Sample<'a> {
     /// The raw value of a label, without resolving escapes.
     pub fn label(&self, name: &str) -> Option<&'a [u8]> {
-        Labels(self.labels).find(|(label, _)| *label == name.as_bytes()).map(|(_, value)| value)
+        Labels(self.labels)
+            .find(|(label, _)| *label == name.as_bytes())
+            .map(|(_, value)| value)
     }
 
     fn matches(&self, spec: &MetricSpec) -> bool {
-        spec.labels.iter().all(|(label, value)| self.label(label) == Some(value.as_bytes()))
+        spec.labels
+            .iter()
+            .all(|(label, value)| self.label(label) == Some(value.as_bytes()))
     }
 }
 
@@ -70,7 +81,12 @@ pub struct Found {
 
 /// Walks the exposition once. For each sample of a family in `specs` calls `on_sample` with the
 /// spec's position; a lying value is counted in `found` and not handed on.
-pub fn scan(text: &[u8], specs: &[MetricSpec], found: &mut Vec<Found>, mut on_sample: impl FnMut(usize, Sample<'_>)) {
+pub fn scan(
+    text: &[u8],
+    specs: &[MetricSpec],
+    found: &mut Vec<Found>,
+    mut on_sample: impl FnMut(usize, Sample<'_>),
+) {
     found.clear();
     found.resize(specs.len(), Found::default());
     let mut rest = text;
@@ -89,10 +105,17 @@ pub fn scan(text: &[u8], specs: &[MetricSpec], found: &mut Vec<Found>, mut on_sa
             continue;
         }
         for (position, (spec, found)) in specs.iter().zip(found.iter_mut()).enumerate() {
-            let Some(behind) = line.strip_prefix(spec.name.as_bytes()) else { continue };
-            let Some((labels, value)) = split_sample(behind) else { continue };
+            let Some(behind) = line.strip_prefix(spec.name.as_bytes()) else {
+                continue;
+            };
+            let Some((labels, value)) = split_sample(behind) else {
+                continue;
+            };
             let value = parse_value(value);
-            let sample = Sample { labels, value: value.unwrap_or(f64::NAN) };
+            let sample = Sample {
+                labels,
+                value: value.unwrap_or(f64::NAN),
+            };
             if !sample.matches(spec) {
                 continue;
             }
@@ -119,7 +142,9 @@ fn split_sample(behind_name: &[u8]) -> Option<(&[u8], &[u8])> {
                     _ if escaped => escaped = false,
                     b'\\' if quoted => escaped = true,
                     b'"' => quoted = !quoted,
-                    b'}' if !quoted => return Some((behind_name.get(1..at)?, behind_name.get(at + 1..)?)),
+                    b'}' if !quoted => {
+                        return Some((behind_name.get(1..at)?, behind_name.get(at + 1..)?));
+                    }
                     _ => {}
                 }
             }
@@ -133,7 +158,10 @@ fn split_sample(behind_name: &[u8]) -> Option<(&[u8], &[u8])> {
 /// The value, before a time stamp or an exemplar.
 fn parse_value(text: &[u8]) -> Option<f64> {
     let text = text.trim_ascii();
-    let end = text.iter().position(u8::is_ascii_whitespace).unwrap_or(text.len());
+    let end = text
+        .iter()
+        .position(u8::is_ascii_whitespace)
+        .unwrap_or(text.len());
     std::str::from_utf8(text.get(..end)?).ok()?.parse().ok()
 }
 
@@ -146,7 +174,11 @@ impl<'a> Iterator for Labels<'a> {
     fn next(&mut self) -> Option<Self::Item> {
         let equals = memchr(b'=', self.0)?;
         let name = self.0.get(..equals)?.trim_ascii();
-        let value = self.0.get(equals + 1..)?.trim_ascii_start().strip_prefix(b"\"")?;
+        let value = self
+            .0
+            .get(equals + 1..)?
+            .trim_ascii_start()
+            .strip_prefix(b"\"")?;
         let mut escaped = false;
         let end = value.iter().position(|byte| match byte {
             _ if escaped => {
@@ -172,14 +204,23 @@ mod tests {
 
     fn found(text: &str, spec: &str) -> Found {
         let mut found = Vec::new();
-        scan(text.as_bytes(), &[spec.parse().unwrap()], &mut found, |_, _| {});
+        scan(
+            text.as_bytes(),
+            &[spec.parse().unwrap()],
+            &mut found,
+            |_, _| {},
+        );
         found[0]
     }
 
     #[test]
     fn specs_are_read_strictly() {
-        let spec: MetricSpec = r#" a:b { x = y , z="w" } "#.replace(" {", "{").trim().parse().unwrap();
-        assert_eq!(spec.labels, [("x".into(), "y".into()), ("z".into(), "w".into())]);
+        let spec: MetricSpec =
+            r#" a:b { x = y , z="w" } "#.replace(" {", "{").trim().parse().unwrap();
+        assert_eq!(
+            spec.labels,
+            [("x".into(), "y".into()), ("z".into(), "w".into())]
+        );
         for bad in ["", "a b", "a{x", "a{x}", "{x=y}", "a{=y}", "a-b"] {
             assert!(bad.parse::<MetricSpec>().is_err(), "{bad}");
         }
@@ -188,7 +229,15 @@ mod tests {
     #[test]
     fn samples_match_by_name_and_labels() {
         let text = "# TYPE q gauge\nq{e=\"0\",m=\"a,}\\\"b\"} 3\r\nq{e=\"1\"} 4.5 1700000000\nq_total 9\nqq 1\nq 2\n";
-        assert_eq!(found(text, "q"), Found { samples: 3, sum: 9.5, declared: true, rejected: 0 });
+        assert_eq!(
+            found(text, "q"),
+            Found {
+                samples: 3,
+                sum: 9.5,
+                declared: true,
+                rejected: 0
+            }
+        );
         assert_eq!(found(text, "q{e=1}").sum, 4.5);
         assert_eq!(found(text, "q_total").sum, 9.0);
         assert_eq!(found(text, "none"), Found::default());
@@ -204,7 +253,10 @@ mod tests {
 
     #[test]
     fn a_label_is_found_wherever_it_stands() {
-        let sample = Sample { labels: br#"a="1",running_lora_adapters="x,y", b ="z""#, value: 0.0 };
+        let sample = Sample {
+            labels: br#"a="1",running_lora_adapters="x,y", b ="z""#,
+            value: 0.0,
+        };
         assert_eq!(sample.label("running_lora_adapters"), Some(&b"x,y"[..]));
         assert_eq!(sample.label("b"), Some(&b"z"[..]));
         assert_eq!(sample.label("c"), None);

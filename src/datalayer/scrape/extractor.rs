@@ -7,7 +7,7 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::exposition::{Found, MetricSpec, Sample, scan};
-use crate::datalayer::{EngineMetrics, EndpointSpec, LoraState};
+use crate::datalayer::{EndpointSpec, EngineMetrics, LoraState};
 use crate::plugin::{Build, Maturity, ParamDoc, ParamError, Plugin, PluginError};
 
 /// Label that names an endpoint's engine, current and legacy spelling.
@@ -121,13 +121,23 @@ fn built_in() -> Vec<EngineConfig> {
         EngineConfig {
             lora_spec: own("vllm:lora_requests_info"),
             cache_info_spec: own("vllm:cache_config_info"),
-            ..engine("vllm", "vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
+            ..engine(
+                "vllm",
+                "vllm:num_requests_waiting",
+                "vllm:num_requests_running",
+                "vllm:kv_cache_usage_perc",
+            )
         },
         EngineConfig {
             cache_info_spec: own("sglang:cache_config_info"),
             cache_block_size_label_name: own("page_size"),
             cache_num_blocks_label_name: own("num_pages"),
-            ..engine("sglang", "sglang:num_queue_reqs", "sglang:num_running_reqs", "sglang:token_usage")
+            ..engine(
+                "sglang",
+                "sglang:num_queue_reqs",
+                "sglang:num_running_reqs",
+                "sglang:token_usage",
+            )
         },
         EngineConfig {
             cache_block_size_spec: own("trtllm_kv_cache_tokens_per_block"),
@@ -140,8 +150,12 @@ fn built_in() -> Vec<EngineConfig> {
             )
         },
         EngineConfig {
-            cache_block_size_spec: own("nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type=tokens_per}"),
-            cache_num_blocks_spec: own("nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type=max}"),
+            cache_block_size_spec: own(
+                "nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type=tokens_per}",
+            ),
+            cache_num_blocks_spec: own(
+                "nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type=max}",
+            ),
             ..engine(
                 "triton-tensorrt-llm",
                 "nv_trt_llm_request_metrics{request_type=waiting}",
@@ -149,7 +163,12 @@ fn built_in() -> Vec<EngineConfig> {
                 "nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type=fraction}",
             )
         },
-        engine("triton", "nv_inference_pending_request_count", "nv_inference_exec_count", ""),
+        engine(
+            "triton",
+            "nv_inference_pending_request_count",
+            "nv_inference_exec_count",
+            "",
+        ),
     ]
 }
 
@@ -176,11 +195,18 @@ impl Plugin for CoreMetricsExtractor {
             help: "Engines {name, queuedRequestsSpec, runningRequestsSpec, kvUsageSpec, loraSpec, cacheInfoSpec, cacheBlockSizeLabelName, cacheNumBlocksLabelName, cacheBlockSizeSpec, cacheNumBlocksSpec, customMetrics}; one with a built-in name replaces it.",
         },
     ];
-    const ABOUT: &'static str = "Reads load and cache metrics of vLLM, SGLang, TensorRT-LLM and Triton.";
+    const ABOUT: &'static str =
+        "Reads load and cache metrics of vLLM, SGLang, TensorRT-LLM and Triton.";
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
-        for key in ["KVCacheUsagePercent", "WaitingQueueSize", "RunningRequestsSize", "ActiveModels", "WaitingModels"] {
+        for key in [
+            "KVCacheUsagePercent",
+            "WaitingQueueSize",
+            "RunningRequestsSize",
+            "ActiveModels",
+            "WaitingModels",
+        ] {
             build.keys.produce_as::<()>(key, Self::TYPE);
         }
         Self::new(settings).map_err(Into::into)
@@ -192,16 +218,26 @@ impl CoreMetricsExtractor {
         let mut engines = HashMap::new();
         for engine in built_in().into_iter().chain(settings.engine_configs) {
             if engine.name.is_empty() || engine.name == "default" {
-                return Err(ParamError(format!("engineConfigs: name {:?} is reserved or empty", engine.name)));
+                return Err(ParamError(format!(
+                    "engineConfigs: name {:?} is reserved or empty",
+                    engine.name
+                )));
             }
             let mapping = Mapping::new(&engine)
                 .map_err(|text| ParamError(format!("engineConfigs[{}]: {text}", engine.name)))?;
             engines.insert(engine.name, mapping);
         }
         if !engines.contains_key(&settings.default_engine) {
-            return Err(ParamError(format!("defaultEngine: {:?} is not a known engine", settings.default_engine)));
+            return Err(ParamError(format!(
+                "defaultEngine: {:?} is not a known engine",
+                settings.default_engine
+            )));
         }
-        Ok(Self { engine_label: settings.engine_label_key, default_engine: settings.default_engine, engines })
+        Ok(Self {
+            engine_label: settings.engine_label_key,
+            default_engine: settings.default_engine,
+            engines,
+        })
     }
 
     /// Reads `text` over `metrics`; fields without a sample keep their value.
@@ -213,15 +249,28 @@ impl CoreMetricsExtractor {
         metrics: &mut EngineMetrics,
         scratch: &mut Scratch,
     ) -> Extraction {
-        let label = endpoint.labels.get(&self.engine_label).or_else(|| endpoint.labels.get(LEGACY_ENGINE_LABEL));
-        let mapping = label.and_then(|name| self.engines.get(name)).or_else(|| self.engines.get(&self.default_engine));
-        mapping.map(|m| m.extract(text, now, metrics, scratch)).unwrap_or_default()
+        let label = endpoint
+            .labels
+            .get(&self.engine_label)
+            .or_else(|| endpoint.labels.get(LEGACY_ENGINE_LABEL));
+        let mapping = label
+            .and_then(|name| self.engines.get(name))
+            .or_else(|| self.engines.get(&self.default_engine));
+        mapping
+            .map(|m| m.extract(text, now, metrics, scratch))
+            .unwrap_or_default()
     }
 }
 
 impl Mapping {
     fn new(engine: &EngineConfig) -> Result<Self, String> {
-        let label = |name: &str, default: &str| if name.is_empty() { default.to_owned() } else { name.to_owned() };
+        let label = |name: &str, default: &str| {
+            if name.is_empty() {
+                default.to_owned()
+            } else {
+                name.to_owned()
+            }
+        };
         let mut mapping = Self {
             specs: Vec::new(),
             uses: Vec::new(),
@@ -230,42 +279,85 @@ impl Mapping {
             customs: engine.custom_metrics.len(),
         };
         let core = [
-            (Use::Waiting, "queuedRequestsSpec", &engine.queued_requests_spec),
-            (Use::Running, "runningRequestsSpec", &engine.running_requests_spec),
+            (
+                Use::Waiting,
+                "queuedRequestsSpec",
+                &engine.queued_requests_spec,
+            ),
+            (
+                Use::Running,
+                "runningRequestsSpec",
+                &engine.running_requests_spec,
+            ),
             (Use::KvUsage, "kvUsageSpec", &engine.kv_usage_spec),
             (Use::Lora, "loraSpec", &engine.lora_spec),
             (Use::CacheInfo, "cacheInfoSpec", &engine.cache_info_spec),
-            (Use::BlockSize, "cacheBlockSizeSpec", &engine.cache_block_size_spec),
-            (Use::Blocks, "cacheNumBlocksSpec", &engine.cache_num_blocks_spec),
+            (
+                Use::BlockSize,
+                "cacheBlockSizeSpec",
+                &engine.cache_block_size_spec,
+            ),
+            (
+                Use::Blocks,
+                "cacheNumBlocksSpec",
+                &engine.cache_num_blocks_spec,
+            ),
         ];
         let custom = engine.custom_metrics.iter().enumerate();
-        let custom = custom.map(|(i, metric)| (Use::Custom(i), "customMetrics", &metric.metric_spec));
-        for (purpose, field, spec) in core.into_iter().chain(custom).filter(|(_, _, spec)| !spec.is_empty()) {
-            mapping.specs.push(spec.parse().map_err(|text| format!("{field}: {text}"))?);
+        let custom =
+            custom.map(|(i, metric)| (Use::Custom(i), "customMetrics", &metric.metric_spec));
+        for (purpose, field, spec) in core
+            .into_iter()
+            .chain(custom)
+            .filter(|(_, _, spec)| !spec.is_empty())
+        {
+            mapping
+                .specs
+                .push(spec.parse().map_err(|text| format!("{field}: {text}"))?);
             mapping.uses.push(purpose);
         }
-        if engine.custom_metrics.iter().any(|metric| metric.attribute_key.is_empty()) {
+        if engine
+            .custom_metrics
+            .iter()
+            .any(|metric| metric.attribute_key.is_empty())
+        {
             return Err("customMetrics: attributeKey is empty".to_owned());
         }
         Ok(mapping)
     }
 
-    fn extract(&self, text: &[u8], now: Instant, metrics: &mut EngineMetrics, scratch: &mut Scratch) -> Extraction {
+    fn extract(
+        &self,
+        text: &[u8],
+        now: Instant,
+        metrics: &mut EngineMetrics,
+        scratch: &mut Scratch,
+    ) -> Extraction {
         let mut newest_lora: Option<(f64, LoraState)> = None;
         let mut blocks: Option<u64> = None;
         let mut block_size = None;
-        scan(text, &self.specs, &mut scratch.found, |position, sample| match self.uses.get(position) {
-            Some(Use::Lora) if newest_lora.as_ref().is_none_or(|(at, _)| sample.value > *at) => {
-                newest_lora = Some((sample.value, lora_state(&sample)));
-            }
-            Some(Use::CacheInfo) => {
-                block_size = block_size.or_else(|| integer_label(&sample, &self.block_size_label));
-                if let Some(own) = integer_label(&sample, &self.blocks_label) {
-                    blocks = Some(blocks.unwrap_or(0) + own);
+        scan(
+            text,
+            &self.specs,
+            &mut scratch.found,
+            |position, sample| match self.uses.get(position) {
+                Some(Use::Lora)
+                    if newest_lora
+                        .as_ref()
+                        .is_none_or(|(at, _)| sample.value > *at) =>
+                {
+                    newest_lora = Some((sample.value, lora_state(&sample)));
                 }
-            }
-            _ => {}
-        });
+                Some(Use::CacheInfo) => {
+                    block_size =
+                        block_size.or_else(|| integer_label(&sample, &self.block_size_label));
+                    if let Some(own) = integer_label(&sample, &self.blocks_label) {
+                        blocks = Some(blocks.unwrap_or(0) + own);
+                    }
+                }
+                _ => {}
+            },
+        );
         let mut outcome = Extraction::default();
         metrics.custom.resize(self.customs, None);
         for (purpose, found) in self.uses.iter().zip(&scratch.found) {
@@ -276,7 +368,11 @@ impl Mapping {
                 continue;
             }
             outcome.refreshed = true;
-            let mean = if found.samples > 0 { found.sum / f64::from(found.samples) } else { 0.0 };
+            let mean = if found.samples > 0 {
+                found.sum / f64::from(found.samples)
+            } else {
+                0.0
+            };
             match purpose {
                 Use::Waiting => metrics.waiting_requests = saturating_u32(found.sum),
                 Use::Running => metrics.running_requests = saturating_u32(found.sum),
@@ -306,13 +402,21 @@ impl Mapping {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a float cast saturates")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a float cast saturates"
+)]
 fn saturating_u32(value: f64) -> u32 {
     value as u32
 }
 
 fn integer_label(sample: &Sample<'_>, name: &str) -> Option<u64> {
-    std::str::from_utf8(sample.label(name)?).ok()?.trim().parse().ok()
+    std::str::from_utf8(sample.label(name)?)
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
 }
 
 fn lora_state(sample: &Sample<'_>) -> LoraState {
@@ -324,7 +428,9 @@ fn lora_state(sample: &Sample<'_>) -> LoraState {
     LoraState {
         active: list("running_lora_adapters"),
         waiting: list("waiting_lora_adapters"),
-        max_active: integer_label(sample, "max_lora").and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
+        max_active: integer_label(sample, "max_lora")
+            .and_then(|n| u32::try_from(n).ok())
+            .unwrap_or(0),
     }
 }
 
@@ -332,20 +438,29 @@ fn lora_state(sample: &Sample<'_>) -> LoraState {
 mod tests {
     use super::*;
 
-    const UNDER_LOAD: &[u8] = include_bytes!("../../../tests/data/vllm-0.32/metrics/3-under-load-1.txt");
+    const UNDER_LOAD: &[u8] =
+        include_bytes!("../../../tests/data/vllm-0.32/metrics/3-under-load-1.txt");
     const DP_FRESH: &[u8] = include_bytes!("../../../tests/data/vllm-0.32/metrics/6-dp2-fresh.txt");
-    const DP_LOADED: &[u8] = include_bytes!("../../../tests/data/vllm-0.32/metrics/8-dp2-under-load.txt");
+    const DP_LOADED: &[u8] =
+        include_bytes!("../../../tests/data/vllm-0.32/metrics/8-dp2-under-load.txt");
 
     fn extractor(settings: &str) -> Result<CoreMetricsExtractor, ParamError> {
         CoreMetricsExtractor::new(serde_json::from_str(settings).unwrap())
     }
 
-    fn extract(settings: &str, labels: &[(&str, &str)], text: &[u8]) -> (EngineMetrics, Extraction) {
+    fn extract(
+        settings: &str,
+        labels: &[(&str, &str)],
+        text: &[u8],
+    ) -> (EngineMetrics, Extraction) {
         let spec = EndpointSpec {
             name: "e".to_owned(),
             namespace: "default".to_owned(),
             address: ([10, 0, 0, 1], 8000).into(),
-            labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            labels: labels
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect(),
             rank: 0,
         };
         let mut metrics = EngineMetrics::default();
@@ -363,12 +478,28 @@ mod tests {
     fn a_recorded_vllm_is_read() {
         let (metrics, outcome) = extract("{}", &[], UNDER_LOAD);
         // Figures of the recording, as its README states them.
-        assert_eq!((metrics.running_requests, metrics.waiting_requests), (16, 24));
-        assert!((metrics.kv_cache_usage - 0.248).abs() < 0.001, "{}", metrics.kv_cache_usage);
-        assert_eq!((metrics.block_size_tokens, metrics.kv_blocks), (Some(16), Some(1024)));
+        assert_eq!(
+            (metrics.running_requests, metrics.waiting_requests),
+            (16, 24)
+        );
+        assert!(
+            (metrics.kv_cache_usage - 0.248).abs() < 0.001,
+            "{}",
+            metrics.kv_cache_usage
+        );
+        assert_eq!(
+            (metrics.block_size_tokens, metrics.kv_blocks),
+            (Some(16), Some(1024))
+        );
         let lora = metrics.lora.unwrap();
         assert!(!lora.active.is_empty() && lora.max_active > 0, "{lora:?}");
-        assert_eq!(outcome, Extraction { errors: 0, refreshed: true });
+        assert_eq!(
+            outcome,
+            Extraction {
+                errors: 0,
+                refreshed: true
+            }
+        );
     }
 
     #[test]
@@ -379,34 +510,60 @@ mod tests {
         assert!((metrics.kv_cache_usage - 0.4).abs() < 1e-12);
         assert_eq!(metrics.kv_blocks, Some(150));
         let (loaded, outcome) = extract("{}", &[], DP_LOADED);
-        assert!(loaded.running_requests > 0 && outcome.errors == 0, "{loaded:?}");
+        assert!(
+            loaded.running_requests > 0 && outcome.errors == 0,
+            "{loaded:?}"
+        );
     }
 
     #[test]
     fn a_fresh_engine_reads_as_idle() {
         let (metrics, outcome) = extract("{}", &[], DP_FRESH);
         assert_eq!((metrics.waiting_requests, metrics.running_requests), (0, 0));
-        assert!(metrics.updated_at.is_some() && outcome.refreshed, "{outcome:?}");
+        assert!(
+            metrics.updated_at.is_some() && outcome.refreshed,
+            "{outcome:?}"
+        );
     }
 
     #[test]
     fn the_label_selects_the_engine() {
         let text = b"sglang:num_queue_reqs 5\nsglang:num_running_reqs 6\nsglang:token_usage 0.5\nsglang:cache_config_info{page_size=\"1\",num_pages=\"9\"} 1\n";
-        for labels in [&[(ENGINE_LABEL, "sglang")], &[(LEGACY_ENGINE_LABEL, "sglang")]] {
+        for labels in [
+            &[(ENGINE_LABEL, "sglang")],
+            &[(LEGACY_ENGINE_LABEL, "sglang")],
+        ] {
             let (metrics, outcome) = extract("{}", labels, text);
-            assert_eq!((metrics.waiting_requests, metrics.running_requests, metrics.kv_blocks), (5, 6, Some(9)));
+            assert_eq!(
+                (
+                    metrics.waiting_requests,
+                    metrics.running_requests,
+                    metrics.kv_blocks
+                ),
+                (5, 6, Some(9))
+            );
             assert_eq!(outcome.errors, 0);
         }
         let (metrics, outcome) = extract("{}", &[(ENGINE_LABEL, "unknown")], text);
         assert_eq!((metrics.waiting_requests, outcome.refreshed), (0, false));
-        assert_eq!(outcome.errors, 4, "four vLLM families are missing; LoRA may be");
+        assert_eq!(
+            outcome.errors, 4,
+            "four vLLM families are missing; LoRA may be"
+        );
     }
 
     #[test]
     fn the_newest_lora_series_counts() {
         let text = b"vllm:lora_requests_info{max_lora=\"4\",running_lora_adapters=\"old\",waiting_lora_adapters=\"\"} 10\nvllm:lora_requests_info{max_lora=\"2\",running_lora_adapters=\"sql, fr,\",waiting_lora_adapters=\"x\"} 20\n";
         let lora = extract("{}", &[], text).0.lora.unwrap();
-        assert_eq!((lora.active.clone(), lora.waiting.clone(), lora.max_active), (vec!["sql".to_owned(), "fr".to_owned()], vec!["x".to_owned()], 2));
+        assert_eq!(
+            (lora.active.clone(), lora.waiting.clone(), lora.max_active),
+            (
+                vec!["sql".to_owned(), "fr".to_owned()],
+                vec!["x".to_owned()],
+                2
+            )
+        );
     }
 
     #[test]
@@ -416,6 +573,9 @@ mod tests {
         assert!(extractor(r#"{"engineConfigs": [{"name": "x", "kvUsageSpec": "a{b"}]}"#).is_err());
         let tgi = r#"{"defaultEngine": "tgi", "engineConfigs": [{"name": "tgi", "queuedRequestsSpec": "tgi_queue_size", "customMetrics": [{"attributeKey": "k", "metricSpec": "m"}]}]}"#;
         let (metrics, outcome) = extract(tgi, &[], b"tgi_queue_size 8\nm 2.5\n");
-        assert_eq!((metrics.waiting_requests, metrics.custom, outcome.errors), (8, vec![Some(2.5)], 0));
+        assert_eq!(
+            (metrics.waiting_requests, metrics.custom, outcome.errors),
+            (8, vec![Some(2.5)], 0)
+        );
     }
 }

@@ -64,10 +64,22 @@ impl Scraper {
             tls: tls_config(&source)?,
             source,
             extractor,
-            poll_errors: Pair::counter("llm_d_epp_datalayer_poll_errors_total", source_type.clone(), source_type),
-            extract_errors: Pair::counter("llm_d_epp_datalayer_extract_errors_total", both.clone(), both),
+            poll_errors: Pair::counter(
+                "llm_d_epp_datalayer_poll_errors_total",
+                source_type.clone(),
+                source_type,
+            ),
+            extract_errors: Pair::counter(
+                "llm_d_epp_datalayer_extract_errors_total",
+                both.clone(),
+                both,
+            ),
         };
-        Ok(Self { shared: Arc::new(shared), handle, tasks: Mutex::default() })
+        Ok(Self {
+            shared: Arc::new(shared),
+            handle,
+            tasks: Mutex::default(),
+        })
     }
 }
 
@@ -97,7 +109,10 @@ impl EndpointListener for Scraper {
 
 impl Drop for Scraper {
     fn drop(&mut self) {
-        self.tasks.lock().values().for_each(CancellationToken::cancel);
+        self.tasks
+            .lock()
+            .values()
+            .for_each(CancellationToken::cancel);
     }
 }
 
@@ -125,8 +140,13 @@ async fn poll(shared: Arc<Shared>, endpoint: Arc<Endpoint>, stop: CancellationTo
             Ok(Ok(())) => {
                 failures = 0;
                 let mut metrics = (*endpoint.metrics()).clone();
-                let outcome =
-                    shared.extractor.extract(&endpoint.spec, &body, Instant::now(), &mut metrics, &mut scratch);
+                let outcome = shared.extractor.extract(
+                    &endpoint.spec,
+                    &body,
+                    Instant::now(),
+                    &mut metrics,
+                    &mut scratch,
+                );
                 if outcome.errors > 0 {
                     shared.extract_errors.increment();
                 }
@@ -134,8 +154,15 @@ async fn poll(shared: Arc<Shared>, endpoint: Arc<Endpoint>, stop: CancellationTo
             }
             failed => {
                 shared.poll_errors.increment();
-                let reason = failed.map_or_else(|_| "timed out".to_owned(), |f| f.err().map(|e| e.to_string()).unwrap_or_default());
-                tracing::trace!(endpoint = endpoint.spec.name, reason, "scrape failed, the last metrics stay");
+                let reason = failed.map_or_else(
+                    |_| "timed out".to_owned(),
+                    |f| f.err().map(|e| e.to_string()).unwrap_or_default(),
+                );
+                tracing::trace!(
+                    endpoint = endpoint.spec.name,
+                    reason,
+                    "scrape failed, the last metrics stay"
+                );
                 failures += 1;
                 ticks.reset_after(backoff(shared.interval, failures));
             }
@@ -145,7 +172,9 @@ async fn poll(shared: Arc<Shared>, endpoint: Arc<Endpoint>, stop: CancellationTo
 
 /// Doubles with each failure, up to [`MAX_BACKOFF`] or the interval, whichever is longer.
 fn backoff(interval: Duration, failures: u32) -> Duration {
-    interval.saturating_mul(1 << failures.min(10)).min(MAX_BACKOFF.max(interval))
+    interval
+        .saturating_mul(1 << failures.min(10))
+        .min(MAX_BACKOFF.max(interval))
 }
 
 #[cfg(test)]
@@ -158,7 +187,14 @@ mod tests {
 
     fn plugin<P: Plugin>() -> Arc<P> {
         let mut keys = DataKeys::default();
-        Arc::new(P::build(&mut Build { name: "p", parameters: &Parameters::default(), keys: &mut keys }).unwrap())
+        Arc::new(
+            P::build(&mut Build {
+                name: "p",
+                parameters: &Parameters::default(),
+                keys: &mut keys,
+            })
+            .unwrap(),
+        )
     }
 
     fn spec(address: SocketAddr) -> EndpointSpec {
@@ -197,7 +233,10 @@ mod tests {
                     while let Ok(1..) = stream.read(&mut buffer).await {
                         waiting += 1;
                         let body = format!("vllm:num_requests_waiting {waiting}\n");
-                        let reply = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+                        let reply = format!(
+                            "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}",
+                            body.len()
+                        );
                         stream.write_all(reply.as_bytes()).await.unwrap();
                     }
                 });
@@ -213,7 +252,9 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), read_twice).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), read_twice)
+            .await
+            .unwrap();
         assert!(pool[1].metrics().updated_at.is_none() && pool[2].metrics().updated_at.is_none());
         drop(silent);
     }

@@ -59,14 +59,54 @@ impl Plugin for MetricsDataSource {
     const TYPE: &'static str = "metrics-data-source";
     const MATURITY: Maturity = Maturity::Beta;
     const PARAMETERS: &'static [ParamDoc] = &[
-        ParamDoc { name: "scheme", kind: "string", default: "http", help: "http or https." },
-        ParamDoc { name: "path", kind: "string", default: "/metrics", help: "Path of the exposition." },
-        ParamDoc { name: "port", kind: "int", default: "the endpoint's", help: "Port of the exposition, 1 to 65535." },
-        ParamDoc { name: "insecureSkipVerify", kind: "bool", default: "true", help: "Accept any certificate." },
-        ParamDoc { name: "caCertPath", kind: "string", default: "", help: "PEM bundle that certificates are checked against." },
-        ParamDoc { name: "clientCertPath", kind: "string", default: "", help: "Client certificate, PEM." },
-        ParamDoc { name: "clientKeyPath", kind: "string", default: "", help: "Key of the client certificate, PEM." },
-        ParamDoc { name: "interval", kind: "duration", default: "--refresh-metrics-interval", help: "Time between scrapes of one endpoint." },
+        ParamDoc {
+            name: "scheme",
+            kind: "string",
+            default: "http",
+            help: "http or https.",
+        },
+        ParamDoc {
+            name: "path",
+            kind: "string",
+            default: "/metrics",
+            help: "Path of the exposition.",
+        },
+        ParamDoc {
+            name: "port",
+            kind: "int",
+            default: "the endpoint's",
+            help: "Port of the exposition, 1 to 65535.",
+        },
+        ParamDoc {
+            name: "insecureSkipVerify",
+            kind: "bool",
+            default: "true",
+            help: "Accept any certificate.",
+        },
+        ParamDoc {
+            name: "caCertPath",
+            kind: "string",
+            default: "",
+            help: "PEM bundle that certificates are checked against.",
+        },
+        ParamDoc {
+            name: "clientCertPath",
+            kind: "string",
+            default: "",
+            help: "Client certificate, PEM.",
+        },
+        ParamDoc {
+            name: "clientKeyPath",
+            kind: "string",
+            default: "",
+            help: "Key of the client certificate, PEM.",
+        },
+        ParamDoc {
+            name: "interval",
+            kind: "duration",
+            default: "--refresh-metrics-interval",
+            help: "Time between scrapes of one endpoint.",
+        },
     ];
     const ABOUT: &'static str = "Scrapes each endpoint's Prometheus metrics.";
 
@@ -87,7 +127,11 @@ impl Plugin for MetricsDataSource {
         let path = |text: &str| (!text.is_empty()).then(|| PathBuf::from(text));
         Ok(Self {
             tls,
-            path: if settings.path.starts_with('/') { settings.path } else { format!("/{}", settings.path) },
+            path: if settings.path.starts_with('/') {
+                settings.path
+            } else {
+                format!("/{}", settings.path)
+            },
             port: settings.port,
             insecure_skip_verify: settings.insecure_skip_verify,
             ca_cert_path: path(&settings.ca_cert_path),

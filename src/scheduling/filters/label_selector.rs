@@ -41,8 +41,15 @@ impl Expression {
     fn check(&self) -> Result<(), ParamError> {
         let needs_values = matches!(self.operator, Operator::In | Operator::NotIn);
         if needs_values == self.values.is_empty() {
-            let expected = if needs_values { "at least one value" } else { "no values" };
-            let text = format!("matchExpressions: {:?} of key {:?} takes {expected}", self.operator, self.key);
+            let expected = if needs_values {
+                "at least one value"
+            } else {
+                "no values"
+            };
+            let text = format!(
+                "matchExpressions: {:?} of key {:?} takes {expected}",
+                self.operator, self.key
+            );
             return Err(ParamError(text));
         }
         Ok(())
@@ -80,7 +87,10 @@ impl Plugin for LabelSelectorFilter {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
-        settings.match_expressions.iter().try_for_each(Expression::check)?;
+        settings
+            .match_expressions
+            .iter()
+            .try_for_each(Expression::check)?;
         Ok(Self { settings })
     }
 }
@@ -89,8 +99,15 @@ impl Filter for LabelSelectorFilter {
     fn filter(&self, _: &Cycle<'_>, candidates: Candidates<'_>, keep: &mut Vec<u32>) {
         super::keep_where(candidates, keep, |_, candidate| {
             let labels = &candidate.endpoint.spec.labels;
-            self.settings.match_labels.iter().all(|(key, value)| labels.get(key) == Some(value))
-                && self.settings.match_expressions.iter().all(|e| e.matches(labels))
+            self.settings
+                .match_labels
+                .iter()
+                .all(|(key, value)| labels.get(key) == Some(value))
+                && self
+                    .settings
+                    .match_expressions
+                    .iter()
+                    .all(|e| e.matches(labels))
         });
     }
 }
@@ -109,11 +126,26 @@ mod tests {
         ]);
         for (selector, kept) in [
             ("{}", &["gold-a", "gold-b", "plain"][..]),
-            (r#"{"matchLabels": {"tier": "gold"}}"#, &["gold-a", "gold-b"]),
-            (r#"{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["b"]}]}"#, &["gold-b"]),
-            (r#"{"matchExpressions": [{"key": "zone", "operator": "NotIn", "values": ["b"]}]}"#, &["gold-a", "plain"]),
-            (r#"{"matchExpressions": [{"key": "zone", "operator": "Exists"}]}"#, &["gold-a", "gold-b"]),
-            (r#"{"matchExpressions": [{"key": "zone", "operator": "DoesNotExist"}]}"#, &["plain"]),
+            (
+                r#"{"matchLabels": {"tier": "gold"}}"#,
+                &["gold-a", "gold-b"],
+            ),
+            (
+                r#"{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["b"]}]}"#,
+                &["gold-b"],
+            ),
+            (
+                r#"{"matchExpressions": [{"key": "zone", "operator": "NotIn", "values": ["b"]}]}"#,
+                &["gold-a", "plain"],
+            ),
+            (
+                r#"{"matchExpressions": [{"key": "zone", "operator": "Exists"}]}"#,
+                &["gold-a", "gold-b"],
+            ),
+            (
+                r#"{"matchExpressions": [{"key": "zone", "operator": "DoesNotExist"}]}"#,
+                &["plain"],
+            ),
         ] {
             let filter: LabelSelectorFilter = pool.plugin(selector);
             assert_eq!(pool.kept(&filter), kept, "{selector}");

@@ -23,6 +23,8 @@ fn keep_where(
     keep: &mut Vec<u32>,
     wanted: impl Fn(usize, &super::Candidate) -> bool,
 ) {
-    let kept = candidates.iter().filter(|(position, candidate)| wanted(*position, candidate));
+    let kept = candidates
+        .iter()
+        .filter(|(position, candidate)| wanted(*position, candidate));
     keep.extend(kept.filter_map(|(position, _)| u32::try_from(position).ok()));
 }

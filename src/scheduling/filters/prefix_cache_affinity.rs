@@ -2,7 +2,9 @@
 
 use serde::Deserialize;
 
-use crate::plugin::{Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError, InFlightSlot};
+use crate::plugin::{
+    Build, Column, InFlightSlot, Maturity, ParamDoc, ParamError, Plugin, PluginError,
+};
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH, PrefixMatch, producer_or,
 };
@@ -57,26 +59,43 @@ impl Settings {
     fn check(&self) -> Result<(), PluginError> {
         let refuse = |text: String| Err(PluginError::Parameter(ParamError(text)));
         if self.affinity_threshold > 1.0 {
-            return refuse(format!("affinityThreshold: {} is above 1", self.affinity_threshold));
+            return refuse(format!(
+                "affinityThreshold: {} is above 1",
+                self.affinity_threshold
+            ));
         }
         if !(0.0..=1.0).contains(&self.exploration_probability) {
-            return refuse(format!("explorationProbability: {} is not within 0 and 1", self.exploration_probability));
+            return refuse(format!(
+                "explorationProbability: {} is not within 0 and 1",
+                self.exploration_probability
+            ));
         }
         if self.max_ttft_penalty_ms < 0.0 {
-            return refuse(format!("maxTTFTPenaltyMs: {} is below 0", self.max_ttft_penalty_ms));
+            return refuse(format!(
+                "maxTTFTPenaltyMs: {} is below 0",
+                self.max_ttft_penalty_ms
+            ));
         }
         match self.ttft_source.as_str() {
-            "prefillThroughput" if self.peak_prefill_throughput < 0.0 => {
-                refuse(format!("peakPrefillThroughput: {} is below 0", self.peak_prefill_throughput))
-            }
-            "prefillThroughput" if self.max_ttft_penalty_ms > 0.0 && self.peak_prefill_throughput == 0.0 => {
-                refuse("peakPrefillThroughput: must be above 0 while maxTTFTPenaltyMs is".to_owned())
+            "prefillThroughput" if self.peak_prefill_throughput < 0.0 => refuse(format!(
+                "peakPrefillThroughput: {} is below 0",
+                self.peak_prefill_throughput
+            )),
+            "prefillThroughput"
+                if self.max_ttft_penalty_ms > 0.0 && self.peak_prefill_throughput == 0.0 =>
+            {
+                refuse(
+                    "peakPrefillThroughput: must be above 0 while maxTTFTPenaltyMs is".to_owned(),
+                )
             }
             "prefillThroughput" => Ok(()),
             "latencyPredictor" => Err(PluginError::Invalid(
-                "ttftSource: latencyPredictor is known but not yet available in this version".to_owned(),
+                "ttftSource: latencyPredictor is known but not yet available in this version"
+                    .to_owned(),
             )),
-            other => refuse(format!("ttftSource: {other:?} is not one of prefillThroughput, latencyPredictor")),
+            other => refuse(format!(
+                "ttftSource: {other:?} is not one of prefillThroughput, latencyPredictor"
+            )),
         }
     }
 }
@@ -134,12 +153,16 @@ impl Plugin for PrefixCacheAffinityFilter {
             help: "Instance that counts tokens in flight.",
         },
     ];
-    const ABOUT: &'static str = "Keeps endpoints that hold most of the prefix while that is not too slow.";
+    const ABOUT: &'static str =
+        "Keeps endpoints that hold most of the prefix while that is not too slow.";
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
         settings.check()?;
-        let producer = producer_or(&settings.prefix_match_info_producer_name, APPROX_PREFIX_PRODUCER);
+        let producer = producer_or(
+            &settings.prefix_match_info_producer_name,
+            APPROX_PREFIX_PRODUCER,
+        );
         let matches = build.keys.require(PREFIX_MATCH, producer);
         let in_flight = if settings.max_ttft_penalty_ms > 0.0 {
             let producer = producer_or(&settings.in_flight_load_producer_name, IN_FLIGHT_PRODUCER);
@@ -162,12 +185,19 @@ impl Plugin for PrefixCacheAffinityFilter {
 impl PrefixCacheAffinityFilter {
     /// True when the best sticky candidate is too much slower than the best other one.
     fn too_slow(&self, candidates: Candidates<'_>, sticky: impl Fn(usize) -> bool) -> bool {
-        let Some(slot) = self.in_flight else { return false };
-        let ttft_ms = |c: &Candidate| c.endpoint.in_flight(slot).tokens() as f64 / self.tokens_per_ms;
+        let Some(slot) = self.in_flight else {
+            return false;
+        };
+        let ttft_ms =
+            |c: &Candidate| c.endpoint.in_flight(slot).tokens() as f64 / self.tokens_per_ms;
         let mut best_sticky = f64::INFINITY;
         let mut best_other = f64::INFINITY;
         for (position, candidate) in candidates.iter() {
-            let best = if sticky(position) { &mut best_sticky } else { &mut best_other };
+            let best = if sticky(position) {
+                &mut best_sticky
+            } else {
+                &mut best_other
+            };
             *best = best.min(ttft_ms(candidate));
         }
         best_other.is_finite() && best_sticky - best_other > self.max_penalty_ms
@@ -177,10 +207,18 @@ impl PrefixCacheAffinityFilter {
 impl Filter for PrefixCacheAffinityFilter {
     fn filter(&self, cycle: &Cycle<'_>, candidates: Candidates<'_>, keep: &mut Vec<u32>) {
         let matches = cycle.attributes.get(self.matches).unwrap_or_default();
-        let sticky = |position: usize| matches.get(position).is_some_and(|m| m.ratio() >= self.threshold);
+        let sticky = |position: usize| {
+            matches
+                .get(position)
+                .is_some_and(|m| m.ratio() >= self.threshold)
+        };
         let off = self.threshold <= 0.0 || candidates.len() <= 1;
         let explore = || self.exploration > 0.0 && cycle.rng.borrow_mut().f64() < self.exploration;
-        if off || explore() || !candidates.iter().any(|(p, _)| sticky(p)) || self.too_slow(candidates, sticky) {
+        if off
+            || explore()
+            || !candidates.iter().any(|(p, _)| sticky(p))
+            || self.too_slow(candidates, sticky)
+        {
             super::keep_all(candidates, keep);
         } else {
             super::keep_where(candidates, keep, |position, _| sticky(position));
@@ -195,7 +233,9 @@ mod tests {
 
     fn pool(sticky_tokens: i64, other_tokens: i64) -> Pool {
         Pool::new([
-            endpoint("warm").matched_blocks(8).in_flight(1, sticky_tokens),
+            endpoint("warm")
+                .matched_blocks(8)
+                .in_flight(1, sticky_tokens),
             endpoint("luke").matched_blocks(7),
             endpoint("cold").in_flight(1, other_tokens),
         ])

@@ -46,7 +46,13 @@ role_filter!(
 role_filter!(
     PrefillFilter,
     "prefill-filter",
-    ["prefill", "encode-prefill", "prefill-decode", "both", "encode-prefill-decode"],
+    [
+        "prefill",
+        "encode-prefill",
+        "prefill-decode",
+        "both",
+        "encode-prefill-decode"
+    ],
     false,
     "Keeps endpoints whose role label includes prefill."
 );
@@ -65,18 +71,43 @@ mod tests {
 
     #[test]
     fn each_role_is_kept_where_the_contract_says() {
-        let roles =
-            ["decode", "prefill", "encode", "prefill-decode", "both", "encode-prefill", "encode-prefill-decode", "x"];
-        let labelled = roles.iter().map(|role| endpoint(role).label(ROLE_LABEL, role));
-        let pool = Pool::new(labelled.chain([endpoint("none")]));
-        assert_eq!(pool.kept(&DecodeFilter), ["decode", "prefill-decode", "both", "encode-prefill-decode", "none"]);
-        assert_eq!(pool.kept(&PrefillFilter), [
+        let roles = [
+            "decode",
             "prefill",
+            "encode",
             "prefill-decode",
             "both",
             "encode-prefill",
-            "encode-prefill-decode"
-        ]);
-        assert_eq!(pool.kept(&EncodeFilter), ["encode", "encode-prefill", "encode-prefill-decode"]);
+            "encode-prefill-decode",
+            "x",
+        ];
+        let labelled = roles
+            .iter()
+            .map(|role| endpoint(role).label(ROLE_LABEL, role));
+        let pool = Pool::new(labelled.chain([endpoint("none")]));
+        assert_eq!(
+            pool.kept(&DecodeFilter),
+            [
+                "decode",
+                "prefill-decode",
+                "both",
+                "encode-prefill-decode",
+                "none"
+            ]
+        );
+        assert_eq!(
+            pool.kept(&PrefillFilter),
+            [
+                "prefill",
+                "prefill-decode",
+                "both",
+                "encode-prefill",
+                "encode-prefill-decode"
+            ]
+        );
+        assert_eq!(
+            pool.kept(&EncodeFilter),
+            ["encode", "encode-prefill", "encode-prefill-decode"]
+        );
     }
 }

@@ -70,17 +70,23 @@ impl Plugin for UtilizationDetector {
             help: "Share by which the filter exceeds the thresholds; at least 0.",
         },
     ];
-    const ABOUT: &'static str = "Measures pool saturation by queues and KV cache use; also a filter.";
+    const ABOUT: &'static str =
+        "Measures pool saturation by queues and KV cache use; also a filter.";
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
         let refuse = |text: String| Err(PluginError::Parameter(ParamError(text)));
         if settings.queue_depth_threshold <= 0.0 {
-            return refuse(format!("queueDepthThreshold: {} is not above 0", settings.queue_depth_threshold));
+            return refuse(format!(
+                "queueDepthThreshold: {} is not above 0",
+                settings.queue_depth_threshold
+            ));
         }
         if settings.kv_cache_util_threshold <= 0.0 || settings.kv_cache_util_threshold > 1.0 {
             let value = settings.kv_cache_util_threshold;
-            return refuse(format!("kvCacheUtilThreshold: {value} is not above 0 and at most 1"));
+            return refuse(format!(
+                "kvCacheUtilThreshold: {value} is not above 0 and at most 1"
+            ));
         }
         if settings.metrics_staleness_threshold.0.is_zero() {
             return refuse("metricsStalenessThreshold: must be above 0".to_owned());
@@ -113,7 +119,8 @@ impl SaturationDetector for UtilizationDetector {
                 return 1.0;
             }
             let metrics = &candidate.metrics;
-            (f64::from(metrics.waiting_requests) / self.queue_depth).max(metrics.kv_cache_usage / self.kv_usage)
+            (f64::from(metrics.waiting_requests) / self.queue_depth)
+                .max(metrics.kv_cache_usage / self.kv_usage)
         };
         candidates.iter().map(load).sum::<f64>() / candidates.len() as f64
     }
@@ -141,8 +148,11 @@ mod tests {
 
     #[test]
     fn saturation_is_the_mean_of_the_worse_ratio() {
-        let mut pool =
-            Pool::new([endpoint("a").waiting(10).kv(0.4), endpoint("b").kv(0.4), endpoint("c").unscraped()]);
+        let mut pool = Pool::new([
+            endpoint("a").waiting(10).kv(0.4),
+            endpoint("b").kv(0.4),
+            endpoint("c").unscraped(),
+        ]);
         let detector: UtilizationDetector = pool.plugin("{}");
         // a: max(10/5, 0.4/0.8) = 2; b: 0.5; c: 1. (2 + 0.5 + 1) / 3.
         let saturation = detector.saturation(&pool.candidates, Instant::now());

@@ -22,7 +22,9 @@ impl Plugin for MaxScorePicker {
     const ABOUT: &'static str = "Picks the endpoints with the highest totals; ties are random.";
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
-        Ok(Self { max_endpoints: super::max_endpoints::<Self>(build)? })
+        Ok(Self {
+            max_endpoints: super::max_endpoints::<Self>(build)?,
+        })
     }
 }
 
@@ -66,8 +68,11 @@ mod tests {
 
     fn pick(max_endpoints: usize, totals: &[f64]) -> Vec<u32> {
         let pool = Pool::new([]);
-        let mut scored: Vec<Scored> =
-            totals.iter().zip(0..).map(|(&total, position)| Scored { position, total }).collect();
+        let mut scored: Vec<Scored> = totals
+            .iter()
+            .zip(0..)
+            .map(|(&total, position)| Scored { position, total })
+            .collect();
         pool.with_cycle(|cycle, _| MaxScorePicker { max_endpoints }.pick(cycle, &mut scored));
         scored.iter().map(|s| s.position).collect()
     }
@@ -84,11 +89,19 @@ mod tests {
         let pool = Pool::new([]);
         let mut counts = [0; 3];
         for _ in 0..3000 {
-            let mut scored: Vec<Scored> = (0..3).map(|position| Scored { position, total: 1.0 }).collect();
+            let mut scored: Vec<Scored> = (0..3)
+                .map(|position| Scored {
+                    position,
+                    total: 1.0,
+                })
+                .collect();
             pool.with_cycle(|cycle, _| MaxScorePicker::default().pick(cycle, &mut scored));
             counts[scored[0].position as usize] += 1;
         }
         // 1000 each; five standard deviations of a binomial (3000, 1/3) are 129.
-        assert!(counts.iter().all(|c| (871..=1129).contains(c)), "{counts:?}");
+        assert!(
+            counts.iter().all(|c| (871..=1129).contains(c)),
+            "{counts:?}"
+        );
     }
 }

@@ -27,5 +27,7 @@ struct Settings {
 /// `maxNumOfEndpoints`, at least 1.
 fn max_endpoints<P: Plugin>(build: &Build<'_>) -> Result<usize, PluginError> {
     let settings: Settings = build.read::<P, _>()?;
-    Ok(usize::try_from(settings.max_num_of_endpoints).unwrap_or(1).max(1))
+    Ok(usize::try_from(settings.max_num_of_endpoints)
+        .unwrap_or(1)
+        .max(1))
 }

@@ -16,7 +16,9 @@ impl Plugin for RandomPicker {
     const ABOUT: &'static str = "Picks endpoints at random.";
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
-        Ok(Self { max_endpoints: super::max_endpoints::<Self>(build)? })
+        Ok(Self {
+            max_endpoints: super::max_endpoints::<Self>(build)?,
+        })
     }
 }
 
@@ -37,12 +39,20 @@ mod tests {
         let pool = Pool::new([]);
         let mut counts = [0; 4];
         for _ in 0..4000 {
-            let mut scored: Vec<Scored> = (0..4).map(|p| Scored { position: p, total: f64::from(p) }).collect();
+            let mut scored: Vec<Scored> = (0..4)
+                .map(|p| Scored {
+                    position: p,
+                    total: f64::from(p),
+                })
+                .collect();
             pool.with_cycle(|cycle, _| RandomPicker { max_endpoints: 2 }.pick(cycle, &mut scored));
             assert_eq!(scored.len(), 2);
             counts[scored[0].position as usize] += 1;
         }
         // 1000 each; five standard deviations are 137.
-        assert!(counts.iter().all(|c| (863..=1137).contains(c)), "{counts:?}");
+        assert!(
+            counts.iter().all(|c| (863..=1137).contains(c)),
+            "{counts:?}"
+        );
     }
 }

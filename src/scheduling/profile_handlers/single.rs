@@ -24,7 +24,13 @@ impl Plugin for SingleProfileHandler {
 }
 
 impl ProfileHandler for SingleProfileHandler {
-    fn next_profiles(&self, _: &Cycle<'_>, _: &[Arc<str>], runs: &[ProfileRun], run: &mut Vec<usize>) {
+    fn next_profiles(
+        &self,
+        _: &Cycle<'_>,
+        _: &[Arc<str>],
+        runs: &[ProfileRun],
+        run: &mut Vec<usize>,
+    ) {
         if runs.first() == Some(&ProfileRun::NotRun) {
             run.push(0);
         }
@@ -37,7 +43,10 @@ impl ProfileHandler for SingleProfileHandler {
         runs: &mut [ProfileRun],
     ) -> Result<SchedulingResult, ScheduleError> {
         match runs.first_mut().map(std::mem::take) {
-            Some(ProfileRun::Picked(primary)) => Ok(SchedulingResult { primary, others: SmallVec::new() }),
+            Some(ProfileRun::Picked(primary)) => Ok(SchedulingResult {
+                primary,
+                others: SmallVec::new(),
+            }),
             _ => Err(ScheduleError::FiltersLeftNothing),
         }
     }

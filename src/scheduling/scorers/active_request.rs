@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError, InFlightSlot};
+use crate::plugin::{Build, InFlightSlot, Maturity, ParamDoc, Plugin, PluginError};
 use crate::scheduling::attributes::{IN_FLIGHT, IN_FLIGHT_PRODUCER, producer_or};
 use crate::scheduling::{Candidates, Cycle, Scorer};
 
@@ -53,7 +53,12 @@ impl Plugin for ActiveRequestScorer {
             default: "1.0",
             help: "Upper end of the score of busy endpoints; values outside 0 to 1 are ignored.",
         },
-        ParamDoc { name: "requestTimeout", kind: "duration", default: "", help: "Accepted and ignored." },
+        ParamDoc {
+            name: "requestTimeout",
+            kind: "duration",
+            default: "",
+            help: "Accepted and ignored.",
+        },
         ParamDoc {
             name: "inFlightLoadProducerName",
             kind: "string",
@@ -70,7 +75,9 @@ impl Plugin for ActiveRequestScorer {
         Ok(Self {
             slot: build.keys.in_flight(producer)?,
             idle_threshold: settings.idle_threshold.max(0),
-            max_busy_score: Some(settings.max_busy_score).filter(|s| (0.0..=1.0).contains(s)).unwrap_or(1.0),
+            max_busy_score: Some(settings.max_busy_score)
+                .filter(|s| (0.0..=1.0).contains(s))
+                .unwrap_or(1.0),
         })
     }
 }
@@ -85,7 +92,11 @@ impl Scorer for ActiveRequestScorer {
         for score in scores.iter_mut() {
             let requests = *score;
             let idle = requests <= self.idle_threshold as f64 || max <= 0.0;
-            *score = if idle { 1.0 } else { (max - requests) / max * self.max_busy_score };
+            *score = if idle {
+                1.0
+            } else {
+                (max - requests) / max * self.max_busy_score
+            };
         }
     }
 }
@@ -101,9 +112,11 @@ mod tests {
         let scorer: ActiveRequestScorer = pool.plugin("{}");
         // (8 - 2) / 8 = 0.75; (8 - 8) / 8 = 0.
         assert_eq!(pool.scores(&scorer), [1.0, 0.75, 0.0]);
-        let scorer: ActiveRequestScorer = pool.plugin(r#"{"idleThreshold": 2, "maxBusyScore": 0.5}"#);
+        let scorer: ActiveRequestScorer =
+            pool.plugin(r#"{"idleThreshold": 2, "maxBusyScore": 0.5}"#);
         assert_eq!(pool.scores(&scorer), [1.0, 1.0, 0.0]);
-        let scorer: ActiveRequestScorer = pool.plugin(r#"{"maxBusyScore": 0.5, "requestTimeout": "2m"}"#);
+        let scorer: ActiveRequestScorer =
+            pool.plugin(r#"{"maxBusyScore": 0.5, "requestTimeout": "2m"}"#);
         assert_eq!(pool.scores(&scorer), [1.0, 0.375, 0.0]);
     }
 

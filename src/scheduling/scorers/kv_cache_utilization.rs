@@ -25,10 +25,16 @@ impl Plugin for KvCacheUtilizationScorer {
 
 impl Scorer for KvCacheUtilizationScorer {
     fn score(&self, _: &Cycle<'_>, candidates: Candidates<'_>, scores: &mut [f64]) {
-        let any_known = candidates.iter().any(|(_, c)| c.metrics.updated_at.is_some());
+        let any_known = candidates
+            .iter()
+            .any(|(_, c)| c.metrics.updated_at.is_some());
         for (score, (_, candidate)) in scores.iter_mut().zip(candidates.iter()) {
             let unknown = any_known && candidate.metrics.updated_at.is_none();
-            *score = if unknown { 0.0 } else { 1.0 - candidate.metrics.kv_cache_usage };
+            *score = if unknown {
+                0.0
+            } else {
+                1.0 - candidate.metrics.kv_cache_usage
+            };
         }
     }
 }
@@ -40,7 +46,15 @@ mod tests {
 
     #[test]
     fn the_score_is_the_free_share() {
-        let pool = Pool::new([endpoint("a").kv(0.25), endpoint("b").kv(1.0), endpoint("c"), endpoint("d").unscraped()]);
-        assert_eq!(pool.scores(&KvCacheUtilizationScorer), [0.75, 0.0, 1.0, 0.0]);
+        let pool = Pool::new([
+            endpoint("a").kv(0.25),
+            endpoint("b").kv(1.0),
+            endpoint("c"),
+            endpoint("d").unscraped(),
+        ]);
+        assert_eq!(
+            pool.scores(&KvCacheUtilizationScorer),
+            [0.75, 0.0, 1.0, 0.0]
+        );
     }
 }

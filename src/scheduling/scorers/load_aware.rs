@@ -36,7 +36,13 @@ impl Plugin for LoadAwareScorer {
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         super::require_core_metric(build, "WaitingQueueSize");
         let settings: Settings = build.read::<Self, _>()?;
-        Ok(Self { threshold: if settings.threshold > 0.0 { settings.threshold } else { DEFAULT_THRESHOLD } })
+        Ok(Self {
+            threshold: if settings.threshold > 0.0 {
+                settings.threshold
+            } else {
+                DEFAULT_THRESHOLD
+            },
+        })
     }
 }
 

@@ -28,7 +28,9 @@ impl Scorer for LoraAffinityScorer {
     fn score(&self, cycle: &Cycle<'_>, candidates: Candidates<'_>, scores: &mut [f64]) {
         let model = &cycle.request.target_model;
         for (score, (_, candidate)) in scores.iter_mut().zip(candidates.iter()) {
-            let Some(lora) = &candidate.metrics.lora else { continue };
+            let Some(lora) = &candidate.metrics.lora else {
+                continue;
+            };
             *score = if lora.active.contains(model) {
                 1.0
             } else if lora.active.len() + lora.waiting.len() < lora.max_active as usize {

@@ -26,8 +26,17 @@ use super::{Candidate, Candidates};
 ///
 /// An endpoint that was never scraped is unknown, not idle: beside scraped ones it gets 0. (The
 /// reference reads its absent gauges as 0 and so prefers it.)
-fn less_is_better(candidates: Candidates<'_>, scores: &mut [f64], value: impl Fn(&Candidate) -> u32) {
-    let known = || candidates.iter().filter(|(_, c)| c.metrics.updated_at.is_some()).map(|(_, c)| value(c));
+fn less_is_better(
+    candidates: Candidates<'_>,
+    scores: &mut [f64],
+    value: impl Fn(&Candidate) -> u32,
+) {
+    let known = || {
+        candidates
+            .iter()
+            .filter(|(_, c)| c.metrics.updated_at.is_some())
+            .map(|(_, c)| value(c))
+    };
     let (Some(min), Some(max)) = (known().min(), known().max()) else {
         scores.fill(1.0);
         return;
@@ -44,5 +53,7 @@ fn less_is_better(candidates: Candidates<'_>, scores: &mut [f64], value: impl Fn
 
 /// Declares that a scorer reads what the core metrics extractor publishes as `data_type`.
 fn require_core_metric(build: &mut crate::plugin::Build<'_>, data_type: &'static str) {
-    build.keys.require::<()>(data_type, super::attributes::CORE_METRICS_PRODUCER);
+    build
+        .keys
+        .require::<()>(data_type, super::attributes::CORE_METRICS_PRODUCER);
 }

@@ -5,7 +5,9 @@ use parking_lot::Mutex;
 use serde::Deserialize;
 
 use crate::plugin::{Build, Column, Leases, Maturity, ParamDoc, Plugin, PluginError};
-use crate::scheduling::attributes::{APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, producer_or};
+use crate::scheduling::attributes::{
+    APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, producer_or,
+};
 use crate::scheduling::{Candidate, Candidates, Cycle, PreRequest, SchedulingResult, Scorer};
 
 /// Endpoints that are remembered.
@@ -57,18 +59,34 @@ impl Plugin for NoHitLruScorer {
             default: "approx-prefix-cache-producer",
             help: "Instance that says whether a request is cold.",
         },
-        ParamDoc { name: "prefixPluginType", kind: "string", default: "", help: "Accepted and ignored." },
-        ParamDoc { name: "prefixPluginName", kind: "string", default: "", help: "Accepted and ignored." },
+        ParamDoc {
+            name: "prefixPluginType",
+            kind: "string",
+            default: "",
+            help: "Accepted and ignored.",
+        },
+        ParamDoc {
+            name: "prefixPluginName",
+            kind: "string",
+            default: "",
+            help: "Accepted and ignored.",
+        },
     ];
     const ABOUT: &'static str = "Spreads requests whose prefix no endpoint holds.";
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
-        let producer = producer_or(&settings.prefix_match_info_producer_name, APPROX_PREFIX_PRODUCER);
+        let producer = producer_or(
+            &settings.prefix_match_info_producer_name,
+            APPROX_PREFIX_PRODUCER,
+        );
         Ok(Self {
             matches: build.keys.require(PREFIX_MATCH, producer),
             used: Mutex::default(),
-            capacity: usize::try_from(settings.lru_size).ok().filter(|n| *n > 0).unwrap_or(DEFAULT_LRU_SIZE),
+            capacity: usize::try_from(settings.lru_size)
+                .ok()
+                .filter(|n| *n > 0)
+                .unwrap_or(DEFAULT_LRU_SIZE),
         })
     }
 }
@@ -93,7 +111,10 @@ impl Scorer for NoHitLruScorer {
         // Last use per candidate, in place of the scores; ranks are counted from it.
         let last_use: Vec<u64> = {
             let used = self.used.lock();
-            candidates.iter().map(|(_, c)| used.at.get(&key(c)).copied().unwrap_or(0)).collect()
+            candidates
+                .iter()
+                .map(|(_, c)| used.at.get(&key(c)).copied().unwrap_or(0))
+                .collect()
         };
         let mut order: Vec<usize> = (0..last_use.len()).collect();
         order.sort_by_key(|&i| last_use.get(i).copied());
@@ -108,14 +129,23 @@ impl Scorer for NoHitLruScorer {
 
 impl PreRequest for NoHitLruScorer {
     /// Remembers the primary pick and the `prefill` pick of a cold request.
-    fn on_pick(&self, cycle: &Cycle<'_>, candidates: &[Candidate], result: &SchedulingResult, _: &mut Leases) {
+    fn on_pick(
+        &self,
+        cycle: &Cycle<'_>,
+        candidates: &[Candidate],
+        result: &SchedulingResult,
+        _: &mut Leases,
+    ) {
         if !self.is_cold(cycle) {
             return;
         }
         let prefill = result.others.iter().filter(|p| &*p.profile == "prefill");
         let mut used = self.used.lock();
         for picks in std::iter::once(&result.primary).chain(prefill) {
-            let first = picks.picks.first().and_then(|&p| candidates.get(p as usize));
+            let first = picks
+                .picks
+                .first()
+                .and_then(|&p| candidates.get(p as usize));
             if let Some(candidate) = first {
                 used.touch(key(candidate), self.capacity);
             }
@@ -127,7 +157,11 @@ impl LastUse {
     fn touch(&mut self, key: String, capacity: usize) {
         self.clock += 1;
         if !self.at.contains_key(&key) && self.at.len() >= capacity {
-            let oldest = self.at.iter().min_by_key(|(_, at)| **at).map(|(key, _)| key.clone());
+            let oldest = self
+                .at
+                .iter()
+                .min_by_key(|(_, at)| **at)
+                .map(|(key, _)| key.clone());
             if let Some(oldest) = oldest {
                 self.at.remove(&oldest);
             }
@@ -149,7 +183,10 @@ mod tests {
 
     fn picked(position: u32) -> SchedulingResult {
         SchedulingResult {
-            primary: ProfilePicks { profile: "default".into(), picks: [position].into_iter().collect() },
+            primary: ProfilePicks {
+                profile: "default".into(),
+                picks: [position].into_iter().collect(),
+            },
             others: smallvec::SmallVec::new(),
         }
     }
@@ -160,7 +197,11 @@ mod tests {
         let scorer: NoHitLruScorer = pool.plugin("{}");
         // Nobody used: list order, 1 - i / 2.
         assert_eq!(pool.scores(&scorer), [1.0, 0.5, 0.0]);
-        let pick = |i| pool.with_cycle(|cycle, all| scorer.on_pick(cycle, all, &picked(i), &mut Leases::default()));
+        let pick = |i| {
+            pool.with_cycle(|cycle, all| {
+                scorer.on_pick(cycle, all, &picked(i), &mut Leases::default())
+            })
+        };
         pick(0);
         // b and c unused (ranks 0, 1), a used (rank 2).
         assert_eq!(pool.scores(&scorer), [0.0, 1.0, 0.5]);
@@ -173,7 +214,9 @@ mod tests {
     fn a_warm_request_is_neutral_and_leaves_no_trace() {
         let mut pool = Pool::new([endpoint("a"), endpoint("b").matched_blocks(1)]);
         let scorer: NoHitLruScorer = pool.plugin("{}");
-        pool.with_cycle(|cycle, all| scorer.on_pick(cycle, all, &picked(0), &mut Leases::default()));
+        pool.with_cycle(|cycle, all| {
+            scorer.on_pick(cycle, all, &picked(0), &mut Leases::default())
+        });
         assert_eq!(pool.scores(&scorer), [0.5, 0.5]);
         assert!(scorer.used.lock().at.is_empty());
     }
@@ -184,7 +227,9 @@ mod tests {
         let scorer: NoHitLruScorer = pool.plugin(r#"{"lruSize": 2}"#);
         assert_eq!(pool.scores(&scorer), [1.0]);
         let mut used = LastUse::default();
-        ["x", "y", "x", "z"].iter().for_each(|name| used.touch((*name).to_owned(), 2));
+        ["x", "y", "x", "z"]
+            .iter()
+            .for_each(|name| used.touch((*name).to_owned(), 2));
         let mut names: Vec<_> = used.at.keys().map(String::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["x", "z"], "y was the oldest");

@@ -3,7 +3,9 @@
 use serde::Deserialize;
 
 use crate::plugin::{Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError};
-use crate::scheduling::attributes::{APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, producer_or};
+use crate::scheduling::attributes::{
+    APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, producer_or,
+};
 use crate::scheduling::{Candidates, Cycle, Scorer};
 
 /// Prefers endpoints that hold more of the prompt's prefix.
@@ -63,14 +65,25 @@ impl Plugin for PrefixCacheScorer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
-        let Settings { match_length_weight: weight, match_length_scale_tokens: scale, .. } = settings;
+        let Settings {
+            match_length_weight: weight,
+            match_length_scale_tokens: scale,
+            ..
+        } = settings;
         if !(0.0..=1.0).contains(&weight) {
-            return Err(ParamError(format!("matchLengthWeight: {weight} is not within 0 and 1")).into());
+            return Err(
+                ParamError(format!("matchLengthWeight: {weight} is not within 0 and 1")).into(),
+            );
         }
         if weight > 0.0 && scale <= 0.0 {
-            return Err(ParamError(format!("matchLengthScaleTokens: {scale} is not above 0")).into());
+            return Err(
+                ParamError(format!("matchLengthScaleTokens: {scale} is not above 0")).into(),
+            );
         }
-        let producer = producer_or(&settings.prefix_match_info_producer_name, APPROX_PREFIX_PRODUCER);
+        let producer = producer_or(
+            &settings.prefix_match_info_producer_name,
+            APPROX_PREFIX_PRODUCER,
+        );
         Ok(Self {
             matches: build.keys.require(PREFIX_MATCH, producer),
             length_weight: weight,
@@ -81,9 +94,13 @@ impl Plugin for PrefixCacheScorer {
 
 impl Scorer for PrefixCacheScorer {
     fn score(&self, cycle: &Cycle<'_>, candidates: Candidates<'_>, scores: &mut [f64]) {
-        let Some(matches) = cycle.attributes.get(self.matches) else { return };
+        let Some(matches) = cycle.attributes.get(self.matches) else {
+            return;
+        };
         for (score, (position, _)) in scores.iter_mut().zip(candidates.iter()) {
-            let Some(found) = matches.get(position).filter(|m| m.total_blocks > 0) else { continue };
+            let Some(found) = matches.get(position).filter(|m| m.total_blocks > 0) else {
+                continue;
+            };
             let tokens = f64::from(found.matched_blocks) * f64::from(found.block_size_tokens);
             let length = (tokens / self.length_scale_tokens).min(1.0).powi(2);
             *score = (1.0 - self.length_weight) * found.ratio();
@@ -125,10 +142,18 @@ mod tests {
     #[test]
     fn ranges_and_names_are_checked() {
         use crate::plugin::{Build, DataKeys, Parameters};
-        for bad in [r#"{"matchLengthWeight": 2}"#, r#"{"matchLengthWeight": 1, "matchLengthScaleTokens": 0}"#, r#"{"x": 1}"#] {
+        for bad in [
+            r#"{"matchLengthWeight": 2}"#,
+            r#"{"matchLengthWeight": 1, "matchLengthScaleTokens": 0}"#,
+            r#"{"x": 1}"#,
+        ] {
             let parameters = Parameters(serde_json::from_str(bad).unwrap());
             let mut keys = DataKeys::default();
-            let mut build = Build { name: "p", parameters: &parameters, keys: &mut keys };
+            let mut build = Build {
+                name: "p",
+                parameters: &parameters,
+                keys: &mut keys,
+            };
             assert!(PrefixCacheScorer::build(&mut build).is_err(), "{bad}");
         }
     }

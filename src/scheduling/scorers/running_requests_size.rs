@@ -25,7 +25,9 @@ impl Plugin for RunningRequestsSizeScorer {
 
 impl Scorer for RunningRequestsSizeScorer {
     fn score(&self, _: &Cycle<'_>, candidates: Candidates<'_>, scores: &mut [f64]) {
-        super::less_is_better(candidates, scores, |candidate| candidate.metrics.running_requests);
+        super::less_is_better(candidates, scores, |candidate| {
+            candidate.metrics.running_requests
+        });
     }
 }
 
@@ -38,14 +40,28 @@ mod tests {
     fn less_is_better_relative_to_the_candidates() {
         let with = |n| endpoint("e").running(n);
         // (10 - 2) / (10 - 2) = 1; (10 - 4) / 8 = 0.75; (10 - 10) / 8 = 0.
-        assert_eq!(Pool::new([with(2), with(4), with(10)]).scores(&RunningRequestsSizeScorer), [1.0, 0.75, 0.0]);
-        assert_eq!(Pool::new([with(3), with(3)]).scores(&RunningRequestsSizeScorer), [1.0, 1.0]);
+        assert_eq!(
+            Pool::new([with(2), with(4), with(10)]).scores(&RunningRequestsSizeScorer),
+            [1.0, 0.75, 0.0]
+        );
+        assert_eq!(
+            Pool::new([with(3), with(3)]).scores(&RunningRequestsSizeScorer),
+            [1.0, 1.0]
+        );
     }
 
     #[test]
     fn an_endpoint_never_scraped_is_not_taken_for_idle() {
-        let pool = Pool::new([endpoint("a").unscraped(), endpoint("b").running(9), endpoint("c").running(1)]);
+        let pool = Pool::new([
+            endpoint("a").unscraped(),
+            endpoint("b").running(9),
+            endpoint("c").running(1),
+        ]);
         assert_eq!(pool.scores(&RunningRequestsSizeScorer), [0.0, 0.0, 1.0]);
-        assert_eq!(Pool::new([endpoint("a").unscraped(), endpoint("b").unscraped()]).scores(&RunningRequestsSizeScorer), [1.0, 1.0]);
+        assert_eq!(
+            Pool::new([endpoint("a").unscraped(), endpoint("b").unscraped()])
+                .scores(&RunningRequestsSizeScorer),
+            [1.0, 1.0]
+        );
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use crate::plugin::{Build, Column, Maturity, ParamDoc, Plugin, PluginError, InFlightSlot};
+use crate::plugin::{Build, Column, InFlightSlot, Maturity, ParamDoc, Plugin, PluginError};
 use crate::scheduling::attributes::{IN_FLIGHT, IN_FLIGHT_PRODUCER, UNCACHED_TOKENS, producer_or};
 use crate::scheduling::{Candidates, Cycle, Scorer};
 
@@ -54,7 +54,11 @@ impl Plugin for TokenLoadScorer {
         Ok(Self {
             slot: build.keys.in_flight(producer)?,
             uncached: build.keys.require(UNCACHED_TOKENS, producer),
-            threshold_tokens: if threshold > 0.0 { threshold } else { DEFAULT_THRESHOLD_TOKENS },
+            threshold_tokens: if threshold > 0.0 {
+                threshold
+            } else {
+                DEFAULT_THRESHOLD_TOKENS
+            },
         })
     }
 }

@@ -41,21 +41,35 @@ struct Entry<K, V> {
 
 impl<K, V> Clone for Entry<K, V> {
     fn clone(&self) -> Self {
-        Self { hash: self.hash, key: Arc::clone(&self.key), value: Arc::clone(&self.value) }
+        Self {
+            hash: self.hash,
+            key: Arc::clone(&self.key),
+            value: Arc::clone(&self.value),
+        }
     }
 }
 
 impl<K, V> Default for HandleCache<K, V> {
     fn default() -> Self {
-        Self { table: ArcSwap::from_pointee(HashTable::new()), writer: Mutex::new(()) }
+        Self {
+            table: ArcSwap::from_pointee(HashTable::new()),
+            writer: Mutex::new(()),
+        }
     }
 }
 
 impl<K, V> HandleCache<K, V> {
     /// The value whose key `same` accepts, or the one `make` builds.
-    pub(super) fn get_or_make(&self, hash: u64, same: impl Fn(&K) -> bool, make: impl FnOnce() -> (K, V)) -> Arc<V> {
+    pub(super) fn get_or_make(
+        &self,
+        hash: u64,
+        same: impl Fn(&K) -> bool,
+        make: impl FnOnce() -> (K, V),
+    ) -> Arc<V> {
         let find = |table: &HashTable<Entry<K, V>>| {
-            table.find(hash, |entry| same(&entry.key)).map(|entry| Arc::clone(&entry.value))
+            table
+                .find(hash, |entry| same(&entry.key))
+                .map(|entry| Arc::clone(&entry.value))
         };
         if let Some(found) = find(&self.table.load()) {
             return found;
@@ -69,7 +83,11 @@ impl<K, V> HandleCache<K, V> {
         let value = Arc::new(value);
         if table.len() < MAX_CACHED {
             let mut next = HashTable::clone(&table);
-            let entry = Entry { hash, key: Arc::new(key), value: Arc::clone(&value) };
+            let entry = Entry {
+                hash,
+                key: Arc::new(key),
+                value: Arc::clone(&value),
+            };
             next.insert_unique(hash, entry, |entry| entry.hash);
             self.table.store(Arc::new(next));
         }

@@ -26,13 +26,15 @@ pub fn install() -> anyhow::Result<PrometheusHandle> {
     for series in TABLE {
         if let Kind::Histogram(buckets) = series.kind {
             for name in std::iter::once(series.name).chain(series.twin) {
-                builder = builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)?;
+                builder =
+                    builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)?;
             }
         }
     }
     let recorder = builder.build_recorder();
     let handle = recorder.handle();
-    metrics::set_global_recorder(recorder).map_err(|e| anyhow::anyhow!("a metrics recorder exists already: {e}"))?;
+    metrics::set_global_recorder(recorder)
+        .map_err(|e| anyhow::anyhow!("a metrics recorder exists already: {e}"))?;
     describe();
     Ok(handle)
 }
@@ -47,7 +49,10 @@ fn describe() {
         };
         describe(series.name, help);
         if let Some(twin) = series.twin {
-            describe(twin, format!("[ALPHA] [Deprecated: Use {}] {}", series.name, series.help));
+            describe(
+                twin,
+                format!("[ALPHA] [Deprecated: Use {}] {}", series.name, series.help),
+            );
         }
     }
 }
@@ -71,7 +76,11 @@ pub struct Pair<T> {
 
 impl<T> std::fmt::Debug for Pair<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if self.twin.is_some() { "Pair(with twin)" } else { "Pair" })
+        f.write_str(if self.twin.is_some() {
+            "Pair(with twin)"
+        } else {
+            "Pair"
+        })
     }
 }
 
@@ -139,7 +148,10 @@ impl Pair<Histogram> {
 
 /// Label list from pairs.
 pub fn labels(pairs: &[(&'static str, &str)]) -> Vec<Label> {
-    pairs.iter().map(|(name, value)| Label::new(*name, (*value).to_owned())).collect()
+    pairs
+        .iter()
+        .map(|(name, value)| Label::new(*name, (*value).to_owned()))
+        .collect()
 }
 
 /// Series that are not owned by one plugin. Cheap to clone.
@@ -204,10 +216,21 @@ impl Metrics {
     }
 
     /// The series of one label set. One hash lookup when it was used before.
-    pub fn request_series(&self, model: &str, target: &str, fairness_id: &str, priority: i32) -> Arc<RequestSeries> {
+    pub fn request_series(
+        &self,
+        model: &str,
+        target: &str,
+        fairness_id: &str,
+        priority: i32,
+    ) -> Arc<RequestSeries> {
         let probe = (model, target, fairness_id, priority);
         let same = |key: &RequestLabels| {
-            (key.model.as_str(), key.target_model.as_str(), key.fairness_id.as_str(), key.priority) == probe
+            (
+                key.model.as_str(),
+                key.target_model.as_str(),
+                key.fairness_id.as_str(),
+                key.priority,
+            ) == probe
         };
         self.0.requests.get_or_make(cache::hash(&probe), same, || {
             let key = RequestLabels {
@@ -217,8 +240,15 @@ impl Metrics {
                 priority,
             };
             let caps = &self.0.caps;
-            let capped = (caps.model(model), caps.model(target), caps.fairness(fairness_id));
-            (key, RequestSeries::new(&capped.0, &capped.1, &capped.2, priority))
+            let capped = (
+                caps.model(model),
+                caps.model(target),
+                caps.fairness(fairness_id),
+            );
+            (
+                key,
+                RequestSeries::new(&capped.0, &capped.1, &capped.2, priority),
+            )
         })
     }
 
@@ -226,16 +256,23 @@ impl Metrics {
     pub fn scheduled(&self, target_model: &str, endpoint: Option<(&str, &str, u16)>) {
         let probe = (target_model, endpoint);
         let same = |key: &AttemptLabels| {
-            let known = key.endpoint.as_ref().map(|e| (e.name.as_str(), e.namespace.as_str(), e.port));
+            let known = key
+                .endpoint
+                .as_ref()
+                .map(|e| (e.name.as_str(), e.namespace.as_str(), e.port));
             (key.target_model.as_str(), known) == probe
         };
         let pair = self.0.attempts.get_or_make(cache::hash(&probe), same, || {
             let target = self.0.caps.model(target_model);
-            let (name, namespace, port) =
-                endpoint.map_or((String::new(), String::new(), String::new()), |(name, namespace, port)| {
-                    (name.to_owned(), namespace.to_owned(), port.to_string())
-                });
-            let status = if endpoint.is_some() { "success" } else { "failure" };
+            let (name, namespace, port) = endpoint.map_or(
+                (String::new(), String::new(), String::new()),
+                |(name, namespace, port)| (name.to_owned(), namespace.to_owned(), port.to_string()),
+            );
+            let status = if endpoint.is_some() {
+                "success"
+            } else {
+                "failure"
+            };
             let with = |endpoint_label| {
                 labels(&[
                     ("status", status),
@@ -245,13 +282,23 @@ impl Metrics {
                     ("port", &port),
                 ])
             };
-            let pair = Pair::counter("llm_d_epp_scheduler_attempts_total", with("endpoint_name"), with("pod_name"));
+            let pair = Pair::counter(
+                "llm_d_epp_scheduler_attempts_total",
+                with("endpoint_name"),
+                with("pod_name"),
+            );
             let endpoint = endpoint.map(|(name, namespace, port)| EndpointLabels {
                 name: name.to_owned(),
                 namespace: namespace.to_owned(),
                 port,
             });
-            (AttemptLabels { target_model: target_model.to_owned(), endpoint }, pair)
+            (
+                AttemptLabels {
+                    target_model: target_model.to_owned(),
+                    endpoint,
+                },
+                pair,
+            )
         });
         pair.increment();
     }
@@ -290,7 +337,11 @@ impl Default for ExtProcStreams {
     fn default() -> Self {
         Self {
             inflight: Pair::gauge("llm_d_epp_extproc_streams_inflight", Vec::new(), Vec::new()),
-            duration: Pair::histogram("llm_d_epp_extproc_stream_duration_seconds", Vec::new(), Vec::new()),
+            duration: Pair::histogram(
+                "llm_d_epp_extproc_stream_duration_seconds",
+                Vec::new(),
+                Vec::new(),
+            ),
         }
     }
 }
@@ -299,7 +350,10 @@ impl ExtProcStreams {
     /// Counts a stream as open until the guard is closed.
     pub fn open(self: &Arc<Self>) -> StreamGuard {
         self.inflight.add(1.0);
-        StreamGuard { streams: Arc::clone(self), opened_at: Instant::now() }
+        StreamGuard {
+            streams: Arc::clone(self),
+            opened_at: Instant::now(),
+        }
     }
 }
 
@@ -314,7 +368,9 @@ impl StreamGuard {
     /// The stream ended with `code`, spelled as Go does (`OK`, `Canceled`, …).
     pub fn close(self, code: &'static str) {
         self.streams.inflight.add(-1.0);
-        self.streams.duration.record(self.opened_at.elapsed().as_secs_f64());
+        self.streams
+            .duration
+            .record(self.opened_at.elapsed().as_secs_f64());
         metrics::counter!("llm_d_epp_extproc_streams_total", "code" => code).increment(1);
     }
 }
@@ -329,7 +385,9 @@ mod tests {
         for series in TABLE {
             if let Kind::Histogram(buckets) = series.kind {
                 for name in std::iter::once(series.name).chain(series.twin) {
-                    builder = builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets).unwrap();
+                    builder = builder
+                        .set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)
+                        .unwrap();
                 }
             }
         }
@@ -369,14 +427,19 @@ mod tests {
     fn the_thousand_and_first_model_becomes_other() {
         let text = exposition(|metrics| {
             for i in 0..=1000 {
-                metrics.request_series(&format!("m{i}"), &format!("m{i}"), "f", 0).scheduled(1);
+                metrics
+                    .request_series(&format!("m{i}"), &format!("m{i}"), "f", 0)
+                    .scheduled(1);
             }
             metrics.request_series("", "", "f", 0).scheduled(1);
         });
         assert!(text.contains(r#"llm_d_epp_request_total{model_name="m999","#));
         assert!(!text.contains(r#"llm_d_epp_request_total{model_name="m1000","#));
         assert!(text.contains(r#"llm_d_epp_request_total{model_name="other","#));
-        assert!(text.contains(r#"llm_d_epp_request_total{model_name="","#), "empty is never capped");
+        assert!(
+            text.contains(r#"llm_d_epp_request_total{model_name="","#),
+            "empty is never capped"
+        );
     }
 
     #[test]
@@ -392,7 +455,10 @@ mod tests {
 
     #[test]
     fn every_name_is_listed_once() {
-        let mut names: Vec<_> = TABLE.iter().flat_map(|s| std::iter::once(s.name).chain(s.twin)).collect();
+        let mut names: Vec<_> = TABLE
+            .iter()
+            .flat_map(|s| std::iter::once(s.name).chain(s.twin))
+            .collect();
         names.sort_unstable();
         let count = names.len();
         names.dedup();

@@ -68,8 +68,13 @@ impl RequestSeries {
         Self {
             total: Pair::counter("llm_d_epp_request_total", full(), with_priority),
             request_bytes: histogram("llm_d_epp_request_size_bytes"),
-            running: (!model.is_empty())
-                .then(|| Pair::gauge("llm_d_epp_request_running", full(), labels(&[("model_name", model)]))),
+            running: (!model.is_empty()).then(|| {
+                Pair::gauge(
+                    "llm_d_epp_request_running",
+                    full(),
+                    labels(&[("model_name", model)]),
+                )
+            }),
             input_tokens: histogram("llm_d_epp_request_input_tokens"),
             output_tokens: histogram("llm_d_epp_request_output_tokens"),
             cached_tokens: histogram("llm_d_epp_request_cached_tokens"),
@@ -93,7 +98,11 @@ impl RequestSeries {
     /// The request ended with an error; `code` is one of the contract's codes.
     pub fn error(&self, code: &'static str) {
         let [model, target, fairness_id, priority] = &self.names;
-        let twin = labels(&[("model_name", model), ("target_model_name", target), ("error_code", code)]);
+        let twin = labels(&[
+            ("model_name", model),
+            ("target_model_name", target),
+            ("error_code", code),
+        ]);
         let full = labels(&[
             ("model_name", model),
             ("target_model_name", target),
@@ -139,13 +148,15 @@ impl RequestSeries {
             self.response_phase.record(phase.as_secs_f64());
         }
         if end.output_tokens > 0 {
-            self.ntpot.record(end.duration.as_secs_f64() / end.output_tokens as f64);
+            self.ntpot
+                .record(end.duration.as_secs_f64() / end.output_tokens as f64);
         }
         if let Some(generation) = end.generation
             && end.streaming
             && end.output_tokens > 1
         {
-            self.tpot.record(generation.as_secs_f64() / (end.output_tokens - 1) as f64);
+            self.tpot
+                .record(generation.as_secs_f64() / (end.output_tokens - 1) as f64);
         }
     }
 }

@@ -1,0 +1,128 @@
+//! `pinpod sim`
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::Context;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::sim::server::Fault;
+use crate::sim::{EngineConfig, Profile, SimConfig, serve};
+
+/// Flags of `sim`.
+#[derive(Debug, clap::Args)]
+pub(super) struct SimArgs {
+    /// First port; further pods take the ports behind it
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    host: IpAddr,
+    /// Pods to run
+    #[arg(long, default_value_t = 1)]
+    count: u16,
+    /// Name in the x-sim-name response header; pods are numbered
+    #[arg(long, default_value = "sim")]
+    name: String,
+    /// Served model
+    #[arg(long, default_value = "sim-model")]
+    model: String,
+    /// Served LoRA adapters, comma-separated
+    #[arg(long, value_delimiter = ',')]
+    lora: Vec<String>,
+    /// Adapters that fit at once
+    #[arg(long, default_value_t = 4)]
+    max_loras: usize,
+    /// Speed: h100-8b (one H100) or h100-32b (two)
+    #[arg(long, default_value = "h100-8b")]
+    profile: String,
+    /// Times faster than real time
+    #[arg(long, default_value_t = 1.0)]
+    time_scale: f64,
+    /// KV cache in tokens [default: the profile's]
+    #[arg(long)]
+    kv_tokens: Option<usize>,
+    /// Tokens of a KV block
+    #[arg(long, default_value_t = 16)]
+    block_size: usize,
+    /// Requests in a step
+    #[arg(long, default_value_t = 1024)]
+    max_num_seqs: usize,
+    /// Tokens in a step
+    #[arg(long, default_value_t = 8192)]
+    max_num_batched_tokens: usize,
+    /// Output tokens in one SSE event
+    #[arg(long, default_value_t = 1)]
+    tokens_per_event: usize,
+    /// Decode steps computed and slept as one, when nothing else is to do
+    #[arg(long, default_value_t = 1)]
+    steps_per_tick: usize,
+    /// Misbehave from the start
+    #[arg(long, value_enum, default_value_t = Fault::None)]
+    fault: Fault,
+}
+
+/// Runs the pods until SIGTERM or Ctrl-C.
+pub(super) fn run(args: &SimArgs) -> anyhow::Result<()> {
+    let profile = Profile::named(&args.profile).with_context(|| {
+        format!(
+            "--profile: {:?} is not one of h100-8b, h100-32b",
+            args.profile
+        )
+    })?;
+    anyhow::ensure!(
+        args.time_scale > 0.0 && args.time_scale.is_finite(),
+        "--time-scale must be above 0"
+    );
+    anyhow::ensure!(
+        args.block_size > 0 && args.max_num_seqs > 0,
+        "--block-size and --max-num-seqs must be above 0"
+    );
+    anyhow::ensure!(
+        args.max_num_batched_tokens > 0,
+        "--max-num-batched-tokens must be above 0"
+    );
+    let engine = EngineConfig {
+        profile,
+        time_scale: args.time_scale,
+        blocks: args.kv_tokens.unwrap_or(profile.kv_tokens) / args.block_size,
+        block_tokens: args.block_size,
+        max_num_seqs: args.max_num_seqs,
+        max_num_batched_tokens: args.max_num_batched_tokens,
+        steps_per_tick: args.steps_per_tick.max(1),
+        max_loras: args.max_loras,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let pods = TaskTracker::new();
+        for number in 0..args.count {
+            let port = args
+                .port
+                .checked_add(number)
+                .context("--port and --count run past 65535")?;
+            let address = SocketAddr::new(args.host, port);
+            let listener = TcpListener::bind(address)
+                .await
+                .with_context(|| address.to_string())?;
+            let config = SimConfig {
+                name: format!("{}-{number}", args.name),
+                model: args.model.clone(),
+                loras: args.lora.clone(),
+                engine: engine.clone(),
+                tokens_per_event: args.tokens_per_event,
+                fault: args.fault,
+            };
+            pods.spawn(serve(config, listener, shutdown.clone()));
+        }
+        crate::epp::run::wait_for_signal().await?;
+        shutdown.cancel();
+        pods.close();
+        pods.wait().await;
+        Ok(())
+    })
+}
