@@ -101,7 +101,7 @@ impl Echo {
         let mut emit = |reply| out.push_back(reply);
         match message.request {
             Some(Message::RequestHeaders(headers)) if headers.end_of_stream => {
-                emit(routed(&self.endpoint))
+                emit(routed(&self.endpoint));
             }
             Some(Message::RequestBody(body)) => {
                 self.held.push(body.body);

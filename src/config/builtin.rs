@@ -69,6 +69,9 @@ pub struct Instance {
     pub roles: Roles,
 }
 
+/// Builds an instance's roles.
+type Factory = fn(&mut Build<'_>) -> Result<Roles, PluginError>;
+
 /// What the registry knows of a type.
 #[derive(Debug, Clone)]
 pub struct PluginType {
@@ -86,7 +89,7 @@ pub struct PluginType {
     pub about: &'static str,
     /// For a deprecated name: what to write instead.
     pub replacement: Option<&'static str>,
-    build: Option<fn(&mut Build<'_>) -> Result<Roles, PluginError>>,
+    build: Option<Factory>,
 }
 
 impl PluginType {
@@ -123,8 +126,8 @@ impl Registry {
     }
 
     /// All types in listing order.
-    pub fn iter(&self) -> std::slice::Iter<'_, PluginType> {
-        self.0.iter()
+    pub fn types(&self) -> &[PluginType] {
+        &self.0
     }
 }
 

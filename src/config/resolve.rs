@@ -157,7 +157,7 @@ pub fn resolve(
         .iter()
         .map(|p| loader.profile(p))
         .collect::<Result<_, _>>()?;
-    loader.check_maturity(options)?;
+    loader.check_maturity(*options)?;
     let producers = loader.producers_in_order()?;
     let instances = loader.instances;
     Ok(ResolvedConfig {
@@ -180,6 +180,9 @@ pub fn resolve(
         warnings: loader.warnings,
     })
 }
+
+/// A producer and its identity.
+type NamedProducer = (TypedName, Arc<dyn DataProducer>);
 
 struct Loader<'a> {
     registry: &'a Registry,
@@ -225,13 +228,12 @@ impl Loader<'_> {
                 }
             }
         }
-        if let Some(flow) = &document.flow_control {
-            if flow.keys().any(|key| key != "saturationDetector") {
-                self.warnings.push(
-                    "flowControl is ignored without its feature gate, except saturationDetector"
-                        .into(),
-                );
-            }
+        if let Some(flow) = &document.flow_control
+            && flow.keys().any(|key| key != "saturationDetector")
+        {
+            self.warnings.push(
+                "flowControl is ignored without its feature gate, except saturationDetector".into(),
+            );
         }
         if let Some(layer) = &document.data_layer
             && !layer.cross_replica_syncer_plugin_ref.is_empty()
@@ -608,7 +610,7 @@ impl Loader<'_> {
     }
 
     /// Producers so that each runs after those whose keys it reads; ties in document order.
-    fn producers_in_order(&self) -> Result<Vec<(TypedName, Arc<dyn DataProducer>)>, ConfigError> {
+    fn producers_in_order(&self) -> Result<Vec<NamedProducer>, ConfigError> {
         let mut waiting: Vec<(TypedName, Arc<dyn DataProducer>)> = self
             .instances
             .iter()
@@ -639,7 +641,7 @@ impl Loader<'_> {
         Ok(ordered)
     }
 
-    fn check_maturity(&self, options: &LoadOptions) -> Result<(), ConfigError> {
+    fn check_maturity(&self, options: LoadOptions) -> Result<(), ConfigError> {
         for instance in &self.instances {
             let alpha = self
                 .registry

@@ -74,7 +74,7 @@ fn list(out: &mut String, name: &str, items: impl Iterator<Item = String>) {
 /// Every available plugin type with its parameters, as Markdown.
 pub fn plugins(registry: &Registry) -> String {
     let mut out = String::new();
-    for plugin in registry.iter().filter(|p| p.is_available()) {
+    for plugin in registry.types().iter().filter(|p| p.is_available()) {
         let maturity = if plugin.maturity == Maturity::Alpha {
             "alpha"
         } else {
@@ -106,6 +106,7 @@ pub fn plugins(registry: &Registry) -> String {
         out.push('\n');
     }
     let later: Vec<_> = registry
+        .types()
         .iter()
         .filter(|p| !p.is_available())
         .map(|p| p.type_name)

@@ -45,6 +45,7 @@ const MIN_REFRESH: Duration = Duration::from_millis(50);
 
 /// What `serve` was asked to do; validated.
 #[derive(Debug, Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "a flag table")]
 pub struct ServeOptions {
     /// `--endpoints`.
     pub endpoints: Option<String>,
@@ -250,6 +251,7 @@ struct RequestFlags {
 }
 
 #[derive(Debug, Clone, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "a flag table")]
 struct TelemetryFlags {
     /// Time between scrapes of one endpoint, at least 50ms
     #[arg(long, value_name = "DURATION", default_value = "50ms")]
@@ -450,6 +452,7 @@ fn list(text: &str) -> Vec<String> {
 }
 
 impl Flags {
+    #[expect(clippy::too_many_lines, reason = "one field after the other")]
     fn validate(self, warnings: &mut Vec<String>) -> Result<ServeOptions, OptionsError> {
         let Self {
             pool,

@@ -67,7 +67,7 @@ impl Default for StreamSettings {
         Self {
             max_body_bytes: 64 << 20,
             max_chunk_bytes: 62_000,
-            decision_timeout: Duration::from_secs(120),
+            decision_timeout: Duration::from_mins(2),
         }
     }
 }
@@ -245,7 +245,7 @@ impl Exchange {
             }
             // The body comes only after the headers were answered, or not at all.
             BodySendMode::Streamed | BodySendMode::None | BodySendMode::Grpc => {
-                self.decide(BodyKnowledge::Unseen)
+                self.decide(BodyKnowledge::Unseen);
             }
         }
         Ok(())
@@ -279,10 +279,10 @@ impl Exchange {
         match self.request_mode {
             BodySendMode::Buffered => self.decide(BodyKnowledge::Complete),
             BodySendMode::BufferedPartial => self.decide(BodyKnowledge::MaybeCut),
-            BodySendMode::Streamed if !message.end_of_stream => {
-                if self.body.len() >= STREAMED_DECISION_BYTES {
-                    self.decide(BodyKnowledge::Unseen);
-                }
+            BodySendMode::Streamed
+                if !message.end_of_stream && self.body.len() >= STREAMED_DECISION_BYTES =>
+            {
+                self.decide(BodyKnowledge::Unseen);
             }
             _ if message.end_of_stream => self.decide(BodyKnowledge::Complete),
             _ => {}
@@ -479,21 +479,20 @@ impl Exchange {
         if let Some(account) = &mut self.account {
             account.on_response_piece(&message.body);
         }
-        match self.response_mode {
-            BodySendMode::FullDuplexStreamed => match &mut self.model_names {
+        if self.response_mode == BodySendMode::FullDuplexStreamed {
+            match &mut self.model_names {
                 None => {
-                    self.stream_back(Direction::Response, [message.body], message.end_of_stream)
+                    self.stream_back(Direction::Response, [message.body], message.end_of_stream);
                 }
                 Some(rewriter) => {
                     let pieces = rewriter.push(message.body, message.end_of_stream);
                     self.stream_back(Direction::Response, pieces, message.end_of_stream);
                 }
-            },
-            _ => {
-                let common = self.rewritten_piece(message.body, message.end_of_stream);
-                self.out
-                    .push_back(mutation::body(Direction::Response, common, None));
             }
+        } else {
+            let common = self.rewritten_piece(&message.body, message.end_of_stream);
+            self.out
+                .push_back(mutation::body(Direction::Response, common, None));
         }
         if message.end_of_stream {
             self.end_response();
@@ -501,14 +500,14 @@ impl Exchange {
     }
 
     /// STREAMED and BUFFERED: one reply a message, with the body only where a model name changed.
-    fn rewritten_piece(&mut self, piece: Bytes, last: bool) -> CommonResponse {
+    fn rewritten_piece(&mut self, piece: &Bytes, last: bool) -> CommonResponse {
         let Some(rewriter) = &mut self.model_names else {
             return CommonResponse::default();
         };
         let last = last || self.response_mode == BodySendMode::Buffered;
         let pieces: Body = rewriter.push(piece.clone(), last).into_iter().collect();
         let whole = Bytes::from(pieces.copy_range(0..pieces.len()));
-        if whole == piece {
+        if whole == *piece {
             return CommonResponse::default();
         }
         let length = whole.len();

@@ -94,7 +94,7 @@ impl<'a> Reader<'a> {
             ([], Some(text)) => self.system = vec![text.segment()],
             ([], None) if *event == Event::ArrayStart => self.system.clear(),
             ([Step::Index(_), Step::Key(Key::Text)], Some(text)) => {
-                self.system.push(text.segment())
+                self.system.push(text.segment());
             }
             _ => {}
         }
@@ -115,7 +115,7 @@ impl<'a> Reader<'a> {
                 _ => {}
             },
             [Step::Index(_), Step::Key(Key::Role)] => {
-                self.role = text_of(event).map(|t| t.segment())
+                self.role = text_of(event).map(|t| t.segment());
             }
             [Step::Index(_), Step::Key(Key::Content)] => {
                 if let Some(text) = text_of(event) {

@@ -48,7 +48,7 @@ impl Text {
     pub(super) fn hash(&self, body: &Body) -> u64 {
         let mut hasher = Xxh64::new(0);
         super::text::for_each_decoded(body, self.range.clone(), self.escaped, &mut |bytes| {
-            hasher.update(bytes)
+            hasher.update(bytes);
         });
         hasher.digest()
     }

@@ -193,7 +193,7 @@ impl<'a> Reader<'a> {
         match (path, event) {
             ([Step::Key(Key::Items)], Event::ArrayStart) => self.items = 0,
             ([Step::Key(Key::Items)], _) => {
-                self.raw_input = value_range(event, self.raw_input.take())
+                self.raw_input = value_range(event, self.raw_input.take());
             }
             ([Step::Key(Key::Items), Step::Index(_)], Event::ObjectStart) => self.items += 1,
             _ => {}
@@ -229,17 +229,16 @@ fn value_range(event: &Event<'_>, before: Option<Range<usize>>) -> Option<Range<
 impl Texts {
     fn visit(&mut self, path: &[Step], event: &Event<'_>, field: Key) {
         match path {
-            [Step::Key(key)] if *key == field => match event {
-                Event::End(_) => {}
+            [Step::Key(key)] if *key == field => {
                 // The field begins again: the last one counts.
-                _ => {
+                if !matches!(event, Event::End(_)) {
                     *self = Self::default();
                     match text_of(event) {
                         Some(text) => self.strings.push(text),
                         None => self.invalid = *event != Event::ArrayStart,
                     }
                 }
-            },
+            }
             [Step::Key(key), Step::Index(_)] if *key == field => match event {
                 Event::String { .. } => self.strings.extend(text_of(event)),
                 Event::Scalar(_) => match (token_id(event), self.ids.last_mut()) {
@@ -302,7 +301,7 @@ impl Messages {
                 _ => {}
             },
             [Step::Index(_), Step::Key(Key::Role)] => {
-                self.role = text_of(event).map(|t| t.segment())
+                self.role = text_of(event).map(|t| t.segment());
             }
             [Step::Index(_), Step::Key(Key::Content)] => match text_of(event) {
                 Some(text) => self.content = vec![text.segment()],
@@ -352,7 +351,7 @@ mod tests {
             for_each_piece(segments, &Body::from(body), &mut |piece| match piece {
                 Piece::Text(bytes) => out.extend_from_slice(bytes),
                 Piece::Media(item) => {
-                    out.extend_from_slice(format!("<{}>", item.modality).as_bytes())
+                    out.extend_from_slice(format!("<{}>", item.modality).as_bytes());
                 }
             });
             out.push(b'|');
@@ -418,7 +417,7 @@ mod tests {
             (
                 "/v1/chat/completions",
                 &[
-                    r#"{}"#,
+                    r"{}",
                     r#"{"messages":[]}"#,
                     r#"{"messages":"x"}"#,
                     r#"{"messages":[1]}"#,
@@ -428,7 +427,7 @@ mod tests {
             (
                 "/v1/completions",
                 &[
-                    r#"{}"#,
+                    r"{}",
                     r#"{"prompt":""}"#,
                     r#"{"prompt":[]}"#,
                     r#"{"prompt":["a",1]}"#,

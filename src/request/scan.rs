@@ -518,7 +518,7 @@ mod tests {
             r#"{"a":1]"#,
             r#"{"a":1}x"#,
             r#"{"a":1}{}"#,
-            r#"{a:1}"#,
+            r"{a:1}",
             r#"{"a":+1}"#,
         ] {
             assert!(events(&[bad.as_bytes()]).is_err(), "{bad}");

@@ -124,7 +124,7 @@ impl Visitor for Reader {
                 }
             },
             [Step::Key(Key::InputIds), Step::Index(0)] if event == Event::ArrayStart => {
-                self.ids.push(Vec::new())
+                self.ids.push(Vec::new());
             }
             [Step::Key(Key::InputIds), Step::Index(_)]
                 if event == Event::ArrayStart && !self.ids.is_empty() =>
@@ -141,7 +141,7 @@ impl Visitor for Reader {
                 self.bad_salt = self.salt.is_none() && event != Event::Scalar(b"null");
             }
             [Step::Key(Key::SamplingParams), Step::Key(Key::MaxNewTokens)] => {
-                self.max_tokens = whole_number(&event)
+                self.max_tokens = whole_number(&event);
             }
             _ => {
                 self.common.visit(path, &event);

@@ -57,7 +57,7 @@ pub fn for_each_piece(segments: &[Segment], body: &Body, f: &mut impl FnMut(Piec
             Segment::Body { range, encoding } => {
                 let escaped = *encoding == TextEncoding::JsonEscaped;
                 for_each_decoded(body, range.clone(), escaped, &mut |bytes| {
-                    f(Piece::Text(bytes))
+                    f(Piece::Text(bytes));
                 });
             }
         }
@@ -79,7 +79,7 @@ pub fn token_count(prompt: &Prompt, body: &Body) -> u64 {
                     } => bytes += range.len() as u64,
                     Segment::Body { range, .. } => {
                         for_each_decoded(body, range.clone(), true, &mut |b| {
-                            bytes += b.len() as u64
+                            bytes += b.len() as u64;
                         });
                     }
                     Segment::Media(item) => {

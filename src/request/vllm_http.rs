@@ -174,7 +174,7 @@ impl Visitor for Reader {
                 (None, _) => self.invalid = Some((*index, "of another type".to_owned())),
             },
             [Step::Key(Key::SamplingParams), Step::Key(Key::MaxTokens)] => {
-                self.max_tokens = whole_number(&event)
+                self.max_tokens = whole_number(&event);
             }
             [Step::Key(Key::Features), rest @ ..] => self.features.visit(rest, &event),
             _ => {}

@@ -69,9 +69,9 @@ mod tests {
         let mut out = Vec::new();
         let mut reader = Lines::default();
         let mut on_line = |line: &[u8]| out.push(String::from_utf8_lossy(line).into_owned());
-        pieces
-            .iter()
-            .for_each(|piece| reader.push(piece, b"u", &mut on_line));
+        for piece in pieces {
+            reader.push(piece, b"u", &mut on_line);
+        }
         reader.finish(&mut on_line);
         out
     }

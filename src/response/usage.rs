@@ -71,7 +71,7 @@ impl ResponseReader {
         } = self;
         match source {
             Source::Stream(lines) => lines.push(piece, format.marker(), &mut |line| {
-                format.read_line(line, usage)
+                format.read_line(line, usage);
             }),
             Source::Tail(tail) => keep_tail(tail, piece),
         }
@@ -239,7 +239,9 @@ mod tests {
 
     fn read(format: UsageFormat, streaming: bool, pieces: &[&[u8]]) -> Option<Usage> {
         let mut reader = ResponseReader::new(format, streaming);
-        pieces.iter().for_each(|piece| reader.on_chunk(piece));
+        for piece in pieces {
+            reader.on_chunk(piece);
+        }
         reader.finish()
     }
 

@@ -152,7 +152,7 @@ impl Scheduler {
                 break;
             }
         }
-        let failed = scratch.runs.iter().any(|run| *run == ProfileRun::Failed);
+        let failed = scratch.runs.contains(&ProfileRun::Failed);
         let picked = scratch
             .runs
             .iter()

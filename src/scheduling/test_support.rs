@@ -197,7 +197,7 @@ impl Pool {
         let all: Vec<u32> = (0..).take(self.candidates.len()).collect();
         let mut scores = vec![0.0; all.len()];
         self.with_cycle(|cycle, candidates| {
-            scorer.score(cycle, Candidates::new(candidates, &all), &mut scores)
+            scorer.score(cycle, Candidates::new(candidates, &all), &mut scores);
         });
         scores
     }
@@ -207,7 +207,7 @@ impl Pool {
         let all: Vec<u32> = (0..).take(self.candidates.len()).collect();
         let mut keep = Vec::new();
         self.with_cycle(|cycle, candidates| {
-            filter.filter(cycle, Candidates::new(candidates, &all), &mut keep)
+            filter.filter(cycle, Candidates::new(candidates, &all), &mut keep);
         });
         keep.iter()
             .map(|&i| self.endpoints[i as usize].name.as_str())

@@ -467,14 +467,13 @@ impl State {
         for _ in 0..made {
             let needed = (sequence.target() + 1).div_ceil(config.block_tokens);
             if sequence.blocks.len() < needed && sequence.generated + 1 < sequence.work.max_tokens {
-                match self.pool.extend() {
-                    Some(id) => sequence.blocks.push(id),
-                    None => {
-                        // Recomputed later: see `preempted`.
-                        self.pool.release(&std::mem::take(&mut sequence.blocks));
-                        self.totals.preemptions += 1;
-                        break;
-                    }
+                if let Some(id) = self.pool.extend() {
+                    sequence.blocks.push(id)
+                } else {
+                    // Recomputed later: see `preempted`.
+                    self.pool.release(&std::mem::take(&mut sequence.blocks));
+                    self.totals.preemptions += 1;
+                    break;
                 }
             }
             sequence.generated += 1;

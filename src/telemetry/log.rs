@@ -144,7 +144,7 @@ mod tests {
             .with_writer(writer)
             .finish();
         tracing::subscriber::with_default(subscriber, || {
-            tracing::warn!(endpoint = "a:1", n = 3, "odd")
+            tracing::warn!(endpoint = "a:1", n = 3, "odd");
         });
         let line: serde_json::Value = serde_json::from_slice(&buffer.lock()).unwrap();
         assert_eq!(line["level"], "warn");

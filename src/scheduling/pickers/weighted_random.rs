@@ -56,7 +56,7 @@ mod tests {
                 .map(|(&total, position)| Scored { position, total })
                 .collect();
             pool.with_cycle(|cycle, _| {
-                WeightedRandomPicker { max_endpoints: 1 }.pick(cycle, &mut scored)
+                WeightedRandomPicker { max_endpoints: 1 }.pick(cycle, &mut scored);
             });
             counts[scored[0].position as usize] += 1;
         }

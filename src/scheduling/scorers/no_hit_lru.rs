@@ -199,8 +199,8 @@ mod tests {
         assert_eq!(pool.scores(&scorer), [1.0, 0.5, 0.0]);
         let pick = |i| {
             pool.with_cycle(|cycle, all| {
-                scorer.on_pick(cycle, all, &picked(i), &mut Leases::default())
-            })
+                scorer.on_pick(cycle, all, &picked(i), &mut Leases::default());
+            });
         };
         pick(0);
         // b and c unused (ranks 0, 1), a used (rank 2).
@@ -215,7 +215,7 @@ mod tests {
         let mut pool = Pool::new([endpoint("a"), endpoint("b").matched_blocks(1)]);
         let scorer: NoHitLruScorer = pool.plugin("{}");
         pool.with_cycle(|cycle, all| {
-            scorer.on_pick(cycle, all, &picked(0), &mut Leases::default())
+            scorer.on_pick(cycle, all, &picked(0), &mut Leases::default());
         });
         assert_eq!(pool.scores(&scorer), [0.5, 0.5]);
         assert!(scorer.used.lock().at.is_empty());
@@ -227,9 +227,9 @@ mod tests {
         let scorer: NoHitLruScorer = pool.plugin(r#"{"lruSize": 2}"#);
         assert_eq!(pool.scores(&scorer), [1.0]);
         let mut used = LastUse::default();
-        ["x", "y", "x", "z"]
-            .iter()
-            .for_each(|name| used.touch((*name).to_owned(), 2));
+        for name in ["x", "y", "x", "z"] {
+            used.touch(name.to_owned(), 2);
+        }
         let mut names: Vec<_> = used.at.keys().map(String::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["x", "z"], "y was the oldest");
