@@ -6,12 +6,13 @@
 //!
 //! Beside the path: [`datalayer`] (endpoints and what is scraped from them), [`plugin`] (what all
 //! plugins share), [`config`] (`EndpointPickerConfig` to running plugins), [`telemetry`] (logs and
-//! metrics), [`epp`] (the process). [`sim`] is a separate room: a stand-in for a vLLM pod.
+//! metrics), [`epp`] (the process). Separate rooms: [`sim`] (a stand-in for a vLLM pod), [`demo`].
 
 pub mod cli;
 pub mod config;
 pub mod control;
 pub mod datalayer;
+pub mod demo;
 pub mod epp;
 pub mod extproc;
 pub mod plugin;

@@ -3,6 +3,7 @@
 //! Entry point: [`main`]. Knows which subcommand to run; the work happens in `epp`, `sim`, `demo`.
 
 mod check_config;
+mod demo;
 mod noop;
 mod plugins;
 mod serve;
@@ -35,6 +36,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Real Envoy, pinpod and simulated pods: random picks against the recommended configuration
+    Demo(demo::DemoArgs),
     /// Simulated vLLM pods: same API and metrics, a modelled engine
     Sim(sim::SimArgs),
     /// Check an EndpointPickerConfig and show what it resolves to
@@ -70,6 +73,7 @@ pub fn main() -> ExitCode {
     }
     match Cli::parse_from(arguments).command {
         Command::Serve { arguments } => serve::main(arguments),
+        Command::Demo(args) => report(demo::run(&args)),
         Command::Sim(args) => report(sim::run(&args)),
         Command::CheckConfig(args) => report(check_config::run(&args)),
         Command::Plugins => report(plugins::run()),
@@ -96,6 +100,11 @@ fn acts_as_serve(arguments: &[OsString]) -> bool {
     }
 }
 
+/// The user ended the command.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+struct Interrupted;
+
 /// Prints a failure and its causes.
 #[expect(
     clippy::print_stderr,
@@ -104,6 +113,8 @@ fn acts_as_serve(arguments: &[OsString]) -> bool {
 fn report(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        // 128 + SIGINT, as shells report it.
+        Err(error) if error.is::<Interrupted>() => ExitCode::from(130),
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -229,14 +229,15 @@ fn value_range(event: &Event<'_>, before: Option<Range<usize>>) -> Option<Range<
 impl Texts {
     fn visit(&mut self, path: &[Step], event: &Event<'_>, field: Key) {
         match path {
-            [Step::Key(key)] if *key == field => {
+            [Step::Key(key)]
+                if *key == field
                 // The field begins again: the last one counts.
-                if !matches!(event, Event::End(_)) {
-                    *self = Self::default();
-                    match text_of(event) {
-                        Some(text) => self.strings.push(text),
-                        None => self.invalid = *event != Event::ArrayStart,
-                    }
+                && !matches!(event, Event::End(_)) =>
+            {
+                *self = Self::default();
+                match text_of(event) {
+                    Some(text) => self.strings.push(text),
+                    None => self.invalid = *event != Event::ArrayStart,
                 }
             }
             [Step::Key(key), Step::Index(_)] if *key == field => match event {

@@ -468,7 +468,7 @@ impl State {
             let needed = (sequence.target() + 1).div_ceil(config.block_tokens);
             if sequence.blocks.len() < needed && sequence.generated + 1 < sequence.work.max_tokens {
                 if let Some(id) = self.pool.extend() {
-                    sequence.blocks.push(id)
+                    sequence.blocks.push(id);
                 } else {
                     // Recomputed later: see `preempted`.
                     self.pool.release(&std::mem::take(&mut sequence.blocks));

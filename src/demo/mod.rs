@@ -1,0 +1,12 @@
+//! The demonstration: real Envoy, pinpod and simulated pods as child processes on loopback, the same
+//! traffic once per configuration, one table.
+//!
+//! [`processes`] starts and stops the parts (tests use it too), [`workload`] makes the traffic,
+//! [`client`] drives it, [`report`] shows what came out. Knows nothing of the picker's insides.
+
+pub mod client;
+pub mod envoy;
+pub mod processes;
+pub mod report;
+pub mod run;
+pub mod workload;

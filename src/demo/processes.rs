@@ -1,0 +1,292 @@
+//! Child processes that die with us.
+
+use std::fs::File;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::time::Instant;
+
+use super::envoy::{Addresses, configure};
+
+/// Longest a part may take to come up.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A running child; killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `program`; its output goes to `<directory>/<name>.log`.
+    pub fn start(
+        name: &str,
+        program: &Path,
+        arguments: &[String],
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        let log = directory.join(format!("{name}.log"));
+        let file = File::create(&log).with_context(|| log.display().to_string())?;
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            log,
+        })
+    }
+
+    /// Process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until something listens on `port`; fails with the log when the child ends before.
+    pub async fn wait_for_port(&mut self, port: u16) -> anyhow::Result<()> {
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        let deadline = Instant::now() + START_TIMEOUT;
+        while TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_err() {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("{} ended with {status}:\n{}", self.name, self.log_tail());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "{} does not listen on {port}:\n{}",
+                    self.name,
+                    self.log_tail()
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Kills the child at once.
+    pub fn kill(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// The last lines the child wrote.
+    pub fn log_tail(&self) -> String {
+        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines
+            .get(lines.len().saturating_sub(20)..)
+            .unwrap_or_default()
+            .join("\n")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Ports that were free a moment ago, all different.
+pub fn free_ports<const N: usize>() -> std::io::Result<[u16; N]> {
+    let mut held = Vec::with_capacity(N);
+    let mut ports = [0; N];
+    for port in &mut ports {
+        let listener = TcpListener::bind(("127.0.0.1", 0))?;
+        *port = listener.local_addr()?.port();
+        held.push(listener);
+    }
+    Ok(ports)
+}
+
+/// The first of `count` consecutive ports that were free a moment ago.
+pub fn free_port_range(count: u16) -> anyhow::Result<u16> {
+    for _ in 0..50 {
+        let [first] = free_ports::<1>()?;
+        let range = first..first.saturating_add(count);
+        if range.len() == usize::from(count)
+            && range
+                .map(|port| TcpListener::bind(("127.0.0.1", port)))
+                .collect::<Result<Vec<_>, _>>()
+                .is_ok()
+        {
+            return Ok(first);
+        }
+    }
+    bail!("no {count} free ports in a row")
+}
+
+/// Where the Envoy binary is: `PINPOD_ENVOY`, `.tools/envoy` here or above, or the search path.
+pub fn find_envoy() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("PINPOD_ENVOY") {
+        return Ok(path.into());
+    }
+    let here = std::env::current_dir()?;
+    let tools = here
+        .ancestors()
+        .map(|directory| directory.join(".tools/envoy"));
+    let search = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::env::split_paths(&search)
+        .map(|directory| directory.join("envoy"))
+        .collect::<Vec<_>>();
+    tools
+        .chain(path)
+        .find(|candidate| candidate.is_file())
+        .context("no Envoy found: run `make .tools/envoy`, or set PINPOD_ENVOY to the binary")
+}
+
+/// A running Envoy.
+#[derive(Debug)]
+pub struct Envoy {
+    /// The process.
+    pub process: Process,
+    /// Where clients connect.
+    pub port: u16,
+    /// Admin interface.
+    pub admin: u16,
+}
+
+impl Envoy {
+    /// Starts Envoy with a shipped template in front of a picker.
+    pub async fn start(
+        template: &str,
+        picker: u16,
+        plaintext_picker: bool,
+        endpoints: Vec<SocketAddr>,
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        let [listener, admin, ready] = free_ports()?;
+        let addresses = Addresses {
+            listener,
+            admin,
+            ready,
+            picker,
+            endpoints,
+            plaintext_picker,
+        };
+        let file = directory.join(format!("envoy-{listener}.json"));
+        std::fs::write(&file, configure(template, &addresses)?)?;
+        let arguments = [
+            "-c",
+            &file.display().to_string(),
+            "--use-dynamic-base-id",
+            "--concurrency",
+            "1",
+            "--log-level",
+            "warn",
+            "--drain-time-s",
+            "1",
+        ]
+        .map(str::to_owned);
+        let mut process = Process::start(
+            &format!("envoy-{listener}"),
+            &find_envoy()?,
+            &arguments,
+            directory,
+        )?;
+        process.wait_for_port(listener).await?;
+        Ok(Self {
+            process,
+            port: listener,
+            admin,
+        })
+    }
+}
+
+/// A running endpoint picker.
+#[derive(Debug)]
+pub struct Picker {
+    /// The process.
+    pub process: Process,
+    /// ext_proc port.
+    pub grpc: u16,
+    /// Metrics port.
+    pub metrics: u16,
+}
+
+impl Picker {
+    /// Starts `program serve` with `arguments` and ports of its own, plaintext unless told otherwise.
+    pub async fn start(
+        program: &Path,
+        arguments: &[String],
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        let [grpc, health, metrics] = free_ports()?;
+        Self::start_on(program, [grpc, health, metrics], arguments, directory).await
+    }
+
+    /// The same on given ports: ext_proc, health, metrics.
+    pub async fn start_on(
+        program: &Path,
+        [grpc, health, metrics]: [u16; 3],
+        arguments: &[String],
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        let mut all = vec![
+            "serve".to_owned(),
+            format!("--grpc-port={grpc}"),
+            format!("--grpc-health-port={health}"),
+            format!("--metrics-port={metrics}"),
+            "--drain-timeout=0s".to_owned(),
+        ];
+        if !arguments.iter().any(|a| a.starts_with("--secure-serving")) {
+            all.push("--secure-serving=false".to_owned());
+        }
+        all.extend_from_slice(arguments);
+        let mut process = Process::start(&format!("pinpod-{grpc}"), program, &all, directory)?;
+        process.wait_for_port(metrics).await?;
+        process.wait_for_port(grpc).await?;
+        Ok(Self {
+            process,
+            grpc,
+            metrics,
+        })
+    }
+}
+
+/// Simulated pods on consecutive ports, in one process.
+#[derive(Debug)]
+pub struct Sims {
+    /// The process.
+    pub process: Process,
+    /// Their addresses.
+    pub addresses: Vec<SocketAddr>,
+}
+
+impl Sims {
+    /// Starts `count` pods with further `sim` flags.
+    pub async fn start(
+        program: &Path,
+        count: u16,
+        flags: &[String],
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        let first = free_port_range(count)?;
+        let mut arguments = vec![
+            "sim".to_owned(),
+            format!("--port={first}"),
+            format!("--count={count}"),
+        ];
+        arguments.extend_from_slice(flags);
+        let mut process = Process::start(&format!("sim-{first}"), program, &arguments, directory)?;
+        process.wait_for_port(first + count - 1).await?;
+        let addresses = (first..first + count)
+            .map(|port| ([127, 0, 0, 1], port).into())
+            .collect();
+        Ok(Self { process, addresses })
+    }
+
+    /// The pods as `--endpoints` takes them.
+    pub fn endpoints_flag(&self) -> String {
+        let list: Vec<String> = self.addresses.iter().map(ToString::to_string).collect();
+        format!("--endpoints={}", list.join(","))
+    }
+}
