@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -17,6 +18,7 @@ use super::tls;
 use crate::config::{self, LoadOptions, ResolvedConfig};
 use crate::control::Director;
 use crate::control::director::DirectorOptions;
+use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::datalayer::discovery::list;
 use crate::datalayer::pool_gauges::PoolGauges;
 use crate::datalayer::scrape::Scraper;
@@ -26,6 +28,7 @@ use crate::extproc::proto::health::health_server::HealthServer;
 use crate::extproc::server::{Routes, Server, ServerConfigs};
 use crate::extproc::service::Processor;
 use crate::extproc::stream::StreamSettings;
+use crate::plugin::{InFlightSlot, Plugin};
 use crate::telemetry::metrics::{ExtProcStreams, Metrics};
 use crate::telemetry::{self, log};
 
@@ -226,6 +229,23 @@ async fn start_metrics(
         shutdown.clone(),
     ));
     Ok(())
+}
+
+/// What plugins hold right now, for `/debug/plugins/state`: the load booked on each endpoint.
+fn plugin_state(store: Arc<EndpointStore>) -> telemetry::server::PluginState {
+    Arc::new(move || {
+        let pool = store.snapshot();
+        let endpoints: serde_json::Map<String, serde_json::Value> = pool
+            .iter()
+            .map(|endpoint| {
+                let load = endpoint.in_flight(InFlightSlot::default());
+                let state = json!({"requests": load.requests(), "tokens": load.tokens()});
+                (endpoint.host_port_str().to_owned(), state)
+            })
+            .collect();
+        let name = InFlightLoadProducer::TYPE;
+        json!({"plugins": {name: {"name": name, "type": name, "state": endpoints}}})
+    })
 }
 
 /// All interfaces, as the reference listens.

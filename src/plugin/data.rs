@@ -12,8 +12,9 @@ use super::PluginError;
 /// Instances of `inflight-load-producer` a configuration may have; more is a start-up error.
 pub const MAX_IN_FLIGHT_PRODUCERS: usize = 4;
 
-/// Which in-flight producer's counters of an endpoint to use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// Which in-flight producer's counters of an endpoint to use. The default is the first slot, which
+/// always belongs to the producer called `inflight-load-producer`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct InFlightSlot(u8);
 
 impl InFlightSlot {

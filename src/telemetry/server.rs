@@ -1,6 +1,7 @@
 //! The metrics port: `/metrics` and `/debug/plugins/state` over plain HTTP/1.1.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
@@ -14,11 +15,19 @@ use tokio_util::sync::CancellationToken;
 /// Connections served at once; further ones wait in the accept queue.
 const MAX_CONNECTIONS: usize = 256;
 
+/// Makes the body of `/debug/plugins/state`.
+pub type PluginState = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
+
 /// Serves until `shutdown`. An accept error is logged and survived.
-pub async fn serve(listener: TcpListener, handle: PrometheusHandle, shutdown: CancellationToken) {
-    let permits = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
+pub async fn serve(
+    listener: TcpListener,
+    handle: PrometheusHandle,
+    state: PluginState,
+    shutdown: CancellationToken,
+) {
+    let permits = Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let Ok(permit) = std::sync::Arc::clone(&permits).acquire_owned().await else {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
             return;
         };
         let accepted = tokio::select! {
@@ -33,11 +42,11 @@ pub async fn serve(listener: TcpListener, handle: PrometheusHandle, shutdown: Ca
                 continue;
             }
         };
-        let handle = handle.clone();
+        let (handle, state) = (handle.clone(), Arc::clone(&state));
         let shutdown = shutdown.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-                let response = respond(request.method(), request.uri().path(), &handle);
+                let response = respond(request.method(), request.uri().path(), &handle, &state);
                 std::future::ready(Ok::<_, Infallible>(response))
             });
             let connection = hyper::server::conn::http1::Builder::new()
@@ -52,35 +61,28 @@ pub async fn serve(listener: TcpListener, handle: PrometheusHandle, shutdown: Ca
     }
 }
 
-fn respond(method: &Method, path: &str, handle: &PrometheusHandle) -> Response<Full<Bytes>> {
+fn respond(
+    method: &Method,
+    path: &str,
+    handle: &PrometheusHandle,
+    state: &PluginState,
+) -> Response<Full<Bytes>> {
     let known = matches!(path, "/metrics" | "/debug/plugins/state" | "/healthz");
     if !known {
         return reply(StatusCode::NOT_FOUND, "text/plain", "not found\n".into());
     }
     if method != Method::GET {
-        let mut response = reply(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "text/plain",
-            "only GET\n".into(),
-        );
-        response
-            .headers_mut()
-            .insert(header::ALLOW, header::HeaderValue::from_static("GET"));
+        let mut response =
+            reply(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".into());
+        response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET"));
         return response;
     }
     match path {
-        "/metrics" => reply(
-            StatusCode::OK,
-            "text/plain; version=0.0.4; charset=utf-8",
-            handle.render(),
-        ),
+        "/metrics" => {
+            reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", handle.render())
+        }
         "/healthz" => reply(StatusCode::OK, "text/plain", "ok\n".into()),
-        // No plugin keeps state that it can show yet; the shape is the contract's.
-        _ => reply(
-            StatusCode::OK,
-            "application/json",
-            r#"{"plugins":{}}"#.into(),
-        ),
+        _ => reply(StatusCode::OK, "application/json", state().to_string()),
     }
 }
 
@@ -103,7 +105,8 @@ mod tests {
         let handle = metrics_exporter_prometheus::PrometheusBuilder::new()
             .build_recorder()
             .handle();
-        let status = |method, path| respond(&method, path, &handle).status().as_u16();
+        let state: PluginState = Arc::new(|| serde_json::json!({}));
+        let status = |method: Method, path| respond(&method, path, &handle, &state).status().as_u16();
         assert_eq!(status(Method::GET, "/metrics"), 200);
         assert_eq!(status(Method::GET, "/nothing"), 404);
         assert_eq!(status(Method::POST, "/metrics"), 405);
