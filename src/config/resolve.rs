@@ -11,6 +11,7 @@ use crate::control::director::ActiveConfig;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::file::FileDiscovery;
 use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
+use crate::plugin::data::KeyUse;
 use crate::plugin::{Build, DataKeys, Maturity, Parameters, TypedName};
 use crate::request::parsers::ParserSet;
 use crate::scheduling::attributes::{
@@ -598,7 +599,10 @@ impl Loader<'_> {
             }
             self.ensure(&producer)?;
         }
-        for key in self.keys.keys().iter().filter(|k| k.produced_by.is_empty()) {
+        // A default that nobody asked for is simply not there; a name the document gives must exist.
+        let is_default = |k: &&KeyUse| DEFAULT_PRODUCERS.contains(&(k.data_type, k.producer.as_str()));
+        let missing = self.keys.keys().iter().filter(|k| k.produced_by.is_empty());
+        for key in missing.filter(|k| !is_default(k)) {
             if let Some(consumer) = key.optional_for.first() {
                 let (data_type, producer) = (key.data_type, &key.producer);
                 self.warnings.push(format!(

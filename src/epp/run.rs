@@ -216,6 +216,7 @@ async fn start_metrics(
     tasks.spawn(telemetry::server::serve(
         listener,
         prometheus.clone(),
+        plugin_state(Arc::clone(store)),
         shutdown.clone(),
     ));
     tasks.spawn(telemetry::metrics::upkeep(prometheus, shutdown.clone()));

@@ -1,5 +1,7 @@
 //! A gateway for tests: simulated pods, pinpod and the real Envoy, and clients that misbehave.
 
+#![allow(unreachable_pub, reason = "shared by test binaries as a module")]
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
