@@ -600,7 +600,8 @@ impl Loader<'_> {
             self.ensure(&producer)?;
         }
         // A default that nobody asked for is simply not there; a name the document gives must exist.
-        let is_default = |k: &&KeyUse| DEFAULT_PRODUCERS.contains(&(k.data_type, k.producer.as_str()));
+        let is_default =
+            |k: &&KeyUse| DEFAULT_PRODUCERS.contains(&(k.data_type, k.producer.as_str()));
         let missing = self.keys.keys().iter().filter(|k| k.produced_by.is_empty());
         for key in missing.filter(|k| !is_default(k)) {
             if let Some(consumer) = key.optional_for.first() {

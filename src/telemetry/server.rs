@@ -72,15 +72,22 @@ fn respond(
         return reply(StatusCode::NOT_FOUND, "text/plain", "not found\n".into());
     }
     if method != Method::GET {
-        let mut response =
-            reply(StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".into());
-        response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET"));
+        let mut response = reply(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "text/plain",
+            "only GET\n".into(),
+        );
+        response
+            .headers_mut()
+            .insert(header::ALLOW, header::HeaderValue::from_static("GET"));
         return response;
     }
     match path {
-        "/metrics" => {
-            reply(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", handle.render())
-        }
+        "/metrics" => reply(
+            StatusCode::OK,
+            "text/plain; version=0.0.4; charset=utf-8",
+            handle.render(),
+        ),
         "/healthz" => reply(StatusCode::OK, "text/plain", "ok\n".into()),
         _ => reply(StatusCode::OK, "application/json", state().to_string()),
     }
@@ -106,7 +113,8 @@ mod tests {
             .build_recorder()
             .handle();
         let state: PluginState = Arc::new(|| serde_json::json!({}));
-        let status = |method: Method, path| respond(&method, path, &handle, &state).status().as_u16();
+        let status =
+            |method: Method, path| respond(&method, path, &handle, &state).status().as_u16();
         assert_eq!(status(Method::GET, "/metrics"), 200);
         assert_eq!(status(Method::GET, "/nothing"), 404);
         assert_eq!(status(Method::POST, "/metrics"), 405);

@@ -54,20 +54,39 @@ impl Setup<'_> {
     pub async fn start(self) -> Gateway {
         let directory = tempfile::tempdir().unwrap();
         let own = |flags: &[&str]| flags.iter().map(|f| (*f).to_owned()).collect::<Vec<_>>();
-        let sims = Sims::start(program(), self.pods, &own(self.sim_flags), directory.path()).await.unwrap();
+        let sims = Sims::start(program(), self.pods, &own(self.sim_flags), directory.path())
+            .await
+            .unwrap();
         let mut flags = own(self.serve_flags);
-        if !flags.iter().any(|f| f.starts_with("--endpoints") || f.starts_with("--pool-name")) {
+        if !flags
+            .iter()
+            .any(|f| f.starts_with("--endpoints") || f.starts_with("--pool-name"))
+        {
             flags.push(sims.endpoints_flag());
         }
         flags.push(format!("--secure-serving={}", !self.plaintext));
         if let Some(config) = self.config {
             flags.push(format!("--config-text={config}"));
         }
-        let picker = Picker::start(program(), &flags, directory.path()).await.unwrap();
+        let picker = Picker::start(program(), &flags, directory.path())
+            .await
+            .unwrap();
         let endpoints = sims.addresses.clone();
-        let envoy =
-            Envoy::start(self.template, picker.grpc, self.plaintext, endpoints, directory.path()).await.unwrap();
-        let gateway = Gateway { envoy, picker, sims, directory };
+        let envoy = Envoy::start(
+            self.template,
+            picker.grpc,
+            self.plaintext,
+            endpoints,
+            directory.path(),
+        )
+        .await
+        .unwrap();
+        let gateway = Gateway {
+            envoy,
+            picker,
+            sims,
+            directory,
+        };
         gateway.wait_until_healthy().await;
         gateway
     }
@@ -88,7 +107,9 @@ impl Answer {
 
     /// The pod that answered.
     pub fn pod(&self) -> &str {
-        self.headers.get("x-sim-name").map_or("", |v| v.to_str().unwrap())
+        self.headers
+            .get("x-sim-name")
+            .map_or("", |v| v.to_str().unwrap())
     }
 }
 
@@ -101,8 +122,13 @@ impl Gateway {
     pub async fn wait_until_healthy(&self) {
         let admin = SocketAddr::from(([127, 0, 0, 1], self.envoy.admin));
         eventually("the picker is healthy for Envoy", || async {
-            let clusters = get(admin, "/clusters").await.map(|a| a.text()).unwrap_or_default();
-            clusters.lines().any(|l| l.starts_with("epp::127.0.0.1") && l.ends_with("health_flags::healthy"))
+            let clusters = get(admin, "/clusters")
+                .await
+                .map(|a| a.text())
+                .unwrap_or_default();
+            clusters
+                .lines()
+                .any(|l| l.starts_with("epp::127.0.0.1") && l.ends_with("health_flags::healthy"))
         })
         .await;
     }
@@ -115,14 +141,31 @@ impl Gateway {
         self.post_with(path, body, &[]).await
     }
 
-    pub async fn post_with(&self, path: &str, body: impl Into<Bytes>, headers: &[(&str, &str)]) -> Answer {
-        send(self.address(), false, request("POST", path, body.into(), headers)).await.unwrap()
+    pub async fn post_with(
+        &self,
+        path: &str,
+        body: impl Into<Bytes>,
+        headers: &[(&str, &str)],
+    ) -> Answer {
+        send(
+            self.address(),
+            false,
+            request("POST", path, body.into(), headers),
+        )
+        .await
+        .unwrap()
     }
 
     /// Over HTTP/2.
     pub async fn post_h2(&self, path: &str, body: impl Into<Bytes>) -> Answer {
         let uri = format!("http://{}{path}", self.address());
-        send(self.address(), true, request("POST", &uri, body.into(), &[])).await.unwrap()
+        send(
+            self.address(),
+            true,
+            request("POST", &uri, body.into(), &[]),
+        )
+        .await
+        .unwrap()
     }
 
     /// Requests and tokens booked over all endpoints.
@@ -130,7 +173,9 @@ impl Gateway {
         let metrics = SocketAddr::from(([127, 0, 0, 1], self.picker.metrics));
         let state = get(metrics, "/debug/plugins/state").await.unwrap();
         let state: serde_json::Value = serde_json::from_slice(&state.body).unwrap();
-        let endpoints = state["plugins"]["inflight-load-producer"]["state"].as_object().unwrap();
+        let endpoints = state["plugins"]["inflight-load-producer"]["state"]
+            .as_object()
+            .unwrap();
         let sum = |key: &str| endpoints.values().map(|e| e[key].as_i64().unwrap()).sum();
         (sum("requests"), sum("tokens"))
     }
@@ -140,15 +185,19 @@ impl Gateway {
         let metrics = SocketAddr::from(([127, 0, 0, 1], self.picker.metrics));
         let text = get(metrics, "/metrics").await.unwrap().text();
         let lines = text.lines().filter(|l| {
-            l.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' '))
+            l.strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' '))
         });
-        lines.filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+        lines
+            .filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok())
+            .sum()
     }
 
     /// Waits until nothing is in flight any more.
     pub async fn wait_until_idle(&self) {
         eventually("nothing is in flight", || async {
-            self.in_flight().await == (0, 0) && self.metric("llm_d_epp_request_running").await == 0.0
+            self.in_flight().await == (0, 0)
+                && self.metric("llm_d_epp_request_running").await == 0.0
         })
         .await;
     }
@@ -168,14 +217,21 @@ pub async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
 }
 
 fn request(method: &str, uri: &str, body: Bytes, headers: &[(&str, &str)]) -> Request<Full<Bytes>> {
-    let mut request = Request::builder().method(method).uri(uri).header("host", "pinpod.test");
+    let mut request = Request::builder()
+        .method(method)
+        .uri(uri)
+        .header("host", "pinpod.test");
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
     request.body(Full::new(body)).unwrap()
 }
 
-async fn send(address: SocketAddr, h2: bool, request: Request<Full<Bytes>>) -> anyhow::Result<Answer> {
+async fn send(
+    address: SocketAddr,
+    h2: bool,
+    request: Request<Full<Bytes>>,
+) -> anyhow::Result<Answer> {
     let io = TokioIo::new(TcpStream::connect(address).await?);
     let response = if h2 {
         let (mut sender, connection) =
@@ -189,7 +245,11 @@ async fn send(address: SocketAddr, h2: bool, request: Request<Full<Bytes>>) -> a
     };
     let (parts, body) = response.into_parts();
     let body = body.collect().await?.to_bytes();
-    Ok(Answer { status: parts.status, headers: parts.headers, body })
+    Ok(Answer {
+        status: parts.status,
+        headers: parts.headers,
+        body,
+    })
 }
 
 /// A completion request for `prompt`.
