@@ -28,7 +28,7 @@ test: $(ENVOY) ## every test, the real Envoy included
 lint: ## format, clippy and documentation, warnings are errors
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
 
 demo: $(ENVOY) build ## random picks against the recommended configuration, under two minutes
 	$(BIN) demo

@@ -1,5 +1,11 @@
 //! What users bring along: configuration documents, as they are published.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
 #[path = "tidy.rs"]
 mod tidy;
 

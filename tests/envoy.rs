@@ -1,5 +1,11 @@
 //! The real Envoy, pinpod and simulated pods: routing, failure modes, and nothing leaked.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
 mod support;
 
 use std::io::Write;

@@ -1,5 +1,11 @@
 //! Our ext_proc stream in process: messages in, messages out, every order and body mode.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,6 +1,6 @@
 //! The command line of `serve`: the reference's whole flag table, in all its spellings, and ours.
 //!
-//! Arguments are put into one form first ([`normalise`]): charts and operators pass single dashes,
+//! Arguments are put into one form first (`normalise`): charts and operators pass single dashes,
 //! camelCase names of early releases, empty strings, repeats, and flags that were removed.
 
 use std::path::PathBuf;

@@ -1,8 +1,8 @@
 //! The approximate prefix index: which endpoints were sent which block hashes.
 //!
 //! A block hash stands for its whole prefix, so one entry per hash with the endpoints that hold it
-//! stores a shared prefix once. Entries live in [`SHARDS`] tables; consecutive runs of
-//! [`SEGMENT_BLOCKS`] of a chain share a shard, so that a walk takes few locks. Lookups and refreshes
+//! stores a shared prefix once. Entries live in `SHARDS` tables; consecutive runs of
+//! `SEGMENT_BLOCKS` of a chain share a shard, so that a walk takes few locks. Lookups and refreshes
 //! take a shard's read lock for well under a microsecond; only blocks new to an endpoint write.
 //!
 //! Recency is a clock per endpoint that ticks when a block enters, or returns to, the younger half
