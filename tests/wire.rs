@@ -3,7 +3,8 @@
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
-    reason = "a test fails by panicking"
+    clippy::too_many_lines,
+    reason = "a test fails by panicking, and its tables are long"
 )]
 
 use std::collections::HashMap;
@@ -396,7 +397,10 @@ fn streamed_mode_acknowledges_every_piece() {
         true,
     );
     let mut exchange = picker.exchange();
-    let replies = run(&mut exchange, [first, request_body(&[b'x'; 40_000], false)]);
+    let replies = run(
+        &mut exchange,
+        [first, request_body(&vec![b'x'; 40_000], false)],
+    );
     assert_eq!(kinds(&replies), ["request headers", "request body"]);
 }
 
@@ -491,7 +495,7 @@ async fn an_upload_that_never_ends_is_refused_at_the_deadline() {
         )
     );
     assert!(replies.next().await.is_none(), "closed with OK");
-    assert_eq!(started.elapsed(), Duration::from_secs(120));
+    assert_eq!(started.elapsed(), Duration::from_mins(2));
 }
 
 proptest! {
