@@ -225,6 +225,9 @@ impl ApproxPrefixProducer {
         };
         let seed = chain_seed(&request.target_model, request.payload.cache_salt.as_deref());
         chain.block_tokens = block_tokens;
+        chain
+            .hashes
+            .reserve((request.body.len() / (block_tokens as usize * 4)).min(max_blocks) + 1);
         for prompt in &request.payload.prompts {
             hash_prompt(
                 prompt,

@@ -75,10 +75,6 @@ impl EndpointClock {
         self.capacity.load(Ordering::Relaxed)
     }
 
-    fn is_live(&self, holder: &Holder) -> bool {
-        self.age(holder.stamp.load(Ordering::Relaxed)) < self.capacity()
-    }
-
     fn tick(&self) -> u32 {
         self.now.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
     }
@@ -87,8 +83,22 @@ impl EndpointClock {
 /// Endpoints still matching during a walk; reused between lookups.
 #[derive(Debug, Default)]
 pub struct WalkScratch {
-    alive: Vec<u32>,
-    next: Vec<u32>,
+    alive: Vec<Walker>,
+}
+
+/// An endpoint that holds every block so far, with its clock as of the start of the walk.
+#[derive(Debug, Clone, Copy)]
+struct Walker {
+    endpoint: u32,
+    now: u32,
+    capacity: u32,
+}
+
+impl Walker {
+    fn holds(&self, holder: &Holder) -> bool {
+        holder.endpoint == self.endpoint
+            && self.now.wrapping_sub(holder.stamp.load(Ordering::Relaxed)) < self.capacity
+    }
 }
 
 impl PrefixIndex {
@@ -116,45 +126,69 @@ impl PrefixIndex {
     /// endpoint holds. `matched` is as long as the largest endpoint index that is asked for; others
     /// are skipped. One walk, whatever the number of endpoints; stops when nobody matches.
     pub fn match_chain(&self, chain: &[u64], matched: &mut [u32], scratch: &mut WalkScratch) {
-        let clocks = self.clocks.load();
-        let WalkScratch { alive, next } = scratch;
+        let alive = &mut scratch.alive;
         alive.clear();
-        let mut first = true;
-        for segment in chain.chunks(SEGMENT_BLOCKS) {
+        let mut depth = 0;
+        let mut add = |walker: &Walker, depth: u32| {
+            if let Some(count) = matched.get_mut(walker.endpoint as usize) {
+                *count += depth;
+            }
+        };
+        'walk: for segment in chain.chunks(SEGMENT_BLOCKS) {
             let Some(shard) = self.shard(segment) else {
-                return;
+                break;
             };
             let shard = shard.read();
             for hash in segment {
                 let Some(entry) = shard.table.find(*hash, |entry| entry.hash == *hash) else {
-                    return;
+                    break 'walk;
                 };
-                next.clear();
-                let live = entry.holders.iter().filter(|holder| {
-                    clocks
-                        .get(holder.endpoint as usize)
-                        .is_some_and(|clock| clock.is_live(holder))
-                });
-                let mut before = alive.iter().peekable();
-                for holder in live {
-                    let stays = first || {
-                        while before.next_if(|e| **e < holder.endpoint).is_some() {}
-                        before.next_if(|e| **e == holder.endpoint).is_some()
-                    };
-                    if stays {
-                        next.push(holder.endpoint);
-                        if let Some(count) = matched.get_mut(holder.endpoint as usize) {
-                            *count += 1;
+                let holders = entry.holders.as_slice();
+                if depth == 0 {
+                    self.begin_walk(holders, alive);
+                }
+                // Mostly the same endpoints hold block after block.
+                let same = holders.len() == alive.len()
+                    && holders
+                        .iter()
+                        .zip(alive.iter())
+                        .all(|(holder, walker)| walker.holds(holder));
+                if !same {
+                    let mut rest = holders.iter().peekable();
+                    alive.retain(|walker| {
+                        while rest
+                            .next_if(|holder| holder.endpoint < walker.endpoint)
+                            .is_some()
+                        {}
+                        let stays = rest.next_if(|holder| walker.holds(holder)).is_some();
+                        if !stays {
+                            add(walker, depth);
                         }
-                    }
+                        stays
+                    });
                 }
-                if next.is_empty() {
-                    return;
+                if alive.is_empty() {
+                    break 'walk;
                 }
-                first = false;
-                std::mem::swap(alive, next);
+                depth += 1;
             }
         }
+        for walker in alive.iter() {
+            add(walker, depth);
+        }
+    }
+
+    /// Every holder of the first block starts; the walk drops those that no longer hold it.
+    fn begin_walk(&self, holders: &[Holder], alive: &mut Vec<Walker>) {
+        let clocks = self.clocks.load();
+        alive.extend(holders.iter().filter_map(|holder| {
+            let clock = clocks.get(holder.endpoint as usize)?;
+            Some(Walker {
+                endpoint: holder.endpoint,
+                now: clock.now.load(Ordering::Relaxed),
+                capacity: clock.capacity(),
+            })
+        }));
     }
 
     /// Records that `endpoint` was sent `chain`, and that it keeps `capacity` blocks. Nothing is
