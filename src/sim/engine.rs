@@ -366,10 +366,13 @@ impl Engine {
                 *decodes = sequence.computed >= sequence.target();
             }
         }
-        for position in (0..state.running.len()).rev() {
+        let mut position = 0;
+        // A step may throw requests off the end of the batch.
+        while position < state.running.len() {
             if decoding.get(position) == Some(&true) {
                 state.decode(position, plan.steps, &self.config);
             }
+            position += 1;
         }
         let totals = &mut state.totals;
         let pool = &mut state.pool;
@@ -382,7 +385,6 @@ impl Engine {
             }
             !done
         });
-        state.preempted();
     }
 }
 
@@ -448,8 +450,36 @@ impl State {
         Some(missing)
     }
 
-    /// Runs one sequence `steps` tokens further; marks it for preemption when blocks run out.
+    /// Runs one sequence `steps` tokens further. When blocks run out, the request admitted last is
+    /// thrown back to the queue and recomputed later, if need be this one itself.
     fn decode(&mut self, position: usize, steps: usize, config: &EngineConfig) {
+        self.register(position);
+        for _ in 0..steps {
+            if !self.make_room(position, config) {
+                return;
+            }
+            let Some(sequence) = self.running.get_mut(position) else {
+                return;
+            };
+            if sequence.generated >= sequence.work.max_tokens {
+                break;
+            }
+            sequence.generated += 1;
+            // The newest token's KV is written by the next step.
+            sequence.computed = sequence.target();
+            self.totals.generation_tokens += 1;
+        }
+        if let Some(sequence) = self.running.get(position) {
+            sequence
+                .progress
+                .generated
+                .store(sequence.generated, Ordering::Release);
+            sequence.progress.changed.notify_waiters();
+        }
+    }
+
+    /// The prompt is computed: its full blocks can be hit from now on.
+    fn register(&mut self, position: usize) {
         let Some(sequence) = self.running.get_mut(position) else {
             return;
         };
@@ -463,47 +493,31 @@ impl State {
             self.pool.fill(id, *hash);
         }
         sequence.filled = sequence.work.hashes.len();
-        let made = steps.min(sequence.work.max_tokens - sequence.generated);
-        for _ in 0..made {
-            let needed = (sequence.target() + 1).div_ceil(config.block_tokens);
-            if sequence.blocks.len() < needed && sequence.generated + 1 < sequence.work.max_tokens {
-                if let Some(id) = self.pool.extend() {
-                    sequence.blocks.push(id);
-                } else {
-                    // Recomputed later: see `preempted`.
-                    self.pool.release(&std::mem::take(&mut sequence.blocks));
-                    self.totals.preemptions += 1;
-                    break;
-                }
-            }
-            sequence.generated += 1;
-            sequence.computed += 1;
-            self.totals.generation_tokens += 1;
-        }
-        // The newest token's KV is written by the next step.
-        sequence.computed = sequence.computed.min(sequence.target());
-        sequence
-            .progress
-            .generated
-            .store(sequence.generated, Ordering::Release);
-        sequence.progress.changed.notify_waiters();
     }
 
-    /// Puts requests without blocks back to the front of the queue.
-    fn preempted(&mut self) {
-        let mut position = self.running.len();
-        while position > 0 {
-            position -= 1;
-            if self
-                .running
-                .get(position)
-                .is_some_and(|s| s.blocks.is_empty())
-            {
-                let mut sequence = self.running.remove(position);
-                sequence.computed = 0;
-                sequence.filled = 0;
-                self.waiting.push_front(sequence);
+    /// A block for the next token of the sequence at `position`; false when it was thrown back.
+    fn make_room(&mut self, position: usize, config: &EngineConfig) -> bool {
+        loop {
+            let Some(sequence) = self.running.get_mut(position) else {
+                return false;
+            };
+            let last_token = sequence.generated + 1 >= sequence.work.max_tokens;
+            let needed = (sequence.target() + 1).div_ceil(config.block_tokens);
+            if last_token || sequence.blocks.len() >= needed {
+                return true;
             }
+            if let Some(id) = self.pool.extend() {
+                sequence.blocks.push(id);
+                return true;
+            }
+            let Some(mut victim) = self.running.pop() else {
+                return false;
+            };
+            self.pool.release(&std::mem::take(&mut victim.blocks));
+            victim.computed = 0;
+            victim.filled = 0;
+            self.waiting.push_front(victim);
+            self.totals.preemptions += 1;
         }
     }
 }
