@@ -154,13 +154,13 @@ mod tests {
         let workload = Workload::published();
         assert!((workload.duration() - 502.0).abs() < 1e-9);
         let arrivals = workload.arrivals();
-        // The rates add up to 17,031 expected arrivals; five standard deviations are 653.
+        // The rates add up to 17,084 expected arrivals; five standard deviations are 653.
         let expected: f64 = workload
             .ladder
             .iter()
             .map(|(rate, seconds)| rate * seconds)
             .sum();
-        assert!((expected - 17_031.0).abs() < 1e-9, "{expected}");
+        assert!((expected - 17_084.0).abs() < 1e-9, "{expected}");
         assert!((arrivals.len() as f64 - expected).abs() < 5.0 * expected.sqrt());
         assert!(arrivals.windows(2).all(|pair| pair[0].at <= pair[1].at));
         assert_eq!(arrivals, workload.arrivals());
