@@ -16,9 +16,6 @@ use crate::telemetry::log;
 const REMOVED: &[&str] = &[
     "grpc-enable-compression",
     "model-server-metrics-port",
-    "model-server-metrics-path",
-    "model-server-metrics-scheme",
-    "model-server-metrics-https-insecure-skip-verify",
     "destination-endpoint-hint-key",
     "destination-endpoint-hint-metadata-namespace",
     "target-endpoint-key",
@@ -27,11 +24,7 @@ const REMOVED: &[&str] = &[
     "zap-time-encoding",
 ];
 /// Removed flags without a value of their own.
-const REMOVED_BOOLEAN: &[&str] = &[
-    "grpc-enable-compression",
-    "model-server-metrics-https-insecure-skip-verify",
-    "zap-devel",
-];
+const REMOVED_BOOLEAN: &[&str] = &["grpc-enable-compression", "zap-devel"];
 /// Flags whose work moved into the configuration document; setting one is an error.
 const MOVED: &[&str] = &[
     "total-queued-requests-metric",
@@ -95,6 +88,8 @@ pub struct ServeOptions {
     pub strip_routing_headers: bool,
     /// `--enable-grpc-stream-metrics`.
     pub enable_grpc_stream_metrics: bool,
+    /// The scrape flags of releases before 0.10.
+    pub scrape: ScrapeFlags,
     /// `--seed`.
     pub seed: Option<u64>,
     /// `--zap-encoder`.
@@ -103,6 +98,20 @@ pub struct ServeOptions {
     pub log_level: tracing::Level,
     /// What was accepted without effect; logged at start.
     pub warnings: Vec<String>,
+}
+
+/// `--model-server-metrics-*`: what they say overrides every metrics source of the document.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ScrapeFlags {
+    /// Scheme of the engines' metrics, http or https (a parameter of metrics-data-source)
+    #[arg(long = "model-server-metrics-scheme", hide = true)]
+    pub scheme: Option<String>,
+    /// Path of the engines' metrics
+    #[arg(long = "model-server-metrics-path", hide = true)]
+    pub path: Option<String>,
+    /// Accept any certificate of the engines
+    #[arg(long = "model-server-metrics-https-insecure-skip-verify", hide = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    pub insecure_skip_verify: Option<bool>,
 }
 
 /// The endpoint picker: answers Envoy's ext_proc calls with the endpoint each request should go to.
@@ -121,6 +130,8 @@ struct Flags {
     requests: RequestFlags,
     #[command(flatten, next_help_heading = "Metrics and logs")]
     telemetry: TelemetryFlags,
+    #[command(flatten)]
+    scrape: ScrapeFlags,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -459,6 +470,7 @@ impl Flags {
             ports,
             requests,
             telemetry,
+            scrape,
         } = self;
         if !pool.config_file.is_empty() && !pool.config_text.is_empty() {
             return invalid(
@@ -483,6 +495,13 @@ impl Flags {
             return invalid(
                 "flag --ha-enable-leader-election is known but not yet available in this version",
             );
+        }
+        if scrape
+            .scheme
+            .as_deref()
+            .is_some_and(|s| s != "http" && s != "https")
+        {
+            return invalid("flag --model-server-metrics-scheme: expected http or https");
         }
         if !telemetry.metrics_cert_dir.is_empty() || !telemetry.metrics_client_ca_file.is_empty() {
             return invalid(
@@ -548,6 +567,7 @@ impl Flags {
             emit_endpoint_scores: requests.emit_endpoint_scores,
             strip_routing_headers: requests.strip_routing_headers,
             enable_grpc_stream_metrics: telemetry.enable_grpc_stream_metrics,
+            scrape,
             seed: requests.seed,
             log_format: if telemetry.zap_encoder == "json" {
                 log::Format::Json

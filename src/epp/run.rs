@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::health::{HealthService, HealthState};
-use super::options::ServeOptions;
+use super::options::{ScrapeFlags, ServeOptions};
 use super::tls;
 use crate::config::{self, LoadOptions, ResolvedConfig};
 use crate::control::Director;
@@ -21,7 +21,7 @@ use crate::control::director::DirectorOptions;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::datalayer::discovery::list;
 use crate::datalayer::pool_gauges::PoolGauges;
-use crate::datalayer::scrape::Scraper;
+use crate::datalayer::scrape::{MetricsDataSource, Scraper};
 use crate::datalayer::{EndpointListener, EndpointStore};
 use crate::extproc::proto::external_processor_server::ExternalProcessorServer;
 use crate::extproc::proto::health::health_server::HealthServer;
@@ -65,7 +65,7 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     for (name, source, extractor) in &config.sources {
         let handle = tokio::runtime::Handle::current();
         let scraper = Scraper::new(
-            Arc::clone(source),
+            Arc::new(overridden(source, &options.scrape)),
             Arc::clone(extractor),
             options.refresh_metrics_interval,
             handle,
@@ -96,6 +96,25 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     tasks.close();
     tasks.wait().await;
     Ok(())
+}
+
+/// A metrics source as the flags of earlier releases want it.
+fn overridden(source: &MetricsDataSource, flags: &ScrapeFlags) -> MetricsDataSource {
+    let mut source = source.clone();
+    if let Some(scheme) = &flags.scheme {
+        source.tls = scheme == "https";
+    }
+    if let Some(path) = &flags.path {
+        source.path = if path.starts_with('/') {
+            path.clone()
+        } else {
+            format!("/{path}")
+        };
+    }
+    if let Some(skip) = flags.insecure_skip_verify {
+        source.insecure_skip_verify = skip;
+    }
+    source
 }
 
 fn load_config(options: &ServeOptions) -> anyhow::Result<ResolvedConfig> {

@@ -18,6 +18,7 @@ use crate::scheduling::attributes::{
 use crate::scheduling::{
     Candidate, Cycle, DataProducer, PreRequest, ProducerError, SchedulingResult,
 };
+use crate::telemetry::metrics::{InFlightGauges, InFlightSeries};
 
 /// Books each pick on its endpoint at once and releases it exactly once, by a guard.
 ///
@@ -32,6 +33,8 @@ pub struct InFlightLoadProducer {
     tokens: Column<u64>,
     matches: Column<PrefixMatch>,
     output: Option<OutputEstimate>,
+    name: String,
+    series: InFlightSeries,
 }
 
 #[derive(Debug)]
@@ -119,6 +122,8 @@ impl Plugin for InFlightLoadProducer {
         );
         build.keys.produce::<()>(IN_FLIGHT);
         Ok(Self {
+            name: build.name.to_owned(),
+            series: InFlightSeries::default(),
             slot: build.keys.in_flight(build.name)?,
             uncached: build.keys.produce(UNCACHED_TOKENS),
             tokens: build.keys.require(TOKENIZED_PROMPT, TOKEN_PRODUCER),
@@ -203,8 +208,17 @@ impl PreRequest for InFlightLoadProducer {
             let own = uncached.get(position as usize).copied().unwrap_or(input);
             let tokens = i64::try_from(own.saturating_add(output)).unwrap_or(i64::MAX / 2);
             candidate.endpoint.in_flight(self.slot).book(1, tokens);
+            let (request, spec) = (cycle.request, &candidate.endpoint.spec);
+            let gauges = self.series.gauges(
+                (&spec.name, &spec.namespace),
+                &self.name,
+                &request.fairness_id,
+                request.priority,
+            );
+            gauges.add(1, tokens);
             bookings.push(Booking {
                 endpoint: Arc::clone(&candidate.endpoint),
+                gauges,
                 requests: 1,
                 tokens,
                 prefill: &*profile.profile == "prefill",
@@ -231,9 +245,17 @@ struct InFlightGuard {
 #[derive(Debug)]
 struct Booking {
     endpoint: Arc<Endpoint>,
+    gauges: Arc<InFlightGauges>,
     requests: i64,
     tokens: i64,
     prefill: bool,
+}
+
+impl Booking {
+    fn release(&self, slot: InFlightSlot, requests: i64, tokens: i64) {
+        self.endpoint.in_flight(slot).release(requests, tokens);
+        self.gauges.add(-requests, -tokens);
+    }
 }
 
 impl Lease for InFlightGuard {
@@ -254,10 +276,7 @@ impl Lease for InFlightGuard {
             } else {
                 0
             };
-            booking
-                .endpoint
-                .in_flight(self.slot)
-                .release(requests, tokens);
+            booking.release(self.slot, requests, tokens);
         }
     }
 }
@@ -265,10 +284,7 @@ impl Lease for InFlightGuard {
 impl Drop for InFlightGuard {
     fn drop(&mut self) {
         for booking in &self.bookings {
-            booking
-                .endpoint
-                .in_flight(self.slot)
-                .release(booking.requests, booking.tokens);
+            booking.release(self.slot, booking.requests, booking.tokens);
         }
     }
 }

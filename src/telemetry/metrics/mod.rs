@@ -326,6 +326,95 @@ impl Metrics {
     }
 }
 
+/// Gauges of the load one in-flight producer booked, by endpoint and flow. Label sets are bounded by
+/// the pool times the fairness ids that have a name of their own.
+#[derive(Default)]
+pub struct InFlightSeries {
+    caps: NameCaps,
+    gauges: HandleCache<InFlightLabels, InFlightGauges>,
+}
+
+impl std::fmt::Debug for InFlightSeries {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InFlightSeries").finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct InFlightLabels {
+    endpoint: String,
+    namespace: String,
+    producer: String,
+    fairness_id: String,
+    priority: i32,
+}
+
+/// One label set of [`InFlightSeries`].
+pub struct InFlightGauges {
+    requests: Gauge,
+    tokens: Gauge,
+}
+
+impl std::fmt::Debug for InFlightGauges {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InFlightGauges").finish_non_exhaustive()
+    }
+}
+
+impl InFlightGauges {
+    /// Adds to both gauges; negative values take back.
+    pub fn add(&self, requests: i64, tokens: i64) {
+        if requests != 0 {
+            self.requests.increment(requests as f64);
+        }
+        if tokens != 0 {
+            self.tokens.increment(tokens as f64);
+        }
+    }
+}
+
+impl InFlightSeries {
+    /// The gauges of one endpoint and flow. One hash lookup when they were used before.
+    pub fn gauges(
+        &self,
+        endpoint: (&str, &str),
+        producer: &str,
+        fairness_id: &str,
+        priority: i32,
+    ) -> Arc<InFlightGauges> {
+        let probe = (endpoint, producer, fairness_id, priority);
+        let same = |key: &InFlightLabels| {
+            (
+                (key.endpoint.as_str(), key.namespace.as_str()),
+                key.producer.as_str(),
+                key.fairness_id.as_str(),
+                key.priority,
+            ) == probe
+        };
+        self.gauges.get_or_make(cache::hash(&probe), same, || {
+            let list = labels(&[
+                ("endpoint_name", endpoint.0),
+                ("namespace", endpoint.1),
+                ("producer_name", producer),
+                ("fairness_id", &self.caps.fairness(fairness_id)),
+                ("priority", &priority.to_string()),
+            ]);
+            let key = InFlightLabels {
+                endpoint: endpoint.0.to_owned(),
+                namespace: endpoint.1.to_owned(),
+                producer: producer.to_owned(),
+                fairness_id: fairness_id.to_owned(),
+                priority,
+            };
+            let gauges = InFlightGauges {
+                requests: metrics::gauge!("llm_d_epp_inflight_requests", list.clone()),
+                tokens: metrics::gauge!("llm_d_epp_inflight_tokens", list),
+            };
+            (key, gauges)
+        })
+    }
+}
+
 /// `extproc_*` series, opt-in.
 #[derive(Debug)]
 pub struct ExtProcStreams {
@@ -451,6 +540,26 @@ mod tests {
         let line = r#"llm_d_epp_scheduler_attempts_total{status="success",target_model_name="t",endpoint_name="pod-0",namespace="ns",port="8000"} 1"#;
         assert!(text.contains(line), "{text}");
         assert!(text.contains(r#"inference_extension_scheduler_attempts_total{status="failure","#));
+    }
+
+    #[test]
+    fn load_in_flight_is_shown_by_endpoint_and_flow() {
+        let text = exposition(|_| {
+            let series = InFlightSeries::default();
+            let gauges = || series.gauges(("pod-0", "ns"), "inflight-load-producer", "f", 3);
+            gauges().add(1, 700);
+            gauges().add(1, 100);
+            gauges().add(0, -700);
+        });
+        let labels = r#"{endpoint_name="pod-0",namespace="ns",producer_name="inflight-load-producer",fairness_id="f",priority="3"}"#;
+        assert!(
+            text.contains(&format!("llm_d_epp_inflight_requests{labels} 2\n")),
+            "{text}"
+        );
+        assert!(
+            text.contains(&format!("llm_d_epp_inflight_tokens{labels} 100\n")),
+            "{text}"
+        );
     }
 
     #[test]
