@@ -8,7 +8,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("plugin", &["telemetry"]),
     ("request", &["plugin", "telemetry"]),
     ("datalayer", &["plugin", "telemetry"]),
-    ("response", &["plugin", "request", "telemetry"]),
+    ("response", &["plugin", "request", "datalayer", "telemetry"]),
     (
         "scheduling",
         &["plugin", "request", "datalayer", "telemetry"],
@@ -29,6 +29,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "config",
         &[
             "control",
+            "response",
             "scheduling",
             "request",
             "datalayer",

@@ -15,6 +15,7 @@ use crate::request::openai::OpenAiParser;
 use crate::request::passthrough::PassthroughParser;
 use crate::request::sglang_http::SglangHttpParser;
 use crate::request::vllm_http::VllmHttpParser;
+use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
     DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
     UtilizationDetector,
@@ -26,7 +27,8 @@ use crate::scheduling::scorers::{
     NoHitLruScorer, PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
 };
 use crate::scheduling::{
-    DataProducer, Filter, Picker, PreRequest, ProfileHandler, SaturationDetector, Scorer,
+    Admitter, DataProducer, Filter, Picker, PreRequest, ProfileHandler, RequestHeaderProcessor,
+    SaturationDetector, Scorer, Screener,
 };
 
 /// One built plugin and the roles it can play.
@@ -40,10 +42,20 @@ pub struct Roles {
     pub picker: Option<Arc<dyn Picker>>,
     /// Runs profiles.
     pub profile_handler: Option<Arc<dyn ProfileHandler>>,
+    /// Reads request headers.
+    pub header_processor: Option<Arc<dyn RequestHeaderProcessor>>,
+    /// Restricts candidates.
+    pub screener: Option<Arc<dyn Screener>>,
     /// Computes data.
     pub producer: Option<Arc<dyn DataProducer>>,
+    /// Refuses requests.
+    pub admitter: Option<Arc<dyn Admitter>>,
     /// Runs after the pick.
     pub pre_request: Option<Arc<dyn PreRequest>>,
+    /// Adds response headers.
+    pub response_headers: Option<Arc<dyn ResponseHeaderHook>>,
+    /// Runs at the end of a response.
+    pub response_complete: Option<Arc<dyn ResponseCompleteHook>>,
     /// Measures the pool.
     pub saturation_detector: Option<Arc<dyn SaturationDetector>>,
     /// Reads bodies.

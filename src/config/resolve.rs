@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::ConfigError;
-use super::builtin::{Instance, PluginType, Registry};
+use super::builtin::{Instance, PluginType, Registry, Roles};
 use super::raw::{
     DataLayer, Document, LEGACY_API_VERSION, PluginEntry, ProfileEntry, Reference, SourceEntry,
 };
@@ -12,16 +12,15 @@ use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::file::FileDiscovery;
 use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
 use crate::plugin::data::KeyUse;
-use crate::plugin::{Build, DataKeys, Maturity, Parameters, TypedName};
+use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, TypedName};
 use crate::request::parsers::ParserSet;
+use crate::response::ResponseHooks;
 use crate::scheduling::attributes::{
-    APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH, TOKEN_PRODUCER,
-    TOKENIZED_PROMPT, UNCACHED_TOKENS,
+    AGENT_IDENTITY, APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH,
+    PrefixMatch, TOKEN_PRODUCER, TOKENIZED_PROMPT, UNCACHED_TOKENS,
 };
-use crate::scheduling::scheduler::{Hook, Profile, Scheduler};
-use crate::scheduling::{
-    DataProducer, Filter, Picker, PreRequest, ProfileHandler, SaturationDetector, Scorer,
-};
+use crate::scheduling::scheduler::{Profile, Scheduler};
+use crate::scheduling::{DataProducer, Filter, Picker, ProfileHandler, SaturationDetector, Scorer};
 
 /// What besides the document decides about loading.
 #[derive(Debug, Clone, Copy, Default)]
@@ -60,8 +59,10 @@ pub struct ResolvedConfig {
     pub profile_handler: (TypedName, Arc<dyn ProfileHandler>),
     /// In the order they run.
     pub producers: Vec<(TypedName, Arc<dyn DataProducer>)>,
-    /// Run after the pick.
-    pub pre_request: Vec<Arc<dyn PreRequest>>,
+    /// Fairness id that a header processor publishes, if there is one.
+    pub agent_identity: Option<Column<String>>,
+    /// Every prefix match that some instance publishes.
+    pub prefix_matches: Vec<Column<PrefixMatch>>,
     /// Parser instances in order.
     pub parsers: Vec<Instance>,
     /// Decides about shedding.
@@ -115,13 +116,38 @@ impl ResolvedConfig {
                 Arc::clone(&profile.picker.1),
             ),
         });
+        let response = ResponseHooks {
+            headers: self.hooks("ResponseReceived", |roles| roles.response_headers.clone()),
+            complete: self.hooks("ResponseStreaming", |roles| roles.response_complete.clone()),
+        };
+        let producers = self.producers.iter();
         ActiveConfig {
             parsers: ParserSet::new(self.parsers.iter().filter_map(|i| i.roles.parser.clone())),
-            scheduler: Scheduler::new(Arc::clone(&self.profile_handler.1), profiles.collect()),
-            producers: self.producers.clone(),
-            pre_request: self.pre_request.clone(),
+            header_processors: self.hooks("RequestHeader", |roles| roles.header_processor.clone()),
+            agent_identity: self.agent_identity,
             saturation: Arc::clone(&self.saturation_detector.1),
+            screeners: self.hooks("Screener", |roles| roles.screener.clone()),
+            producers: producers
+                .map(|(name, plugin)| Hook::new("DataProducer", name.clone(), Arc::clone(plugin)))
+                .collect(),
+            admitters: self.hooks("Admission", |roles| roles.admitter.clone()),
+            scheduler: Scheduler::new(Arc::clone(&self.profile_handler.1), profiles.collect()),
+            prefix_matches: self.prefix_matches.clone(),
+            pre_request: self.hooks("PreRequest", |roles| roles.pre_request.clone()),
+            response_hooks: (!response.is_empty()).then(|| Arc::new(response)),
         }
+    }
+
+    /// Every instance that plays a role, in document order, timed as `extension_point`.
+    fn hooks<T: ?Sized>(
+        &self,
+        extension_point: &'static str,
+        role: impl Fn(&Roles) -> Option<Arc<T>>,
+    ) -> Vec<Hook<T>> {
+        self.instances
+            .iter()
+            .filter_map(|i| Some(Hook::new(extension_point, i.name.clone(), role(&i.roles)?)))
+            .collect()
     }
 }
 
@@ -160,15 +186,15 @@ pub fn resolve(
         .collect::<Result<_, _>>()?;
     loader.check_maturity(*options)?;
     let producers = loader.producers_in_order()?;
+    let agent_identity = loader.keys.published(AGENT_IDENTITY).into_iter().next();
+    let prefix_matches = loader.keys.published(PREFIX_MATCH);
     let instances = loader.instances;
     Ok(ResolvedConfig {
         profiles,
         profile_handler,
         producers,
-        pre_request: instances
-            .iter()
-            .filter_map(|i| i.roles.pre_request.clone())
-            .collect(),
+        agent_identity,
+        prefix_matches,
         parsers,
         saturation_detector: detector,
         sources,

@@ -1,26 +1,36 @@
-//! The use case, top to bottom: one request in, one decision out. Synchronous: nothing here waits.
+//! The use case, top to bottom: one request in, one decision out.
+//!
+//! Nothing here waits. When a data producer has to (a window that must close, a remote tokenizer),
+//! the decision is handed back as [`Step::Wait`] and goes on with [`Director::resume`] where it
+//! stopped.
 
+use std::any::Any;
 use std::cell::RefCell;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use smallvec::SmallVec;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::RequestError;
 use super::candidates::{self, Subset};
 use crate::datalayer::EndpointStore;
-use crate::plugin::{Attributes, Leases, TypedName};
+use crate::plugin::{Attributes, Column, Hook, Leases};
 use crate::request::parsers::{ParserSet, request_path};
 use crate::request::rewrite::rewrite_model;
 use crate::request::{ApiKind, Body, Headers, InferenceRequest, Payload};
-use crate::response::Accounting;
 use crate::response::accounting::RequestFacts;
 use crate::response::usage::UsageFormat;
+use crate::response::{Accounting, ResponseHooks};
+use crate::scheduling::attributes::PrefixMatch;
 use crate::scheduling::scheduler::{Scheduler, Scratch};
 use crate::scheduling::{
-    Candidate, Cycle, DataProducer, PreRequest, SaturationDetector, SchedulingResult,
+    Admitter, Candidate, Cycle, DataProducer, Outcome, PreRequest, Preparation, ProducerError,
+    RequestHeaderProcessor, SaturationDetector, SchedulingResult, Screener,
 };
 use crate::telemetry::metrics::Metrics;
 
@@ -117,19 +127,31 @@ pub struct Decision {
     pub skip_response: bool,
 }
 
-/// One loaded configuration, as requests use it. Replaced whole.
+/// One loaded configuration, as requests use it, in the order of use. Replaced whole.
 #[derive(Debug)]
 pub struct ActiveConfig {
     /// Path to parser.
     pub parsers: ParserSet,
-    /// Filter, score, pick.
-    pub scheduler: Scheduler,
-    /// In dependency order.
-    pub producers: Vec<(TypedName, Arc<dyn DataProducer>)>,
-    /// Run after the pick, in configuration order.
-    pub pre_request: Vec<Arc<dyn PreRequest>>,
+    /// Read request headers.
+    pub header_processors: Vec<Hook<dyn RequestHeaderProcessor>>,
+    /// Fairness id of requests whose headers name none.
+    pub agent_identity: Option<Column<String>>,
     /// Decides when requests with a negative priority are shed.
     pub saturation: Arc<dyn SaturationDetector>,
+    /// Restrict the candidates.
+    pub screeners: Vec<Hook<dyn Screener>>,
+    /// In dependency order.
+    pub producers: Vec<Hook<dyn DataProducer>>,
+    /// May refuse.
+    pub admitters: Vec<Hook<dyn Admitter>>,
+    /// Filter, score, pick.
+    pub scheduler: Scheduler,
+    /// Prefix matches that `Prefer: if-available` asks for; any of them will do.
+    pub prefix_matches: Vec<Column<PrefixMatch>>,
+    /// Run after the pick.
+    pub pre_request: Vec<Hook<dyn PreRequest>>,
+    /// Plugins of the response phase; `None` without any.
+    pub response_hooks: Option<Arc<ResponseHooks>>,
 }
 
 /// Settings that do not come from the configuration document.
@@ -154,6 +176,54 @@ pub struct Director {
     metrics: Metrics,
 }
 
+/// What became of a request that was handed to the director.
+#[derive(Debug)]
+pub enum Step {
+    /// It is decided.
+    Done(Result<Box<Decision>, RequestError>),
+    /// A data producer works on it; goes on with [`Director::resume`].
+    Wait(Box<Waiting>),
+}
+
+/// A decision that waits for a data producer. It keeps the configuration it began with.
+pub struct Waiting {
+    draft: Draft,
+    work: Work,
+}
+
+/// What a producer's preparation ended with.
+type Prepared = Box<dyn Any + Send>;
+/// A preparation under its timeout.
+type Work = Pin<Box<dyn Future<Output = Result<Prepared, ProducerError>> + Send>>;
+
+impl std::fmt::Debug for Waiting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Waiting")
+            .field("draft", &self.draft)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Waiting {
+    /// Ready when the producer is done or out of time. Poll again only after `Pending`.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Prepared, ProducerError>> {
+        self.work.as_mut().poll(cx)
+    }
+}
+
+/// A decision on its way: the request and what is known so far.
+#[derive(Debug)]
+struct Draft {
+    config: Arc<ActiveConfig>,
+    request: InferenceRequest,
+    id: RequestId,
+    received_at: Instant,
+    candidates: Vec<Candidate>,
+    attributes: Attributes,
+    /// Producers that are done.
+    produced: usize,
+}
+
 thread_local! {
     static WORKSPACE: RefCell<Workspace> = RefCell::default();
 }
@@ -164,6 +234,7 @@ struct Workspace {
     candidates: Vec<Candidate>,
     attributes: Attributes,
     scratch: Scratch,
+    keep: Vec<u32>,
     rng: RefCell<fastrand::Rng>,
 }
 
@@ -188,25 +259,43 @@ impl Director {
         self.active.store(Arc::new(config));
     }
 
-    /// The decision for one request.
-    pub fn decide(
-        &self,
-        intake: Intake,
-        knowledge: BodyKnowledge,
-    ) -> Result<Decision, RequestError> {
+    /// Decides, as far as possible without waiting.
+    pub fn decide(&self, intake: Intake, knowledge: BodyKnowledge) -> Step {
         let started = Instant::now();
         WORKSPACE.with_borrow_mut(|workspace| {
-            let result = if knowledge == BodyKnowledge::Absent {
-                self.any_endpoint(intake, workspace)
-            } else {
-                let result = self.decide_inference(intake, knowledge, workspace);
-                self.metrics.decision(started.elapsed());
-                result
-            };
-            // Candidates hold endpoints alive; the next request collects its own.
-            workspace.candidates.clear();
-            result
+            if knowledge == BodyKnowledge::Absent {
+                let decision = self.any_endpoint(intake, workspace);
+                workspace.candidates.clear();
+                return Step::Done(decision.map(Box::new));
+            }
+            let step = self.begin(intake, knowledge, workspace);
+            self.metrics.decision(started.elapsed());
+            step
         })
+    }
+
+    /// Goes on with a decision whose producer is done.
+    pub fn resume(&self, waiting: Waiting, prepared: Result<Prepared, ProducerError>) -> Step {
+        let Waiting { mut draft, .. } = waiting;
+        let Draft {
+            config,
+            request,
+            candidates,
+            attributes,
+            produced,
+            ..
+        } = &mut draft;
+        if let Some(producer) = config.producers.get(*produced) {
+            let result = producer.timed(|plugin| {
+                plugin.produce_prepared(prepared?, request, candidates, attributes)
+            });
+            *produced += 1;
+            if let Err(error) = result {
+                give_up_on_producers(&producer.name.name, &error);
+                *produced = config.producers.len();
+            }
+        }
+        WORKSPACE.with_borrow_mut(|workspace| self.go_on(draft, workspace))
     }
 
     /// A request was refused before it came here.
@@ -245,12 +334,14 @@ impl Director {
             target_model: String::new(),
             stream: false,
             usage: None,
-            endpoint: endpoint.host_port_str().to_owned(),
+            picks: SmallVec::from_iter([Arc::clone(endpoint)]),
+            request_id: id.as_str().to_owned(),
+            hooks: self.active.load().response_hooks.clone(),
         };
         Ok(Decision {
             destination: endpoint.host_port.clone(),
             scores: None,
-            set_headers: id.into_header(),
+            set_headers: id.header().into_iter().collect(),
             remove_headers: self.headers_to_remove(&intake.headers),
             body: intake.body,
             rewritten: false,
@@ -259,51 +350,58 @@ impl Director {
         })
     }
 
-    fn decide_inference(
-        &self,
-        intake: Intake,
-        knowledge: BodyKnowledge,
-        workspace: &mut Workspace,
-    ) -> Result<Decision, RequestError> {
-        let config = self.active.load();
+    /// Reads the request, admits it and finds its candidates.
+    fn begin(&self, intake: Intake, knowledge: BodyKnowledge, workspace: &mut Workspace) -> Step {
+        let config = self.active.load_full();
         let Intake {
             headers,
             body,
             subset,
             received_at,
         } = intake;
-        let fairness = named(&headers, &FAIRNESS)
-            .unwrap_or(DEFAULT_FLOW)
-            .to_owned();
-        let (request, id) = match read_request(&config.parsers, headers, body, knowledge, fairness)
-        {
+        let (mut request, id) = match read_request(&config.parsers, headers, body, knowledge) {
             Ok(read) => read,
             Err(error) => {
                 self.note_refusal(&error);
-                return Err(error);
+                return Step::Done(Err(error));
             }
         };
-        let picked = self.pick(&config, &request, &subset, workspace);
-        let (result, leases) = match picked {
-            Ok(picked) => picked,
-            Err(error) => {
-                self.series(&request).error(error.code());
-                self.metrics.scheduled(&request.target_model, None);
-                tracing::debug!(request_id = request.id, %error, "refused");
-                return Err(error);
-            }
+        let mut attributes = std::mem::take(&mut workspace.attributes);
+        attributes.clear();
+        for hook in &config.header_processors {
+            hook.timed(|plugin| plugin.process(&request, &mut attributes));
+        }
+        if request.fairness_id.is_empty() {
+            let agent = config.agent_identity.and_then(|c| attributes.get(c));
+            request.fairness_id = agent
+                .and_then(|values| values.first())
+                .map_or_else(|| DEFAULT_FLOW.to_owned(), Clone::clone);
+        }
+        let admitted = self.admit(&config, &request, &subset, &attributes, workspace);
+        let draft = Draft {
+            config,
+            request,
+            id,
+            received_at,
+            candidates: std::mem::take(&mut workspace.candidates),
+            attributes,
+            produced: 0,
         };
-        Ok(self.answer(request, id, received_at, &result, leases, workspace))
+        match admitted {
+            Ok(()) => self.go_on(draft, workspace),
+            Err(error) => self.refuse(draft, error, workspace),
+        }
     }
 
-    /// Candidates, producers, profiles, hooks.
-    fn pick(
+    /// Legacy admission, then the candidates.
+    fn admit(
         &self,
         config: &ActiveConfig,
         request: &InferenceRequest,
         subset: &Subset,
+        attributes: &Attributes,
         workspace: &mut Workspace,
-    ) -> Result<(SchedulingResult, Leases), RequestError> {
+    ) -> Result<(), RequestError> {
         let now = Instant::now();
         self.seed(&workspace.rng, &request.id);
         if request.priority < 0 {
@@ -313,63 +411,88 @@ impl Director {
             }
         }
         self.collect(subset, workspace);
-        let Workspace {
-            candidates,
-            attributes,
-            scratch,
-            rng,
-        } = workspace;
-        if candidates.is_empty() {
+        if workspace.candidates.is_empty() {
             return Err(RequestError::NoCandidates);
         }
-        attributes.clear();
-        for (name, producer) in &config.producers {
-            if let Err(error) = producer.produce(request, candidates, attributes) {
-                tracing::warn!(producer = name.name, %error, "data producer failed, the rest is skipped");
-                break;
+        if !config.screeners.is_empty() {
+            let cycle = Cycle {
+                request,
+                attributes,
+                now,
+                rng: &workspace.rng,
+            };
+            screen(
+                &config.screeners,
+                &cycle,
+                &mut workspace.candidates,
+                &mut workspace.keep,
+            );
+        }
+        if workspace.candidates.is_empty() {
+            return Err(RequestError::Screened);
+        }
+        Ok(())
+    }
+
+    /// Producers, admitters, profiles, hooks.
+    fn go_on(&self, mut draft: Draft, workspace: &mut Workspace) -> Step {
+        if let Some(work) = draft.produce() {
+            return Step::Wait(Box::new(Waiting { draft, work }));
+        }
+        let picked = draft.pick(workspace);
+        let step = match picked {
+            Ok((result, outcome)) => {
+                let decision = self.answer(&mut draft, &result, outcome, &workspace.scratch);
+                Step::Done(Ok(Box::new(decision)))
             }
-        }
-        let cycle = Cycle {
-            request,
-            attributes,
-            now,
-            rng,
+            Err(error) => return self.refuse(draft, error, workspace),
         };
-        let result = config.scheduler.schedule(&cycle, candidates, scratch)?;
-        let mut leases = Leases::default();
-        for hook in &config.pre_request {
-            hook.on_pick(&cycle, candidates, &result, &mut leases);
-        }
-        Ok((result, leases))
+        workspace.take_back(draft);
+        step
+    }
+
+    fn refuse(&self, draft: Draft, error: RequestError, workspace: &mut Workspace) -> Step {
+        let request = &draft.request;
+        self.series(request).error(error.code());
+        self.metrics.scheduled(&request.target_model, None);
+        tracing::debug!(request_id = request.id, %error, "refused");
+        workspace.take_back(draft);
+        Step::Done(Err(error))
     }
 
     fn answer(
         &self,
-        request: InferenceRequest,
-        id: RequestId,
-        received_at: Instant,
+        draft: &mut Draft,
         result: &SchedulingResult,
-        leases: Leases,
-        workspace: &Workspace,
+        outcome: Outcome,
+        scratch: &Scratch,
     ) -> Decision {
-        let candidates = &workspace.candidates;
-        let picks = result
+        let Draft {
+            config,
+            request,
+            id,
+            received_at,
+            candidates,
+            ..
+        } = draft;
+        let picks: SmallVec<[_; 1]> = result
             .primary
             .picks
             .iter()
-            .filter_map(|&p| candidates.get(p as usize));
-        let first = picks.clone().next().map(|c| Arc::clone(&c.endpoint));
-        let destination = join(picks.map(|c| &c.endpoint.host_port));
-        let spec = first.as_ref().map(|e| &e.spec);
+            .filter_map(|&p| Some(Arc::clone(&candidates.get(p as usize)?.endpoint)))
+            .collect();
+        let destination = join(picks.iter().map(|e| &e.host_port));
+        let spec = picks.first().map(|e| &e.spec);
         let labels = spec.map(|s| (s.name.as_str(), s.namespace.as_str(), s.address.port()));
         self.metrics.scheduled(&request.target_model, labels);
+        let received = std::mem::take(&mut request.body);
         let rewritten = request.payload.rewritable && request.target_model != request.model;
         let body = if rewritten {
-            rewrite_model(&request.body, &request.payload, &request.target_model)
+            rewrite_model(&received, &request.payload, &request.target_model)
         } else {
-            request.body.clone()
+            received
         };
-        let series = self.series(&request);
+        let series = self.series(request);
         series.scheduled(body.len() as u64);
         self.metrics.request_processed(received_at.elapsed());
         tracing::debug!(
@@ -379,24 +502,35 @@ impl Director {
             endpoint = %String::from_utf8_lossy(&destination),
             "picked"
         );
+        let hooks = config.response_hooks.clone();
         let facts = RequestFacts {
-            received_at,
+            received_at: *received_at,
             stream: request.payload.stream,
             usage: usage_format(&request.payload),
-            endpoint: first
-                .map(|e| e.host_port_str().to_owned())
+            picks,
+            request_id: hooks
+                .as_ref()
+                .map(|_| request.id.clone())
                 .unwrap_or_default(),
-            model: request.model,
-            target_model: request.target_model,
+            hooks,
+            model: std::mem::take(&mut request.model),
+            target_model: std::mem::take(&mut request.target_model),
         };
+        let Outcome {
+            leases,
+            mut set_headers,
+        } = outcome;
+        let mut remove_headers = self.headers_to_remove(&request.headers);
+        remove_headers.retain(|name| !set_headers.iter().any(|(own, _)| own == name));
+        set_headers.extend(id.header());
         Decision {
             destination,
             scores: self
                 .options
                 .emit_scores
-                .then(|| named_scores(candidates, &workspace.scratch)),
-            set_headers: id.into_header(),
-            remove_headers: self.headers_to_remove(&request.headers),
+                .then(|| named_scores(candidates, scratch)),
+            set_headers,
+            remove_headers,
             body,
             rewritten,
             account: Accounting::new(facts, leases, Some(series)),
@@ -445,6 +579,135 @@ impl Director {
     }
 }
 
+impl Workspace {
+    /// Keeps the buffers of a decision that ended. Candidates hold endpoints alive, so they go.
+    fn take_back(&mut self, draft: Draft) {
+        self.candidates = draft.candidates;
+        self.candidates.clear();
+        self.attributes = draft.attributes;
+    }
+}
+
+impl Draft {
+    /// Runs producers until all are done or one has to wait.
+    fn produce(&mut self) -> Option<Work> {
+        let Self {
+            config,
+            request,
+            candidates,
+            attributes,
+            produced,
+            ..
+        } = self;
+        while let Some(producer) = config.producers.get(*produced) {
+            if let Some(preparation) = producer.plugin.prepare(request, candidates, attributes) {
+                return Some(Box::pin(in_time(preparation)));
+            }
+            let result = producer.timed(|plugin| plugin.produce(request, candidates, attributes));
+            *produced += 1;
+            if let Err(error) = result {
+                give_up_on_producers(&producer.name.name, &error);
+                *produced = config.producers.len();
+            }
+        }
+        None
+    }
+
+    /// Admitters, profiles, hooks.
+    fn pick(&self, workspace: &mut Workspace) -> Result<(SchedulingResult, Outcome), RequestError> {
+        let Draft {
+            config,
+            request,
+            candidates,
+            attributes,
+            ..
+        } = self;
+        let cycle = Cycle {
+            request,
+            attributes,
+            now: Instant::now(),
+            rng: &workspace.rng,
+        };
+        for hook in &config.admitters {
+            hook.timed(|plugin| plugin.admit(&cycle, candidates))?;
+        }
+        let result = config
+            .scheduler
+            .schedule(&cycle, candidates, &mut workspace.scratch)?;
+        if wants_cached_prefix(&request.headers)
+            && !holds_prefix(&config.prefix_matches, attributes, &result)
+        {
+            return Err(RequestError::NoCachedPrefix);
+        }
+        let mut outcome = Outcome::default();
+        for hook in &config.pre_request {
+            hook.timed(|plugin| plugin.on_pick(&cycle, candidates, &result, &mut outcome));
+        }
+        Ok((result, outcome))
+    }
+}
+
+async fn in_time(preparation: Preparation) -> Result<Prepared, ProducerError> {
+    let Preparation { work, timeout } = preparation;
+    tokio::time::timeout(timeout, work)
+        .await
+        .map_err(|_| ProducerError(format!("not ready within {timeout:?}")))
+}
+
+fn give_up_on_producers(name: &str, error: &ProducerError) {
+    tracing::warn!(producer = name, %error, "data producer failed, the rest is skipped");
+}
+
+/// Keeps the candidates that every screener keeps.
+fn screen(
+    screeners: &[Hook<dyn Screener>],
+    cycle: &Cycle<'_>,
+    candidates: &mut Vec<Candidate>,
+    keep: &mut Vec<u32>,
+) {
+    // Each sees the full list, so the verdicts are collected before anything is dropped.
+    let mut kept_by = vec![0usize; candidates.len()];
+    for hook in screeners {
+        keep.clear();
+        hook.timed(|plugin| plugin.screen(cycle, candidates, keep));
+        keep.sort_unstable();
+        keep.dedup();
+        for &position in keep.iter() {
+            if let Some(count) = kept_by.get_mut(position as usize) {
+                *count += 1;
+            }
+        }
+    }
+    let mut counts = kept_by.into_iter();
+    candidates.retain(|_| counts.next() == Some(screeners.len()));
+}
+
+/// `Prefer: if-available` (RFC 7240, parameters ignored): serve only from a cached prefix.
+fn wants_cached_prefix(headers: &Headers) -> bool {
+    headers
+        .iter()
+        .filter(|h| h.name == "prefer")
+        .filter_map(|h| std::str::from_utf8(&h.value).ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|preference| preference.split(';').next())
+        .any(|token| token.trim().eq_ignore_ascii_case("if-available"))
+}
+
+/// True when the first pick holds at least one block of the prompt.
+fn holds_prefix(
+    columns: &[Column<PrefixMatch>],
+    attributes: &Attributes,
+    result: &SchedulingResult,
+) -> bool {
+    let Some(&pick) = result.primary.picks.first() else {
+        return false;
+    };
+    columns
+        .iter()
+        .filter_map(|column| attributes.get(*column)?.get(pick as usize))
+        .any(|found| found.matched_blocks > 0)
+}
+
 /// Where a request's id came from.
 #[derive(Debug)]
 enum RequestId {
@@ -460,10 +723,10 @@ impl RequestId {
     }
 
     /// The header is set only when the client sent none.
-    fn into_header(self) -> Vec<(&'static str, Bytes)> {
+    fn header(&self) -> Option<(&'static str, Bytes)> {
         match self {
-            Self::Received(_) => Vec::new(),
-            Self::Generated(id) => vec![("x-request-id", Bytes::from(id))],
+            Self::Received(_) => None,
+            Self::Generated(id) => Some(("x-request-id", Bytes::copy_from_slice(id.as_bytes()))),
         }
     }
 }
@@ -487,7 +750,6 @@ fn read_request(
     headers: Headers,
     body: Body,
     knowledge: BodyKnowledge,
-    fairness_id: String,
 ) -> Result<(InferenceRequest, RequestId), RequestError> {
     let path = request_path(&headers).to_owned();
     let payload = match knowledge {
@@ -511,7 +773,8 @@ fn read_request(
         objective.clone_into(&mut request.objective);
     }
     request.path = path;
-    request.fairness_id = fairness_id;
+    // Empty until the plugins that read headers have run.
+    request.fairness_id = named(&headers, &FAIRNESS).unwrap_or_default().to_owned();
     request.headers = headers;
     Ok((request, id))
 }

@@ -1,7 +1,7 @@
 //! Why a request was refused, and the answer that belongs to each reason.
 
 use crate::request::ParseError;
-use crate::scheduling::ScheduleError;
+use crate::scheduling::{Denial, ScheduleError};
 
 /// Why a request was refused. Every variant is an answer a client can tell apart; texts are fixed
 /// and safe to send. Envoy turns a gRPC error of ours into its failure mode, so each variant is an
@@ -23,6 +23,15 @@ pub enum RequestError {
     /// The pool is empty, or the subset hint names none of its endpoints.
     #[error("failed to find endpoint candidates for serving the request")]
     NoCandidates,
+    /// The screeners left nothing.
+    #[error("screeners eliminated all endpoint candidates")]
+    Screened,
+    /// An admitter refused.
+    #[error(transparent)]
+    Denied(#[from] Denial),
+    /// `Prefer: if-available`, and the pick holds nothing of the prompt.
+    #[error("no decode worker has the requested KV cache")]
+    NoCachedPrefix,
     /// A request without a body found an empty pool.
     #[error("no pods available in datastore")]
     NoEndpoints,
@@ -46,8 +55,19 @@ impl RequestError {
         match self {
             Self::BadRequest(_) | Self::NoModel => 400,
             Self::BodyTooLarge { .. } => 413,
+            Self::NoCachedPrefix => 412,
             Self::Shed | Self::Schedule(_) => 429,
-            Self::NoCandidates | Self::NoEndpoints | Self::DecisionTimeout { .. } => 503,
+            Self::Denied(denial) => {
+                if denial.saturated {
+                    429
+                } else {
+                    500
+                }
+            }
+            Self::NoCandidates
+            | Self::Screened
+            | Self::NoEndpoints
+            | Self::DecisionTimeout { .. } => 503,
         }
     }
 
@@ -56,10 +76,19 @@ impl RequestError {
         match self {
             Self::BadRequest(_) | Self::NoModel => "BadRequest",
             Self::BodyTooLarge { .. } => "RequestEntityTooLarge",
+            Self::NoCachedPrefix => "PreconditionFailed",
             Self::Shed | Self::Schedule(_) => "ResourceExhausted",
-            Self::NoCandidates | Self::NoEndpoints | Self::DecisionTimeout { .. } => {
-                "ServiceUnavailable"
+            Self::Denied(denial) => {
+                if denial.saturated {
+                    "ResourceExhausted"
+                } else {
+                    "Internal"
+                }
             }
+            Self::NoCandidates
+            | Self::Screened
+            | Self::NoEndpoints
+            | Self::DecisionTimeout { .. } => "ServiceUnavailable",
         }
     }
 
@@ -67,11 +96,15 @@ impl RequestError {
     pub fn dropped_reason(&self) -> Option<&'static str> {
         match self {
             Self::Schedule(ScheduleError::FiltersLeftNothing) => Some("rejected-saturated"),
-            Self::NoCandidates | Self::NoEndpoints => Some("rejected-no-endpoints"),
+            Self::NoCandidates | Self::Screened | Self::NoEndpoints => {
+                Some("rejected-no-endpoints")
+            }
             Self::DecisionTimeout { .. } => Some("rejected-ttl-expired"),
             Self::BadRequest(_)
             | Self::NoModel
             | Self::BodyTooLarge { .. }
+            | Self::Denied(_)
+            | Self::NoCachedPrefix
             | Self::Shed
             | Self::Schedule(ScheduleError::Handler(_)) => None,
         }

@@ -7,5 +7,5 @@ mod error;
 pub mod producers;
 
 pub use candidates::Subset;
-pub use director::{BodyKnowledge, Decision, Director, Intake};
+pub use director::{BodyKnowledge, Decision, Director, Intake, Step, Waiting};
 pub use error::RequestError;

@@ -139,6 +139,9 @@ where
                     return Poll::Ready(None);
                 }
                 Poll::Pending => {
+                    if this.exchange.poll_decision(cx) {
+                        continue;
+                    }
                     if !this.is_overdue(cx) {
                         return Poll::Pending;
                     }

@@ -9,6 +9,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,9 +25,11 @@ use super::proto::{
     BodySendMode, CommonResponse, HeaderMap, HttpBody, HttpHeaders, Metadata, ProcessingRequest,
     ProcessingResponse, ProtocolConfiguration, Struct, Value,
 };
-use crate::control::{BodyKnowledge, Decision, Director, Intake, RequestError, Subset};
+use crate::control::{
+    BodyKnowledge, Decision, Director, Intake, RequestError, Step, Subset, Waiting,
+};
 use crate::request::{Body, Headers};
-use crate::response::{Accounting, ModelNameRewriter};
+use crate::response::{Accounting, MetadataNumber, ModelNameRewriter, Served};
 
 /// Destination key in headers and metadata.
 pub const DESTINATION: &str = "x-gateway-destination-endpoint";
@@ -89,6 +92,13 @@ enum Phase {
     Passive,
 }
 
+/// STREAMED: messages that get their own replies once the headers are answered.
+#[derive(Debug, Default)]
+struct Unanswered {
+    pieces: usize,
+    trailers: bool,
+}
+
 /// One HTTP request and its response.
 #[derive(Debug)]
 pub struct Exchange {
@@ -103,9 +113,10 @@ pub struct Exchange {
     headers: Headers,
     body: Body,
     subset: Subset,
-    /// STREAMED: body messages that still need their own reply once the headers are answered.
-    unanswered_pieces: usize,
+    unanswered: Unanswered,
     request_ended: bool,
+    /// A decision that waits for a data producer.
+    waiting: Option<Box<Waiting>>,
     account: Option<Accounting>,
     model_names: Option<ModelNameRewriter>,
     out: VecDeque<ProcessingResponse>,
@@ -126,8 +137,9 @@ impl Exchange {
             headers: Headers::default(),
             body: Body::default(),
             subset: Subset::Any,
-            unanswered_pieces: 0,
+            unanswered: Unanswered::default(),
             request_ended: false,
+            waiting: None,
             account: None,
             model_names: None,
             out: VecDeque::new(),
@@ -150,6 +162,21 @@ impl Exchange {
         (self.phase == Phase::Undecided).then(|| self.received_at + self.settings.decision_timeout)
     }
 
+    /// Goes on with a decision that waits. True when that brought it further.
+    pub fn poll_decision(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(waiting) = &mut self.waiting else {
+            return false;
+        };
+        let Poll::Ready(prepared) = waiting.poll(cx) else {
+            return false;
+        };
+        if let Some(waiting) = self.waiting.take() {
+            let step = self.director.resume(*waiting, prepared);
+            self.on_step(step);
+        }
+        true
+    }
+
     /// The decision did not come in time.
     pub fn on_deadline(&mut self) {
         let seconds = self.settings.decision_timeout.as_secs();
@@ -163,6 +190,7 @@ impl Exchange {
         if !normal {
             self.director.note_abort(self.phase_name());
         }
+        self.waiting = None;
         self.account = None;
         normal
     }
@@ -262,6 +290,7 @@ impl Exchange {
                     "request body arrived before its headers",
                 ));
             }
+            Phase::Undecided if self.waiting.is_some() => return self.hold_request_piece(&message),
             Phase::Undecided => {}
             _ => {
                 self.pass_request_piece(message);
@@ -274,7 +303,7 @@ impl Exchange {
             return Ok(());
         }
         self.body.push(message.body);
-        self.unanswered_pieces += 1;
+        self.unanswered.pieces += 1;
         self.request_ended = message.end_of_stream;
         match self.request_mode {
             BodySendMode::Buffered => self.decide(BodyKnowledge::Complete),
@@ -297,13 +326,28 @@ impl Exchange {
                 "request trailers arrived before headers",
             ));
         }
-        if self.phase == Phase::Undecided {
+        if self.phase == Phase::Undecided && self.waiting.is_none() {
             self.read_subset(metadata);
             self.decide(BodyKnowledge::Complete);
         }
-        if !self.closed {
+        if self.waiting.is_some() {
+            self.unanswered.trailers = true;
+        } else if !self.closed {
             self.out.push_back(mutation::trailers(Direction::Request));
         }
+        Ok(())
+    }
+
+    /// A piece that arrives while the decision waits. Only STREAMED decides before the end of the
+    /// body; there Envoy keeps the piece and wants nothing but a reply.
+    fn hold_request_piece(&mut self, message: &HttpBody) -> Result<(), Status> {
+        if self.request_mode == BodySendMode::FullDuplexStreamed {
+            return Err(Status::invalid_argument(
+                "request body arrived after its end",
+            ));
+        }
+        self.unanswered.pieces += 1;
+        self.request_ended |= message.end_of_stream;
         Ok(())
     }
 
@@ -328,9 +372,15 @@ impl Exchange {
             subset: std::mem::take(&mut self.subset),
             received_at: self.received_at,
         };
-        match self.director.decide(intake, knowledge) {
-            Ok(decision) => self.route(decision),
-            Err(error) => self.refuse(&error),
+        let step = self.director.decide(intake, knowledge);
+        self.on_step(step);
+    }
+
+    fn on_step(&mut self, step: Step) {
+        match step {
+            Step::Wait(waiting) => self.waiting = Some(waiting),
+            Step::Done(Ok(decision)) => self.route(*decision),
+            Step::Done(Err(error)) => self.refuse(&error),
         }
     }
 
@@ -366,12 +416,12 @@ impl Exchange {
                     Some(metadata),
                 ));
                 // A header-only request has no body to return; one with trailers ends with them.
-                if self.unanswered_pieces > 0 {
+                if self.unanswered.pieces > 0 {
                     self.stream_back(Direction::Request, body.into_pieces(), self.request_ended);
                 }
             }
             BodySendMode::Buffered | BodySendMode::BufferedPartial
-                if self.unanswered_pieces > 0 =>
+                if self.unanswered.pieces > 0 =>
             {
                 if rewritten {
                     set.push(content_length(body.len()));
@@ -391,7 +441,7 @@ impl Exchange {
                     common,
                     Some(metadata),
                 ));
-                for _ in 0..self.unanswered_pieces {
+                for _ in 0..self.unanswered.pieces {
                     self.out.push_back(mutation::body(
                         Direction::Request,
                         CommonResponse::default(),
@@ -400,7 +450,10 @@ impl Exchange {
                 }
             }
         }
-        self.unanswered_pieces = 0;
+        self.unanswered.pieces = 0;
+        if std::mem::take(&mut self.unanswered.trailers) {
+            self.out.push_back(mutation::trailers(Direction::Request));
+        }
         // Leaving is safe only once the whole request was given back and before the response starts.
         if skip_response && self.request_ended {
             self.phase = Phase::Ended;
@@ -434,6 +487,7 @@ impl Exchange {
         self.phase = Phase::Ended;
         self.closed = true;
         self.body = Body::default();
+        self.waiting = None;
     }
 
     /// The hint is attached to every message; the latest one that carries it counts.
@@ -456,16 +510,19 @@ impl Exchange {
         attributes: &std::collections::HashMap<String, Struct>,
     ) {
         let headers = read_headers(message.headers);
-        if let Some(account) = &mut self.account {
-            if let Some(served) = served_endpoint(metadata, attributes) {
-                account.on_served(served);
-            }
-            account.on_response_headers(&headers);
-        }
-        let set = vec![set_header(
+        let mut set = vec![set_header(
             "x-went-into-resp-headers",
             Bytes::from_static(b"true"),
         )];
+        if let Some(account) = &mut self.account {
+            let added =
+                account.on_response_headers(&headers, served_endpoint(metadata, attributes));
+            set.extend(
+                added
+                    .into_iter()
+                    .map(|(name, value)| set_header(&name, value)),
+            );
+        }
         let common = mutation::with_headers(set, Vec::new(), false);
         self.out
             .push_back(mutation::headers(Direction::Response, common, None));
@@ -531,9 +588,13 @@ impl Exchange {
         self.end_response();
     }
 
+    /// Ends the exchange; what plugins report travels with the last reply.
     fn end_response(&mut self) {
-        if let Some(account) = self.account.take() {
-            account.complete();
+        let metadata = self.account.take().map(Accounting::complete);
+        if let (Some(numbers), Some(last)) = (metadata, self.out.back_mut())
+            && !numbers.is_empty()
+        {
+            last.dynamic_metadata = Some(response_metadata(numbers));
         }
         self.phase = Phase::Ended;
     }
@@ -616,13 +677,13 @@ fn read_subset(value: &Value) -> Option<Subset> {
 fn served_endpoint<'a>(
     metadata: Option<&'a Metadata>,
     attributes: &'a std::collections::HashMap<String, Struct>,
-) -> Option<&'a str> {
+) -> Served<'a> {
     let string = |value: &'a Value| match &value.kind {
         Some(Kind::StringValue(text)) => Some(text.as_str()),
         _ => None,
     };
-    let reported = metadata
-        .and_then(|m| m.filter_metadata.get(DESTINATION_NAMESPACE))
+    let namespace = metadata.and_then(|m| m.filter_metadata.get(DESTINATION_NAMESPACE));
+    let reported = namespace
         .and_then(|s| s.fields.get(SERVED))
         .and_then(string);
     let attribute = || {
@@ -631,7 +692,29 @@ fn served_endpoint<'a>(
             .and_then(|s| s.fields.get(UPSTREAM_ADDRESS))
             .and_then(string)
     };
-    reported.or_else(attribute)
+    match (reported.or_else(attribute), namespace) {
+        (Some(served), _) => Served::By(served),
+        (None, Some(_)) => Served::NoKey,
+        (None, None) => Served::NoNamespace,
+    }
+}
+
+/// Numbers by namespace and name.
+fn response_metadata(numbers: Vec<MetadataNumber>) -> Struct {
+    let mut namespaces: Vec<(String, Vec<(String, Value)>)> = Vec::new();
+    for number in numbers {
+        let field = (number.name, mutation::number_value(number.value));
+        match namespaces.iter_mut().find(|(n, _)| *n == number.namespace) {
+            Some((_, fields)) => fields.push(field),
+            None => namespaces.push((number.namespace, vec![field])),
+        }
+    }
+    mutation::structure(namespaces.into_iter().map(|(namespace, fields)| {
+        (
+            namespace,
+            mutation::struct_value(mutation::structure(fields)),
+        )
+    }))
 }
 
 fn routing_metadata(destination: &Bytes, scores: Option<Vec<(String, f64)>>) -> Struct {

@@ -118,6 +118,19 @@ impl DataKeys {
         }
     }
 
+    /// Every column of `data_type` that some instance publishes.
+    pub fn published<T: 'static>(&self, data_type: &str) -> Vec<Column<T>> {
+        let slots = self.keys.iter().enumerate();
+        slots
+            .filter(|(_, k)| k.data_type == data_type && !k.produced_by.is_empty())
+            .filter(|(_, k)| k.value_type == std::any::type_name::<T>())
+            .map(|(slot, _)| Column {
+                slot,
+                of: PhantomData,
+            })
+            .collect()
+    }
+
     /// Live counters of the in-flight producer called `producer`; same slot for every caller.
     pub fn in_flight(&mut self, producer: &str) -> Result<InFlightSlot, PluginError> {
         let position = self.in_flight.iter().position(|name| name == producer);

@@ -5,10 +5,12 @@
 
 pub mod data;
 pub mod duration;
+mod hook;
 mod lease;
 pub mod params;
 
 pub use data::{Attributes, Column, DataKeys, InFlightSlot, MAX_IN_FLIGHT_PRODUCERS};
+pub use hook::Hook;
 pub use lease::{Lease, Leases};
 pub use params::{ParamError, Parameters};
 

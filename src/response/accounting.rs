@@ -6,10 +6,13 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use super::ModelNameRewriter;
 use super::usage::{ResponseReader, UsageFormat};
+use super::{MetadataNumber, ModelNameRewriter, ResponseHooks, ResponseView, Served};
+use crate::datalayer::Endpoint;
 use crate::plugin::Leases;
 use crate::request::Headers;
 use crate::telemetry::metrics::{Completion, RequestSeries, RunningGuard};
@@ -27,8 +30,23 @@ pub struct RequestFacts {
     pub stream: bool,
     /// How usage is written in the response; `None` when it cannot be read.
     pub usage: Option<UsageFormat>,
-    /// `ip:port` of the first pick.
-    pub endpoint: String,
+    /// The picks, best first.
+    pub picks: SmallVec<[Arc<Endpoint>; 1]>,
+    /// Request id, for hooks; empty when there are none.
+    pub request_id: String,
+    /// Plugins of the response phase; `None` when the configuration has none.
+    pub hooks: Option<Arc<ResponseHooks>>,
+}
+
+impl RequestFacts {
+    /// The endpoint that answers, as far as is known.
+    fn endpoint(&self, served: Served<'_>) -> Option<&Arc<Endpoint>> {
+        let reported = match served {
+            Served::By(address) => self.picks.iter().find(|e| e.host_port_str() == address),
+            Served::NoKey | Served::NoNamespace => None,
+        };
+        reported.or_else(|| self.picks.first())
+    }
 }
 
 /// One routed request, from the decision to its end.
@@ -75,20 +93,23 @@ impl Accounting {
             .then(|| ModelNameRewriter::new(target_model, model))
     }
 
-    /// The proxy reported which endpoint answers; it differs from the pick after a retry or fallback.
-    pub fn on_served(&mut self, served: &str) {
-        if served != self.facts.endpoint {
+    /// Response headers arrived, with the proxy's report of who answers. Returns headers to set.
+    pub fn on_response_headers(
+        &mut self,
+        headers: &Headers,
+        served: Served<'_>,
+    ) -> Vec<(String, Bytes)> {
+        self.headers_at = Some(Instant::now());
+        if let (Served::By(served), Some(picked)) = (served, self.facts.picks.first())
+            && served != picked.host_port_str()
+        {
+            // After a retry or the proxy's own fallback.
             tracing::debug!(
-                picked = self.facts.endpoint,
+                picked = picked.host_port_str(),
                 served,
                 "another endpoint answered"
             );
         }
-    }
-
-    /// Response headers arrived.
-    pub fn on_response_headers(&mut self, headers: &Headers) {
-        self.headers_at = Some(Instant::now());
         self.streaming |= headers
             .get_str("content-type")
             .is_some_and(|v| v.contains("text/event-stream"));
@@ -105,6 +126,19 @@ impl Accounting {
                 .usage
                 .map(|format| ResponseReader::new(format, self.streaming));
         }
+        let mut set = Vec::new();
+        if let (Some(hooks), Some(endpoint)) = (&self.facts.hooks, self.facts.endpoint(served)) {
+            let view = ResponseView {
+                request_id: &self.facts.request_id,
+                endpoint,
+                served,
+                headers,
+            };
+            for hook in &hooks.headers {
+                hook.timed(|plugin| plugin.on_response_headers(&view, &mut set));
+            }
+        }
+        set
     }
 
     /// A piece of the response body arrived.
@@ -132,13 +166,20 @@ impl Accounting {
         }
     }
 
-    /// The response ended naturally: records usage and durations, then releases everything.
-    pub fn complete(mut self) {
+    /// The response ended naturally: records usage and durations, then releases everything. Returns
+    /// what plugins report in the dynamic metadata of the last reply.
+    pub fn complete(mut self) -> Vec<MetadataNumber> {
+        let mut metadata = Vec::new();
         let Some(series) = self.series.take() else {
-            return;
+            return metadata;
         };
         let end = Instant::now();
         let usage = self.reader.as_mut().and_then(ResponseReader::finish);
+        if let Some(hooks) = &self.facts.hooks {
+            for hook in &hooks.complete {
+                hook.timed(|plugin| plugin.on_complete(usage.as_ref(), &mut metadata));
+            }
+        }
         if let Some(usage) = usage {
             series.usage(
                 usage.prompt_tokens,
@@ -160,5 +201,6 @@ impl Accounting {
             streaming: self.streaming,
             output_tokens: usage.map_or(0, |u| u.completion_tokens),
         });
+        metadata
     }
 }

@@ -9,6 +9,11 @@ pub const IN_FLIGHT: &str = "InFlightLoadDataKey";
 /// Prompt tokens of the request, one value for each prompt: `u64`.
 pub const TOKENIZED_PROMPT: &str = "TokenizedPrompt";
 
+/// Who the calling agent is, one value: `String`. Used as fairness id.
+pub const AGENT_IDENTITY: &str = "agent-identity";
+/// Session of the request, one value: `String`.
+pub const SESSION_ID: &str = "SessionIDDataKey";
+
 /// Default producers of the keys above.
 pub const APPROX_PREFIX_PRODUCER: &str = "approx-prefix-cache-producer";
 /// See [`APPROX_PREFIX_PRODUCER`].

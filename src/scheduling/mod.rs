@@ -23,7 +23,10 @@ pub mod scorers;
 #[cfg(test)]
 pub(crate) mod test_support;
 
-pub use hooks::{DataProducer, PreRequest, ProducerError, SaturationDetector};
+pub use hooks::{
+    Admitter, DataProducer, Denial, Outcome, PreRequest, Preparation, ProducerError,
+    RequestHeaderProcessor, SaturationDetector, Screener,
+};
 
 /// One endpoint still in the running, with its metrics frozen for this request. In-flight load is
 /// read live from the endpoint.

@@ -10,44 +10,8 @@ use super::{
     Candidate, Candidates, Cycle, Filter, Picker, ProfileHandler, ProfilePicks, ProfileRun,
     ScheduleError, SchedulingResult, Scored, Scorer,
 };
-use crate::plugin::TypedName;
-use crate::telemetry::metrics::{Pair, labels};
-
-/// A hook with its name and timing series.
-#[derive(Debug)]
-pub struct Hook<T: ?Sized> {
-    /// Identity.
-    pub name: TypedName,
-    /// The plugin.
-    pub plugin: Arc<T>,
-    duration: Pair<Histogram>,
-}
-
-impl<T: ?Sized> Clone for Hook<T> {
-    fn clone(&self) -> Self {
-        Self {
-            name: self.name.clone(),
-            plugin: Arc::clone(&self.plugin),
-            duration: self.duration.clone(),
-        }
-    }
-}
-
-impl<T: ?Sized> Hook<T> {
-    /// A hook timed as `extension_point` (`Filter`, `Scorer`, `Picker`).
-    pub fn new(extension_point: &'static str, name: TypedName, plugin: Arc<T>) -> Self {
-        let list = labels(&[
-            ("extension_point", extension_point),
-            ("plugin_type", name.type_name),
-            ("plugin_name", &name.name),
-        ]);
-        Self {
-            duration: Pair::histogram("llm_d_epp_plugin_duration_seconds", list.clone(), list),
-            name,
-            plugin,
-        }
-    }
-}
+use crate::plugin::Hook;
+use crate::telemetry::metrics::Pair;
 
 /// Filters in order, weighted scorers, one picker.
 #[derive(Debug)]
@@ -234,18 +198,11 @@ impl Profile {
     }
 }
 
-impl<T: ?Sized> Hook<T> {
-    fn timed(&self, f: impl FnOnce(&T)) {
-        let started = Instant::now();
-        f(&self.plugin);
-        self.duration.record(started.elapsed().as_secs_f64());
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::test_support::{Pool, endpoint};
     use super::*;
+    use crate::plugin::TypedName;
 
     #[derive(Debug)]
     struct Fixed(&'static [f64]);

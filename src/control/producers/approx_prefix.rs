@@ -10,14 +10,14 @@ use super::block_hash::{chain_seed, hash_prompt};
 use super::prefix_index::{DEFAULT_BUDGET_BYTES, PrefixIndex, WalkScratch};
 use crate::datalayer::{Endpoint, EndpointListener};
 use crate::plugin::{
-    Attributes, Build, Column, Leases, Maturity, ParamDoc, ParamError, Plugin, PluginError,
+    Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
 };
 use crate::request::InferenceRequest;
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_PRODUCER, TOKENIZED_PROMPT,
 };
 use crate::scheduling::{
-    Candidate, Cycle, DataProducer, PreRequest, ProducerError, SchedulingResult,
+    Candidate, Cycle, DataProducer, Outcome, PreRequest, ProducerError, SchedulingResult,
 };
 use crate::telemetry::metrics::{Pair, labels};
 
@@ -304,7 +304,7 @@ impl PreRequest for ApproxPrefixProducer {
         cycle: &Cycle<'_>,
         candidates: &[Candidate],
         result: &SchedulingResult,
-        _: &mut Leases,
+        _: &mut Outcome,
     ) {
         let Some(chain) = cycle.attributes.get(self.chain).and_then(<[Chain]>::first) else {
             return;
@@ -378,7 +378,7 @@ mod tests {
             now: tokio::time::Instant::now(),
             rng: &pool.rng,
         };
-        producer.on_pick(&cycle, &pool.candidates, &result, &mut Leases::default());
+        producer.on_pick(&cycle, &pool.candidates, &result, &mut Outcome::default());
         found
     }
 

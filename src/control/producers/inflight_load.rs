@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use crate::datalayer::Endpoint;
 use crate::plugin::{
-    Attributes, Build, Column, InFlightSlot, Lease, Leases, Maturity, ParamDoc, ParamError, Plugin,
+    Attributes, Build, Column, InFlightSlot, Lease, Maturity, ParamDoc, ParamError, Plugin,
     PluginError,
 };
 use crate::request::InferenceRequest;
@@ -16,7 +16,7 @@ use crate::scheduling::attributes::{
     TOKEN_PRODUCER, TOKENIZED_PROMPT, UNCACHED_TOKENS, producer_or,
 };
 use crate::scheduling::{
-    Candidate, Cycle, DataProducer, PreRequest, ProducerError, SchedulingResult,
+    Candidate, Cycle, DataProducer, Outcome, PreRequest, ProducerError, SchedulingResult,
 };
 use crate::telemetry::metrics::{InFlightGauges, InFlightSeries};
 
@@ -184,7 +184,7 @@ impl PreRequest for InFlightLoadProducer {
         cycle: &Cycle<'_>,
         candidates: &[Candidate],
         result: &SchedulingResult,
-        leases: &mut Leases,
+        outcome: &mut Outcome,
     ) {
         let input: u64 = cycle
             .attributes
@@ -224,7 +224,7 @@ impl PreRequest for InFlightLoadProducer {
                 prefill: &*profile.profile == "prefill",
             });
         }
-        leases.push(Box::new(InFlightGuard {
+        outcome.leases.push(Box::new(InFlightGuard {
             slot: self.slot,
             bookings,
             output_included: self.output.is_some(),
@@ -332,16 +332,16 @@ mod tests {
     fn a_pick_is_booked_at_once_and_released_once() {
         let mut pool = Pool::new([endpoint("a"), endpoint("b").uncached(500)]);
         let producer: InFlightLoadProducer = pool.plugin("{}");
-        let mut leases = Leases::default();
+        let mut outcome = Outcome::default();
         pool.with_cycle(|cycle, all| {
-            producer.on_pick(cycle, all, &result(&[("default", 1)]), &mut leases);
+            producer.on_pick(cycle, all, &result(&[("default", 1)]), &mut outcome);
         });
         assert_eq!(load(&pool, 1), (1, 500));
-        leases.on_first_chunk();
-        leases.on_first_chunk();
+        outcome.leases.on_first_chunk();
+        outcome.leases.on_first_chunk();
         assert_eq!(load(&pool, 1), (1, 0));
-        leases.release();
-        drop(leases);
+        outcome.leases.release();
+        drop(outcome);
         assert_eq!(load(&pool, 1), (0, 0));
     }
 
@@ -351,20 +351,20 @@ mod tests {
         pool.request.payload.max_output_tokens = Some(7);
         let producer: InFlightLoadProducer =
             pool.plugin(r#"{"addEstimatedOutputTokens": true, "outputRatio": 1000}"#);
-        let mut leases = Leases::default();
+        let mut outcome = Outcome::default();
         pool.with_cycle(|cycle, all| {
             producer.on_pick(
                 cycle,
                 all,
                 &result(&[("decode", 0), ("prefill", 1)]),
-                &mut leases,
+                &mut outcome,
             );
         });
         // No tokens are known, so the estimate is 0 * 1000 = 0 output tokens.
         assert_eq!((load(&pool, 0), load(&pool, 1)), ((1, 10), (1, 20)));
-        leases.on_first_chunk();
+        outcome.leases.on_first_chunk();
         assert_eq!((load(&pool, 0), load(&pool, 1)), ((1, 10), (0, 0)));
-        drop(leases);
+        drop(outcome);
         assert_eq!((load(&pool, 0), load(&pool, 1)), ((0, 0), (0, 0)));
     }
 

@@ -4,11 +4,13 @@ use hashbrown::HashMap;
 use parking_lot::Mutex;
 use serde::Deserialize;
 
-use crate::plugin::{Build, Column, Leases, Maturity, ParamDoc, Plugin, PluginError};
+use crate::plugin::{Build, Column, Maturity, ParamDoc, Plugin, PluginError};
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, producer_or,
 };
-use crate::scheduling::{Candidate, Candidates, Cycle, PreRequest, SchedulingResult, Scorer};
+use crate::scheduling::{
+    Candidate, Candidates, Cycle, Outcome, PreRequest, SchedulingResult, Scorer,
+};
 
 /// Endpoints that are remembered.
 const DEFAULT_LRU_SIZE: usize = 1024;
@@ -134,7 +136,7 @@ impl PreRequest for NoHitLruScorer {
         cycle: &Cycle<'_>,
         candidates: &[Candidate],
         result: &SchedulingResult,
-        _: &mut Leases,
+        _: &mut Outcome,
     ) {
         if !self.is_cold(cycle) {
             return;
@@ -199,7 +201,7 @@ mod tests {
         assert_eq!(pool.scores(&scorer), [1.0, 0.5, 0.0]);
         let pick = |i| {
             pool.with_cycle(|cycle, all| {
-                scorer.on_pick(cycle, all, &picked(i), &mut Leases::default());
+                scorer.on_pick(cycle, all, &picked(i), &mut Outcome::default());
             });
         };
         pick(0);
@@ -215,7 +217,7 @@ mod tests {
         let mut pool = Pool::new([endpoint("a"), endpoint("b").matched_blocks(1)]);
         let scorer: NoHitLruScorer = pool.plugin("{}");
         pool.with_cycle(|cycle, all| {
-            scorer.on_pick(cycle, all, &picked(0), &mut Leases::default());
+            scorer.on_pick(cycle, all, &picked(0), &mut Outcome::default());
         });
         assert_eq!(pool.scores(&scorer), [0.5, 0.5]);
         assert!(scorer.used.lock().at.is_empty());
