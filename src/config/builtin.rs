@@ -14,6 +14,7 @@ use crate::request::anthropic::AnthropicParser;
 use crate::request::openai::OpenAiParser;
 use crate::request::passthrough::PassthroughParser;
 use crate::request::sglang_http::SglangHttpParser;
+use crate::request::vllm_grpc::VllmGrpcParser;
 use crate::request::vllm_http::VllmHttpParser;
 use crate::scheduling::filters::{
     DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
@@ -225,7 +226,6 @@ const LATER: &[&str] = &[
     "topology-extractor",
     "multicluster-metrics-extractor",
     "multicluster-file-discovery",
-    "vllmgrpc-parser",
     "vertexai-parser",
     "latency-slo-admitter",
     "probabilistic-admitter",
@@ -279,6 +279,7 @@ pub fn registry() -> Registry {
         plugin!(AnthropicParser, ["parser" => parser]),
         plugin!(VllmHttpParser, ["parser" => parser]),
         plugin!(SglangHttpParser, ["parser" => parser]),
+        plugin!(VllmGrpcParser, ["parser" => parser]),
         plugin!(PassthroughParser, ["parser" => parser]),
         plugin!(MetricsDataSource, ["data source" => metrics_source]),
         plugin!(CoreMetricsExtractor, ["extractor" => metrics_extractor]),
