@@ -19,6 +19,7 @@ pub mod rewrite;
 pub mod scan;
 pub mod sglang_http;
 pub mod text;
+pub mod vertexai;
 pub mod vllm_grpc;
 pub mod vllm_http;
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Headers, ParseError, Parser};
+use super::{AppProtocol, Headers, ParseError, Parser};
 
 /// Path when the request carries none.
 const DEFAULT_PATH: &str = "/v1/completions";
@@ -39,11 +39,12 @@ impl ParserSet {
         set
     }
 
-    /// The parser with the longest suffix of `path` (whole segments), else the fallback.
+    /// The parser with the longest suffix of `path` (whole segments; for gRPC also a service without
+    /// its package), else the fallback.
     pub fn resolve(&self, path: &str) -> Result<&dyn Parser, ParseError> {
-        let matching = self.by_suffix.iter().filter(|(suffix, _)| {
+        let matching = self.by_suffix.iter().filter(|(suffix, parser)| {
             path.strip_suffix(suffix)
-                .is_some_and(|head| head.is_empty() || head.ends_with('/'))
+                .is_some_and(|head| is_border(head, parser.as_ref()))
         });
         let longest = matching
             .max_by_key(|(suffix, _)| suffix.len())
@@ -57,6 +58,13 @@ impl ParserSet {
                 ))
             })
     }
+}
+
+/// A suffix of `parser` may begin behind `head`. A gRPC path is `/package.Service/Method`, and parsers
+/// may leave the package out.
+fn is_border(head: &str, parser: &dyn Parser) -> bool {
+    let grpc = parser.app_protocols() == [AppProtocol::H2c];
+    head.is_empty() || head.ends_with('/') || (grpc && head.ends_with('.'))
 }
 
 /// The path that selects the parser: the first non-empty of `:path`, `x-original-path` and
@@ -77,6 +85,8 @@ mod tests {
     use super::super::openai::OpenAiParser;
     use super::super::passthrough::PassthroughParser;
     use super::super::sglang_http::SglangHttpParser;
+    use super::super::vertexai::VertexAiParser;
+    use super::super::vllm_grpc::VllmGrpcParser;
     use super::super::vllm_http::VllmHttpParser;
     use super::*;
     use bytes::Bytes;
@@ -98,6 +108,44 @@ mod tests {
         assert_eq!(name("/generate"), "sglanghttp-parser");
         assert_eq!(name("/v1/xcompletions"), "passthrough-parser");
         assert_eq!(name("/v1/models"), "passthrough-parser");
+    }
+
+    #[test]
+    fn grpc_methods_are_found_with_and_without_their_package() {
+        let set = ParserSet::new([
+            Arc::new(OpenAiParser) as Arc<dyn Parser>,
+            Arc::new(VertexAiParser),
+            Arc::new(VllmGrpcParser),
+            Arc::new(PassthroughParser),
+        ]);
+        let name = |path: &str| set.resolve(path).unwrap().type_name();
+        assert_eq!(
+            name("/vllm.grpc.engine.VllmEngine/Generate"),
+            "vllmgrpc-parser"
+        );
+        assert_eq!(
+            name("/vllm.grpc.engine.VllmEngine/Embed"),
+            "vllmgrpc-parser"
+        );
+        assert_eq!(
+            name("/vllm.grpc.engine.VllmEngine/Abort"),
+            "passthrough-parser"
+        );
+        assert_eq!(
+            name("/xvllm.grpc.engine.VllmEngine/Generate"),
+            "passthrough-parser"
+        );
+        let vertex = "/google.cloud.aiplatform.v1beta1.PredictionService/";
+        for method in ["ChatCompletions", "StreamRawPredict", "RawPredict"] {
+            assert_eq!(name(&format!("{vertex}{method}")), "vertexai-parser");
+        }
+        assert_eq!(name(&format!("{vertex}Predict")), "passthrough-parser");
+        assert_eq!(
+            name("/a.XPredictionService/RawPredict"),
+            "passthrough-parser"
+        );
+        // A dot is no border of an HTTP path.
+        assert_eq!(name("/v1/x.completions"), "passthrough-parser");
     }
 
     #[test]
