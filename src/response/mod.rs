@@ -5,6 +5,7 @@
 //! decision to its end.
 
 pub mod accounting;
+mod grpc;
 pub mod model_name;
 pub mod sse;
 pub mod usage;
