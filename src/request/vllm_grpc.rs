@@ -145,7 +145,7 @@ impl Visitor for GenerateRequest {
                 self.input = Input::Text(range);
                 Content::Skip
             }
-            [4] | [7] => Content::Message,
+            [4 | 7] => Content::Message,
             [7, field @ ..] => self.images.begin(field, range),
             _ => Content::Skip,
         }
