@@ -7,6 +7,9 @@
     reason = "a test fails by panicking, and its tables are long"
 )]
 
+#[path = "wire_grpc.rs"]
+mod grpc;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,7 +41,11 @@ struct Picker {
 }
 
 fn picker(endpoints: &str) -> Picker {
-    let config = load(None, &LoadOptions::default(), &builtin::registry()).unwrap();
+    picker_with(None, endpoints)
+}
+
+fn picker_with(config: Option<&str>, endpoints: &str) -> Picker {
+    let config = load(config, &LoadOptions::default(), &builtin::registry()).unwrap();
     let store = Arc::new(EndpointStore::default());
     store.replace(list::parse(endpoints).unwrap());
     let options = DirectorOptions {

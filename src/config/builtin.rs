@@ -14,6 +14,8 @@ use crate::request::anthropic::AnthropicParser;
 use crate::request::openai::OpenAiParser;
 use crate::request::passthrough::PassthroughParser;
 use crate::request::sglang_http::SglangHttpParser;
+use crate::request::vertexai::VertexAiParser;
+use crate::request::vllm_grpc::VllmGrpcParser;
 use crate::request::vllm_http::VllmHttpParser;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
@@ -237,8 +239,6 @@ const LATER: &[&str] = &[
     "topology-extractor",
     "multicluster-metrics-extractor",
     "multicluster-file-discovery",
-    "vllmgrpc-parser",
-    "vertexai-parser",
     "latency-slo-admitter",
     "probabilistic-admitter",
     "disaggregatedset-rollout-screener",
@@ -291,6 +291,8 @@ pub fn registry() -> Registry {
         plugin!(AnthropicParser, ["parser" => parser]),
         plugin!(VllmHttpParser, ["parser" => parser]),
         plugin!(SglangHttpParser, ["parser" => parser]),
+        plugin!(VllmGrpcParser, ["parser" => parser]),
+        plugin!(VertexAiParser, ["parser" => parser]),
         plugin!(PassthroughParser, ["parser" => parser]),
         plugin!(MetricsDataSource, ["data source" => metrics_source]),
         plugin!(CoreMetricsExtractor, ["extractor" => metrics_extractor]),

@@ -460,7 +460,9 @@ impl Exchange {
             self.closed = true;
             return;
         }
-        self.model_names = account.model_name_rewriter();
+        // A body that kept its model name gets that name back from the engine. In a gRPC response
+        // another name would also make the lengths around it wrong.
+        self.model_names = rewritten.then(|| account.model_name_rewriter()).flatten();
         self.account = Some(account);
     }
 

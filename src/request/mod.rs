@@ -7,16 +7,20 @@
 pub mod anthropic;
 pub mod body;
 mod fields;
+pub mod grpc;
 pub mod headers;
 pub mod keys;
 pub mod openai;
 pub mod parsers;
 pub mod passthrough;
 pub mod payload;
+pub mod protobuf;
 pub mod rewrite;
 pub mod scan;
 pub mod sglang_http;
 pub mod text;
+pub mod vertexai;
+pub mod vllm_grpc;
 pub mod vllm_http;
 
 pub use body::Body;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::fields::{Common, Text, raw_segment, text_of, token_id};
 use super::keys::Key;
-use super::scan::{Event, Step, Visitor, scan};
+use super::scan::{Event, Step, Visitor, scan_range};
 use super::{ApiKind, AppProtocol, Body, ParseError, Parser, Payload, Prompt, Segment};
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
 
@@ -47,13 +47,21 @@ impl Parser for OpenAiParser {
     }
 
     fn parse(&self, path: &str, body: &Body) -> Result<Payload, ParseError> {
-        let api = api_of(path);
-        let mut reader = Reader::new(api, body);
-        scan(body, &mut reader).map_err(|error| {
-            ParseError::new(format!("error unmarshaling request bodyMap: {error}"))
-        })?;
-        reader.finish()
+        parse_range(api_of(path), body, 0..body.len())
     }
+}
+
+/// Reads the part of `body` at `range` as a request of `api`. Positions in the payload address the
+/// whole body.
+pub(super) fn parse_range(
+    api: ApiKind,
+    body: &Body,
+    range: Range<usize>,
+) -> Result<Payload, ParseError> {
+    let mut reader = Reader::new(api, body);
+    scan_range(body, range, &mut reader)
+        .map_err(|error| ParseError::new(format!("error unmarshaling request bodyMap: {error}")))?;
+    reader.finish()
 }
 
 /// The API by path, in the reference's order; anything else is read as completions.

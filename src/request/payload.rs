@@ -23,6 +23,12 @@ pub enum ApiKind {
     VllmGenerate,
     /// SGLang `/generate`.
     SglangGenerate,
+    /// vLLM gRPC `VllmEngine/Generate`.
+    GrpcGenerate,
+    /// vLLM gRPC `VllmEngine/Embed`.
+    GrpcEmbed,
+    /// Vertex AI gRPC: an OpenAI body inside a message.
+    VertexAi,
     /// Bytes that are forwarded without being read.
     Raw,
 }

@@ -9,7 +9,7 @@ use super::{ApiKind, AppProtocol, Body, MediaItem, ParseError, Parser, Payload, 
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
 
 /// Media items that are read of one request; further ones are ignored.
-const MAX_MEDIA: usize = 4096;
+pub(super) const MAX_MEDIA: usize = 4096;
 
 /// Reads pre-tokenized vLLM bodies. No parameters.
 #[derive(Debug, Default)]
