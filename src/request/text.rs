@@ -245,6 +245,7 @@ mod tests {
             hash: 1,
             token_offset: None,
             tokens: None,
+            extent: super::super::Extent::Unknown,
         };
         let count = |segments| token_count(&Prompt::Text(segments), &body);
         assert_eq!(count(vec![escaped.clone(), plain.clone()]), 2);
