@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
+use crate::control::producers::mm_embeddings_cache::MmEmbeddingsCacheProducer;
 use crate::control::producers::token::TokenProducer;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::file::FileDiscovery;
@@ -23,7 +24,8 @@ use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPic
 use crate::scheduling::profile_handlers::SingleProfileHandler;
 use crate::scheduling::scorers::{
     ActiveRequestScorer, KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
-    NoHitLruScorer, PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
+    MmEmbeddingsCacheScorer, NoHitLruScorer, PrefixCacheScorer, QueueScorer,
+    RunningRequestsSizeScorer, TokenLoadScorer,
 };
 use crate::scheduling::{
     DataProducer, Filter, Picker, PreRequest, ProfileHandler, SaturationDetector, Scorer,
@@ -195,7 +197,6 @@ const LATER: &[&str] = &[
     "topology-affinity-filter",
     "multicluster-session-affinity-filter",
     "latency-scorer",
-    "mm-embeddings-cache-scorer",
     "session-affinity-scorer",
     "header-label-affinity-scorer",
     "endpoint-attribute-scorer",
@@ -211,7 +212,6 @@ const LATER: &[&str] = &[
     "always-disagg-multimodal-decider",
     "precise-prefix-cache-producer",
     "predicted-latency-producer",
-    "mm-embeddings-cache-producer",
     "session-id-producer",
     "burst-prefix-cache-producer",
     "p2p-source-producer",
@@ -267,6 +267,7 @@ pub fn registry() -> Registry {
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),
+        plugin!(MmEmbeddingsCacheScorer, ["scorer" => scorer]),
         plugin!(MaxScorePicker, ["picker" => picker]),
         plugin!(RandomPicker, ["picker" => picker]),
         plugin!(WeightedRandomPicker, ["picker" => picker]),
@@ -274,6 +275,7 @@ pub fn registry() -> Registry {
         plugin!(TokenProducer, ["data producer" => producer])
             .deprecated("tokenizer", "token-producer"),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
+        plugin!(MmEmbeddingsCacheProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
         plugin!(OpenAiParser, ["parser" => parser]),
         plugin!(AnthropicParser, ["parser" => parser]),
