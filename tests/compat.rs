@@ -103,6 +103,10 @@ fn published_samples_load() {
             "embeddings cache",
             "plugins:\n- {type: token-producer}\n- {type: endpoint-notification-source}\n- {type: mm-embeddings-cache-producer, parameters: {cacheSizeInMBPerServer: 2048}}\n- {type: mm-embeddings-cache-scorer}\n- {type: queue-scorer}\n- {type: decode-filter}\nschedulingProfiles:\n- {name: default, plugins: [{pluginRef: decode-filter}, {pluginRef: mm-embeddings-cache-scorer, weight: 4}, {pluginRef: queue-scorer, weight: 1}]}\ndataLayer:\n  sources: [{pluginRef: endpoint-notification-source, extractors: [{pluginRef: mm-embeddings-cache-producer}]}]\n",
         ),
+        (
+            "long context",
+            "plugins:\n- {type: token-producer}\n- {type: decode-filter}\n- {type: context-length-aware, parameters: {enableFiltering: true}}\nschedulingProfiles:\n- {name: default, plugins: [{pluginRef: token-producer}, {pluginRef: decode-filter}, {pluginRef: context-length-aware, weight: 3}]}\n",
+        ),
         ("json", "{\"plugins\": [{\"type\": \"random-picker\"}]}"),
     ] {
         let text = match text.strip_prefix('{') {

@@ -17,8 +17,8 @@ use crate::request::passthrough::PassthroughParser;
 use crate::request::sglang_http::SglangHttpParser;
 use crate::request::vllm_http::VllmHttpParser;
 use crate::scheduling::filters::{
-    DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
-    UtilizationDetector,
+    ContextLengthAware, DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter,
+    PrefixCacheAffinityFilter, UtilizationDetector,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
 use crate::scheduling::profile_handlers::SingleProfileHandler;
@@ -190,7 +190,6 @@ const LATER: &[&str] = &[
     "concurrency-detector",
     "header-based-testing-filter",
     "slo-headroom-tier-filter",
-    "context-length-aware",
     "utilization-filter",
     "endpoint-attribute-filter",
     "session-affinity-filter",
@@ -258,6 +257,7 @@ pub fn registry() -> Registry {
             .deprecated("by-label-selector", "label-selector-filter"),
         plugin!(PrefixCacheAffinityFilter, ["filter" => filter]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
+        plugin!(ContextLengthAware, ["filter" => filter, "scorer" => scorer]),
         plugin!(QueueScorer, ["scorer" => scorer]),
         plugin!(KvCacheUtilizationScorer, ["scorer" => scorer]),
         plugin!(RunningRequestsSizeScorer, ["scorer" => scorer]),
