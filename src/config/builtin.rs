@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
+use crate::control::producers::mm_embeddings_cache::MmEmbeddingsCacheProducer;
 use crate::control::producers::token::TokenProducer;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::file::FileDiscovery;
@@ -19,14 +20,15 @@ use crate::request::vllm_grpc::VllmGrpcParser;
 use crate::request::vllm_http::VllmHttpParser;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
-    DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
-    UtilizationDetector,
+    ContextLengthAware, DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter,
+    PrefixCacheAffinityFilter, UtilizationDetector,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
 use crate::scheduling::profile_handlers::SingleProfileHandler;
 use crate::scheduling::scorers::{
     ActiveRequestScorer, KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
-    NoHitLruScorer, PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
+    MmEmbeddingsCacheScorer, NoHitLruScorer, PrefixCacheScorer, QueueScorer,
+    RunningRequestsSizeScorer, TokenLoadScorer,
 };
 use crate::scheduling::{
     Admitter, DataProducer, Filter, Picker, PreRequest, ProfileHandler, RequestHeaderProcessor,
@@ -202,14 +204,12 @@ const LATER: &[&str] = &[
     "concurrency-detector",
     "header-based-testing-filter",
     "slo-headroom-tier-filter",
-    "context-length-aware",
     "utilization-filter",
     "endpoint-attribute-filter",
     "session-affinity-filter",
     "topology-affinity-filter",
     "multicluster-session-affinity-filter",
     "latency-scorer",
-    "mm-embeddings-cache-scorer",
     "session-affinity-scorer",
     "header-label-affinity-scorer",
     "endpoint-attribute-scorer",
@@ -225,7 +225,6 @@ const LATER: &[&str] = &[
     "always-disagg-multimodal-decider",
     "precise-prefix-cache-producer",
     "predicted-latency-producer",
-    "mm-embeddings-cache-producer",
     "session-id-producer",
     "burst-prefix-cache-producer",
     "p2p-source-producer",
@@ -270,6 +269,7 @@ pub fn registry() -> Registry {
             .deprecated("by-label-selector", "label-selector-filter"),
         plugin!(PrefixCacheAffinityFilter, ["filter" => filter]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
+        plugin!(ContextLengthAware, ["filter" => filter, "scorer" => scorer]),
         plugin!(QueueScorer, ["scorer" => scorer]),
         plugin!(KvCacheUtilizationScorer, ["scorer" => scorer]),
         plugin!(RunningRequestsSizeScorer, ["scorer" => scorer]),
@@ -279,6 +279,7 @@ pub fn registry() -> Registry {
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),
+        plugin!(MmEmbeddingsCacheScorer, ["scorer" => scorer]),
         plugin!(MaxScorePicker, ["picker" => picker]),
         plugin!(RandomPicker, ["picker" => picker]),
         plugin!(WeightedRandomPicker, ["picker" => picker]),
@@ -286,6 +287,7 @@ pub fn registry() -> Registry {
         plugin!(TokenProducer, ["data producer" => producer])
             .deprecated("tokenizer", "token-producer"),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
+        plugin!(MmEmbeddingsCacheProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
         plugin!(OpenAiParser, ["parser" => parser]),
         plugin!(AnthropicParser, ["parser" => parser]),

@@ -10,6 +10,7 @@ mod fields;
 pub mod grpc;
 pub mod headers;
 pub mod keys;
+mod media;
 pub mod openai;
 pub mod parsers;
 pub mod passthrough;
@@ -26,7 +27,7 @@ pub mod vllm_http;
 pub use body::Body;
 pub use headers::{Header, Headers};
 pub use payload::{
-    ApiKind, MediaItem, ModelField, ParseError, Payload, Prompt, Segment, TextEncoding,
+    ApiKind, Extent, MediaItem, ModelField, ParseError, Payload, Prompt, Segment, TextEncoding,
 };
 
 /// A parser turns the body of one API family into a [`Payload`]. Cost: one scan of the body.

@@ -7,7 +7,7 @@ use super::grpc::{first_message, scan_message};
 use super::protobuf::{Content, Visitor};
 use super::vllm_http::MAX_MEDIA;
 use super::{
-    ApiKind, AppProtocol, Body, MediaItem, ParseError, Parser, Payload, Prompt, Segment,
+    ApiKind, AppProtocol, Body, Extent, MediaItem, ParseError, Parser, Payload, Prompt, Segment,
     TextEncoding,
 };
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
@@ -235,6 +235,7 @@ impl Images {
             .into_iter()
             .zip(hashes.chain(std::iter::repeat(0)))
             .map(|((offset, tokens), hash)| MediaItem {
+                extent: Extent::Unknown,
                 modality: "image",
                 hash,
                 token_offset: Some(offset),
@@ -356,6 +357,7 @@ mod tests {
         )
         .unwrap();
         let item = |hash, offset, tokens| MediaItem {
+            extent: Extent::Unknown,
             modality: "image",
             hash,
             token_offset: Some(offset),
