@@ -35,6 +35,8 @@ use tokio::time::Instant;
 
 /// Body pieces as Envoy cuts them with its usual buffer.
 const PIECE_BYTES: usize = 65_536;
+/// Longest DATA frame that Envoy 1.40 was seen to send, whatever our settings allow.
+const FRAME_BYTES: usize = 16_384;
 /// Endpoints behind the picker.
 const ENDPOINTS: u16 = 64;
 /// Distinct prompts, in groups that share three quarters.
@@ -530,10 +532,16 @@ async fn exchange(
     Ok(decided)
 }
 
-async fn send(out: &Outbound, frame: &Bytes) -> anyhow::Result<()> {
-    out.send(Ok(Frame::data(frame.clone())))
-        .await
-        .map_err(|_| anyhow::anyhow!("the server hung up"))
+/// Sends a message in DATA frames as Envoy cuts them.
+async fn send(out: &Outbound, message: &Bytes) -> anyhow::Result<()> {
+    let mut rest = message.clone();
+    while !rest.is_empty() {
+        let frame = rest.split_to(rest.len().min(FRAME_BYTES));
+        out.send(Ok(Frame::data(frame)))
+            .await
+            .map_err(|_| anyhow::anyhow!("the server hung up"))?;
+    }
+    Ok(())
 }
 
 struct Replies {
