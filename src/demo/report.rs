@@ -191,7 +191,8 @@ impl Report {
     /// The comparison.
     pub fn table(&self) -> String {
         let mut out = String::new();
-        totals(&mut out, &self.runs);
+        let with_warm_up = self.workload.ladder.iter().any(|rung| rung.warm_up);
+        totals(&mut out, &self.runs, with_warm_up);
         rungs(&mut out, &self.runs, self.workload.pacing);
         out
     }
@@ -221,8 +222,13 @@ impl Better {
     }
 }
 
-fn totals(out: &mut String, runs: &[Measured]) {
-    let _ = write!(out, "{:<36}", "all rates, the warm-up included");
+fn totals(out: &mut String, runs: &[Measured], with_warm_up: bool) {
+    let title = if with_warm_up {
+        "all rates, the warm-up included"
+    } else {
+        "all rates"
+    };
+    let _ = write!(out, "{title:<36}");
     for run in runs {
         let _ = write!(out, "{:>16}", run.name);
     }
@@ -331,7 +337,7 @@ fn text(out: &mut String, runs: &[Measured], name: &str, value: impl Fn(&Measure
 }
 
 /// Columns of a run in the table of rungs: answers/s, output tokens/s, TTFT p90, failed.
-const RUNG_COLUMNS: usize = 9 + 9 + 10 + 8;
+const RUNG_COLUMNS: usize = 12 + 10 + 10 + 8;
 
 fn rungs(out: &mut String, runs: &[Measured], pacing: Pacing) {
     let Some(first) = runs.first() else { return };
@@ -351,7 +357,7 @@ fn rungs(out: &mut String, runs: &[Measured], pacing: Pacing) {
     for _ in runs {
         let _ = write!(
             out,
-            "{:>9}{:>9}{:>10}{:>8}",
+            "{:>12}{:>10}{:>10}{:>8}",
             "answers/s", "tokens/s", "TTFT p90", "failed"
         );
     }
@@ -380,7 +386,7 @@ fn rung_row(out: &mut String, of_runs: &[&RungMeasured]) {
     for rung in of_runs {
         let _ = write!(
             out,
-            "{:>9.1}{:>9.0}{:>10.2}{:>8}",
+            "{:>12.1}{:>10.0}{:>10.2}{:>8}",
             rung.requests_per_second, rung.output_tokens_per_second, rung.ttft.p90, rung.failed
         );
     }
