@@ -581,13 +581,6 @@ impl Demonstration {
             .find(|pid| flag(*pid, "--metrics-port=").is_some())
     }
 
-    fn signal(&self, name: &str, target: &str) {
-        let status = std::process::Command::new("kill")
-            .args([&format!("-{name}"), "--", target])
-            .status();
-        assert!(status.unwrap().success());
-    }
-
     /// Its exit code, and what it wrote to stderr; by then its parts are gone.
     async fn end(mut self) -> (Option<i32>, String, tempfile::TempDir) {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
@@ -618,10 +611,18 @@ impl Drop for Demonstration {
     /// A test that failed leaves nothing running either.
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
-            self.signal("KILL", &format!("-{}", self.child.id()));
+            send_signal("KILL", &format!("-{}", self.child.id()));
             let _ = self.child.wait();
         }
     }
+}
+
+/// Sends a signal to a process, or to a group when `target` begins with a minus.
+fn send_signal(name: &str, target: &str) {
+    let status = std::process::Command::new("kill")
+        .args([&format!("-{name}"), "--", target])
+        .status();
+    assert!(status.unwrap().success());
 }
 
 /// Processes whose parent is `parent`.
@@ -653,7 +654,7 @@ async fn an_interrupted_demonstration_leaves_nothing_behind() {
         let demonstration = Demonstration::start().await;
         let target = demonstration.child.id().to_string();
         let group = if to_group { "-" } else { "" };
-        demonstration.signal(signal, &format!("{group}{target}"));
+        send_signal(signal, &format!("{group}{target}"));
         let (status, errors, directory) = demonstration.end().await;
         assert_eq!(status, Some(code), "{errors}");
         let left = std::fs::read_dir(directory.path().join("scratch")).unwrap();
@@ -665,7 +666,7 @@ async fn an_interrupted_demonstration_leaves_nothing_behind() {
 async fn a_demonstration_that_loses_a_part_names_its_log() {
     let demonstration = Demonstration::start().await;
     let picker = demonstration.picker().unwrap();
-    demonstration.signal("KILL", &picker.to_string());
+    send_signal("KILL", &picker.to_string());
     let (status, errors, _directory) = demonstration.end().await;
     assert_eq!(status, Some(1), "{errors}");
     assert!(errors.contains("ended early with signal: 9"), "{errors}");
