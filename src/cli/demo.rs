@@ -28,8 +28,8 @@ const PROFILE: &str = "h100-32b";
 /// Flags of `demo`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Starts simulated pods, pinpod and Envoy on loopback; no GPU is involved. The small ladder takes about a
-minute and a half for both configurations, the published one (--full) some twenty minutes.
+Starts simulated pods, pinpod and Envoy on loopback; no GPU is involved. The small ladder takes about 75
+seconds for both configurations together, the published one (--full) about ten minutes.
 
 Exit status: 0 done, 1 a part failed (its logs are kept, the message says where), 130 after Ctrl-C,
 143 after SIGTERM, 129 after SIGHUP; then every part is stopped and nothing is left behind.")]

@@ -108,12 +108,16 @@ impl Demo {
             envoy,
         } = &mut parts;
         let mut processes = [&mut sims.process, &mut picker.process, &mut envoy.process];
-        tokio::select! {
-            // A part that ended is the reason of whatever else fails at the same time.
-            biased;
-            ended = first_end(&mut processes) => Err(ended),
-            measured = self.measure(name, &addresses) => measured,
-        }
+        let failure = tokio::select! {
+            ended = first_end(&mut processes) => return Err(ended),
+            measured = self.measure(name, &addresses) => match measured {
+                Ok(measured) => return Ok(measured),
+                Err(failure) => failure,
+            },
+        };
+        // A part that ends is the reason of whatever fails with it.
+        let ended = tokio::time::timeout(2 * WATCH_INTERVAL, first_end(&mut processes)).await;
+        Err(ended.unwrap_or(failure))
     }
 
     async fn start(&self, name: &str, config: &str, directory: &Path) -> anyhow::Result<Parts> {
