@@ -275,7 +275,7 @@ pub fn registry() -> Registry {
         plugin!(RunningRequestsSizeScorer, ["scorer" => scorer]),
         plugin!(LoadAwareScorer, ["scorer" => scorer]),
         plugin!(PrefixCacheScorer, ["scorer" => scorer]),
-        plugin!(NoHitLruScorer, ["scorer" => scorer, "pre-request" => pre_request]),
+        plugin!(NoHitLruScorer, ["scorer" => scorer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),
