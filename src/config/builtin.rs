@@ -17,8 +17,9 @@ use crate::request::sglang_http::SglangHttpParser;
 use crate::request::vllm_http::VllmHttpParser;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
-    DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
-    UtilizationDetector,
+    ByLabelFilter, ConcurrencyDetector, DecodeFilter, EncodeFilter, HeaderBasedTestingFilter,
+    LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter, UtilizationDetector,
+    UtilizationFilter,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
 use crate::scheduling::profile_handlers::SingleProfileHandler;
@@ -197,11 +198,8 @@ fn later(type_name: &'static str) -> PluginType {
 
 /// Types of the catalogue that are not available yet.
 const LATER: &[&str] = &[
-    "concurrency-detector",
-    "header-based-testing-filter",
     "slo-headroom-tier-filter",
     "context-length-aware",
-    "utilization-filter",
     "endpoint-attribute-filter",
     "session-affinity-filter",
     "topology-affinity-filter",
@@ -251,7 +249,6 @@ const LATER: &[&str] = &[
     "slo-deadline-ordering-policy",
     "priority-holdback-policy",
     "soft-reflective-ceiling-policy",
-    "by-label",
     "disagg-headers-handler",
     "prefill-header-handler",
     "pd-profile-handler",
@@ -268,7 +265,12 @@ pub fn registry() -> Registry {
         plugin!(LabelSelectorFilter, ["filter" => filter]),
         plugin!(LabelSelectorFilter, ["filter" => filter])
             .deprecated("by-label-selector", "label-selector-filter"),
+        plugin!(ByLabelFilter, ["filter" => filter])
+            .deprecated("by-label", "label-selector-filter"),
         plugin!(PrefixCacheAffinityFilter, ["filter" => filter]),
+        plugin!(HeaderBasedTestingFilter, ["filter" => filter]),
+        plugin!(UtilizationFilter, ["filter" => filter]),
+        plugin!(ConcurrencyDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(QueueScorer, ["scorer" => scorer]),
         plugin!(KvCacheUtilizationScorer, ["scorer" => scorer]),
