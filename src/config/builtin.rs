@@ -17,15 +17,17 @@ use crate::request::sglang_http::SglangHttpParser;
 use crate::request::vllm_http::VllmHttpParser;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
-    ByLabelFilter, ConcurrencyDetector, DecodeFilter, EncodeFilter, HeaderBasedTestingFilter,
-    LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter, UtilizationDetector,
-    UtilizationFilter,
+    ByLabelFilter, ConcurrencyDetector, DecodeFilter, EncodeFilter, EndpointAttributeFilter,
+    HeaderBasedTestingFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
+    UtilizationDetector, UtilizationFilter,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
 use crate::scheduling::profile_handlers::SingleProfileHandler;
 use crate::scheduling::scorers::{
-    ActiveRequestScorer, KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
-    NoHitLruScorer, PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
+    ActiveRequestScorer, EndpointAttributeScorer, HeaderLabelAffinityScorer,
+    KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
+    MulticlusterKvCacheUtilizationScorer, MulticlusterQueueScorer, NoHitLruScorer,
+    PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
 };
 use crate::scheduling::{
     Admitter, DataProducer, Filter, Picker, PreRequest, ProfileHandler, RequestHeaderProcessor,
@@ -200,18 +202,13 @@ fn later(type_name: &'static str) -> PluginType {
 const LATER: &[&str] = &[
     "slo-headroom-tier-filter",
     "context-length-aware",
-    "endpoint-attribute-filter",
     "session-affinity-filter",
     "topology-affinity-filter",
     "multicluster-session-affinity-filter",
     "latency-scorer",
     "mm-embeddings-cache-scorer",
     "session-affinity-scorer",
-    "header-label-affinity-scorer",
-    "endpoint-attribute-scorer",
     "topology-affinity-scorer",
-    "multicluster-queue-scorer",
-    "multicluster-kv-cache-utilization-scorer",
     "multicluster-prefix-cache-scorer",
     "disagg-profile-handler",
     "data-parallel-profile-handler",
@@ -270,6 +267,7 @@ pub fn registry() -> Registry {
         plugin!(PrefixCacheAffinityFilter, ["filter" => filter]),
         plugin!(HeaderBasedTestingFilter, ["filter" => filter]),
         plugin!(UtilizationFilter, ["filter" => filter]),
+        plugin!(EndpointAttributeFilter, ["filter" => filter]),
         plugin!(ConcurrencyDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(QueueScorer, ["scorer" => scorer]),
@@ -281,6 +279,10 @@ pub fn registry() -> Registry {
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),
+        plugin!(HeaderLabelAffinityScorer, ["scorer" => scorer]),
+        plugin!(EndpointAttributeScorer, ["scorer" => scorer]),
+        plugin!(MulticlusterQueueScorer, ["scorer" => scorer]),
+        plugin!(MulticlusterKvCacheUtilizationScorer, ["scorer" => scorer]),
         plugin!(MaxScorePicker, ["picker" => picker]),
         plugin!(RandomPicker, ["picker" => picker]),
         plugin!(WeightedRandomPicker, ["picker" => picker]),

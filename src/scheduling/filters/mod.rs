@@ -2,6 +2,7 @@
 
 mod by_label;
 mod concurrency_detector;
+mod endpoint_attribute;
 mod header_based_testing;
 mod label_selector;
 mod prefix_cache_affinity;
@@ -11,6 +12,7 @@ mod utilization_detector;
 
 pub use by_label::ByLabelFilter;
 pub use concurrency_detector::ConcurrencyDetector;
+pub use endpoint_attribute::EndpointAttributeFilter;
 pub use header_based_testing::HeaderBasedTestingFilter;
 pub use label_selector::LabelSelectorFilter;
 pub use prefix_cache_affinity::PrefixCacheAffinityFilter;

@@ -1,9 +1,12 @@
 //! Scorers: one number per candidate, in `[0, 1]`, higher is better.
 
 mod active_request;
+mod endpoint_attribute;
+mod header_label_affinity;
 mod kv_cache_utilization;
 mod load_aware;
 mod lora_affinity;
+mod multicluster;
 mod no_hit_lru;
 mod prefix_cache;
 mod queue;
@@ -11,9 +14,12 @@ mod running_requests_size;
 mod token_load;
 
 pub use active_request::ActiveRequestScorer;
+pub use endpoint_attribute::EndpointAttributeScorer;
+pub use header_label_affinity::HeaderLabelAffinityScorer;
 pub use kv_cache_utilization::KvCacheUtilizationScorer;
 pub use load_aware::LoadAwareScorer;
 pub use lora_affinity::LoraAffinityScorer;
+pub use multicluster::{MulticlusterKvCacheUtilizationScorer, MulticlusterQueueScorer};
 pub use no_hit_lru::NoHitLruScorer;
 pub use prefix_cache::PrefixCacheScorer;
 pub use queue::QueueScorer;
@@ -48,6 +54,35 @@ fn less_is_better(
             Some(_) if max == min => 1.0,
             Some(_) => f64::from(max - value(candidate)) / range,
         };
+    }
+}
+
+/// Linear rating of `value` within `range`, or within what the candidates have when `None`. A missing
+/// value gives 0; an empty range, that is all known values equal, gives 1.
+fn linear(
+    candidates: Candidates<'_>,
+    scores: &mut [f64],
+    range: Option<(f64, f64)>,
+    lower_is_better: bool,
+    value: impl Fn(&Candidate) -> Option<f64>,
+) {
+    let known = || candidates.iter().filter_map(|(_, c)| value(c));
+    let (min, max) = range.unwrap_or_else(|| {
+        (
+            known().fold(f64::INFINITY, f64::min),
+            known().fold(f64::NEG_INFINITY, f64::max),
+        )
+    });
+    for (score, (_, candidate)) in scores.iter_mut().zip(candidates.iter()) {
+        let Some(value) = value(candidate) else {
+            continue;
+        };
+        if min >= max {
+            *score = 1.0;
+            continue;
+        }
+        let share = ((value - min) / (max - min)).clamp(0.0, 1.0);
+        *score = if lower_is_better { 1.0 - share } else { share };
     }
 }
 
