@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
+use crate::control::admitters::ProbabilisticAdmitter;
+use crate::control::header_processors::AgentIdentity;
 use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
+use crate::control::producers::session_id::SessionIdProducer;
 use crate::control::producers::token::TokenProducer;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::file::FileDiscovery;
@@ -15,6 +18,7 @@ use crate::request::openai::OpenAiParser;
 use crate::request::passthrough::PassthroughParser;
 use crate::request::sglang_http::SglangHttpParser;
 use crate::request::vllm_http::VllmHttpParser;
+use crate::response::served_verifier::DestinationEndpointServedVerifier;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
     ByLabelFilter, ConcurrencyDetector, DecodeFilter, EncodeFilter, EndpointAttributeFilter,
@@ -22,7 +26,7 @@ use crate::scheduling::filters::{
     UtilizationDetector, UtilizationFilter,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
-use crate::scheduling::profile_handlers::SingleProfileHandler;
+use crate::scheduling::profile_handlers::{HeaderProfileHandler, SingleProfileHandler};
 use crate::scheduling::scorers::{
     ActiveRequestScorer, EndpointAttributeScorer, HeaderLabelAffinityScorer,
     KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
@@ -212,14 +216,12 @@ const LATER: &[&str] = &[
     "multicluster-prefix-cache-scorer",
     "disagg-profile-handler",
     "data-parallel-profile-handler",
-    "header-profile-handler",
     "prefix-based-pd-decider",
     "always-disagg-pd-decider",
     "always-disagg-multimodal-decider",
     "precise-prefix-cache-producer",
     "predicted-latency-producer",
     "mm-embeddings-cache-producer",
-    "session-id-producer",
     "burst-prefix-cache-producer",
     "p2p-source-producer",
     "multicluster-approx-prefix-cache-producer",
@@ -235,11 +237,8 @@ const LATER: &[&str] = &[
     "vllmgrpc-parser",
     "vertexai-parser",
     "latency-slo-admitter",
-    "probabilistic-admitter",
     "disaggregatedset-rollout-screener",
-    "agent-identity",
     "request-attribute-reporter",
-    "destination-endpoint-served-verifier",
     "round-robin-fairness-policy",
     "program-aware-fairness",
     "edf-ordering-policy",
@@ -256,6 +255,7 @@ const LATER: &[&str] = &[
 pub fn registry() -> Registry {
     let mut types = vec![
         plugin!(SingleProfileHandler, ["profile handler" => profile_handler]),
+        plugin!(HeaderProfileHandler, ["profile handler" => profile_handler]),
         plugin!(DecodeFilter, ["filter" => filter]),
         plugin!(PrefillFilter, ["filter" => filter]),
         plugin!(EncodeFilter, ["filter" => filter]),
@@ -291,6 +291,10 @@ pub fn registry() -> Registry {
             .deprecated("tokenizer", "token-producer"),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
+        plugin!(SessionIdProducer, ["data producer" => producer]),
+        plugin!(AgentIdentity, ["request header" => header_processor]),
+        plugin!(ProbabilisticAdmitter, ["admitter" => admitter]),
+        plugin!(DestinationEndpointServedVerifier, ["response" => response_headers]),
         plugin!(OpenAiParser, ["parser" => parser]),
         plugin!(AnthropicParser, ["parser" => parser]),
         plugin!(VllmHttpParser, ["parser" => parser]),

@@ -1,9 +1,11 @@
 //! The use case, top to bottom: rewrite, objective, admission, candidates, producers, schedule,
 //! book. Entry point: the director. Does not know ext_proc messages.
 
+pub mod admitters;
 pub mod candidates;
 pub mod director;
 mod error;
+pub mod header_processors;
 pub mod producers;
 
 pub use candidates::Subset;

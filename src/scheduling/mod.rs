@@ -174,6 +174,9 @@ pub enum ScheduleError {
     /// The filters of a needed profile left nothing: 429, dropped reason `rejected-saturated`.
     #[error("no endpoints available for the given request")]
     FiltersLeftNothing,
+    /// The request names a profile that does not exist: 400.
+    #[error("no scheduling profile is configured for the request")]
+    UnknownProfile,
     /// The profile handler could not use the results: 429.
     #[error("failed to find target endpoint: {0}")]
     Handler(String),

@@ -4,4 +4,5 @@ pub mod approx_prefix;
 pub mod block_hash;
 pub mod inflight_load;
 pub mod prefix_index;
+pub mod session_id;
 pub mod token;
