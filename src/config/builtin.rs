@@ -8,6 +8,7 @@ use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::control::producers::session_id::SessionIdProducer;
 use crate::control::producers::token::TokenProducer;
+use crate::control::session_affinity::{SessionAffinityFilter, SessionAffinityScorer};
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::file::FileDiscovery;
 use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
@@ -206,12 +207,10 @@ fn later(type_name: &'static str) -> PluginType {
 const LATER: &[&str] = &[
     "slo-headroom-tier-filter",
     "context-length-aware",
-    "session-affinity-filter",
     "topology-affinity-filter",
     "multicluster-session-affinity-filter",
     "latency-scorer",
     "mm-embeddings-cache-scorer",
-    "session-affinity-scorer",
     "topology-affinity-scorer",
     "multicluster-prefix-cache-scorer",
     "disagg-profile-handler",
@@ -279,6 +278,8 @@ pub fn registry() -> Registry {
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),
+        plugin!(SessionAffinityFilter, ["filter" => filter, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers]),
+        plugin!(SessionAffinityScorer, ["scorer" => scorer, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers]),
         plugin!(HeaderLabelAffinityScorer, ["scorer" => scorer]),
         plugin!(EndpointAttributeScorer, ["scorer" => scorer]),
         plugin!(MulticlusterQueueScorer, ["scorer" => scorer]),

@@ -7,6 +7,7 @@ pub mod director;
 mod error;
 pub mod header_processors;
 pub mod producers;
+pub mod session_affinity;
 
 pub use candidates::Subset;
 pub use director::{BodyKnowledge, Decision, Director, Intake, Step, Waiting};
