@@ -123,6 +123,13 @@ impl PluginType {
         self.build.is_some()
     }
 
+    /// The same plugin under the name it has where endpoints are whole clusters.
+    fn over_clusters(mut self, name: &'static str) -> Self {
+        self.type_name = name;
+        self.maturity = Maturity::Alpha;
+        self
+    }
+
     fn deprecated(mut self, name: &'static str, replacement: &'static str) -> Self {
         self.type_name = name;
         self.replacement = Some(replacement);
@@ -208,11 +215,9 @@ const LATER: &[&str] = &[
     "slo-headroom-tier-filter",
     "context-length-aware",
     "topology-affinity-filter",
-    "multicluster-session-affinity-filter",
     "latency-scorer",
     "mm-embeddings-cache-scorer",
     "topology-affinity-scorer",
-    "multicluster-prefix-cache-scorer",
     "disagg-profile-handler",
     "data-parallel-profile-handler",
     "prefix-based-pd-decider",
@@ -223,7 +228,6 @@ const LATER: &[&str] = &[
     "mm-embeddings-cache-producer",
     "burst-prefix-cache-producer",
     "p2p-source-producer",
-    "multicluster-approx-prefix-cache-producer",
     "models-data-source",
     "k8s-notification-source",
     "dcgm-data-source",
@@ -274,11 +278,15 @@ pub fn registry() -> Registry {
         plugin!(RunningRequestsSizeScorer, ["scorer" => scorer]),
         plugin!(LoadAwareScorer, ["scorer" => scorer]),
         plugin!(PrefixCacheScorer, ["scorer" => scorer]),
+        plugin!(PrefixCacheScorer, ["scorer" => scorer])
+            .over_clusters("multicluster-prefix-cache-scorer"),
         plugin!(NoHitLruScorer, ["scorer" => scorer, "pre-request" => pre_request]),
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),
         plugin!(SessionAffinityFilter, ["filter" => filter, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers]),
+        plugin!(SessionAffinityFilter, ["filter" => filter, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers])
+            .over_clusters("multicluster-session-affinity-filter"),
         plugin!(SessionAffinityScorer, ["scorer" => scorer, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers]),
         plugin!(HeaderLabelAffinityScorer, ["scorer" => scorer]),
         plugin!(EndpointAttributeScorer, ["scorer" => scorer]),
@@ -291,6 +299,8 @@ pub fn registry() -> Registry {
         plugin!(TokenProducer, ["data producer" => producer])
             .deprecated("tokenizer", "token-producer"),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
+        plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener])
+            .over_clusters("multicluster-approx-prefix-cache-producer"),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
         plugin!(SessionIdProducer, ["data producer" => producer]),
         plugin!(AgentIdentity, ["request header" => header_processor]),
