@@ -8,6 +8,7 @@ use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::control::producers::session_id::SessionIdProducer;
 use crate::control::producers::token::TokenProducer;
+use crate::control::screeners::DisaggregatedSetRolloutScreener;
 use crate::control::session_affinity::{SessionAffinityFilter, SessionAffinityScorer};
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::file::FileDiscovery;
@@ -240,7 +241,6 @@ const LATER: &[&str] = &[
     "vllmgrpc-parser",
     "vertexai-parser",
     "latency-slo-admitter",
-    "disaggregatedset-rollout-screener",
     "request-attribute-reporter",
     "round-robin-fairness-policy",
     "program-aware-fairness",
@@ -304,6 +304,7 @@ pub fn registry() -> Registry {
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
         plugin!(SessionIdProducer, ["data producer" => producer]),
         plugin!(AgentIdentity, ["request header" => header_processor]),
+        plugin!(DisaggregatedSetRolloutScreener, ["screener" => screener, "response" => response_headers, "endpoint listener" => listener]),
         plugin!(ProbabilisticAdmitter, ["admitter" => admitter]),
         plugin!(DestinationEndpointServedVerifier, ["response" => response_headers]),
         plugin!(OpenAiParser, ["parser" => parser]),

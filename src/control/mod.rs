@@ -7,6 +7,7 @@ pub mod director;
 mod error;
 pub mod header_processors;
 pub mod producers;
+pub mod screeners;
 pub mod session_affinity;
 
 pub use candidates::Subset;

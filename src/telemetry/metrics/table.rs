@@ -188,6 +188,8 @@ series! {
     "llm_d_epp_prefix_indexer_hit_bytes" = "inference_extension_prefix_indexer_hit_bytes", Histogram(HIT), "Prompt bytes found on the best endpoint.";
     "llm_d_epp_inflight_requests", Gauge, "Requests booked on an endpoint.";
     "llm_d_epp_inflight_tokens", Gauge, "Uncached prompt tokens booked on an endpoint.";
+    "llm_d_epp_disaggregatedset_strict_header_no_match_total", Counter, "Requests whose strict header no endpoint matched.";
+    "llm_d_epp_disaggregatedset_revision_gating_share", Gauge, "Share of requests that a revision gets, 0 to 1; 0 while a role is missing.";
     "pinpod_decision_duration_seconds", Histogram(DECISION), "Time from the complete request to its decision in seconds.";
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_discovery_reload_failures_total", Counter, "Endpoint files that could not be read.";
