@@ -20,6 +20,7 @@ use crate::request::openai::OpenAiParser;
 use crate::request::passthrough::PassthroughParser;
 use crate::request::sglang_http::SglangHttpParser;
 use crate::request::vllm_http::VllmHttpParser;
+use crate::response::request_attribute_reporter::RequestAttributeReporter;
 use crate::response::served_verifier::DestinationEndpointServedVerifier;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
@@ -241,7 +242,6 @@ const LATER: &[&str] = &[
     "vllmgrpc-parser",
     "vertexai-parser",
     "latency-slo-admitter",
-    "request-attribute-reporter",
     "round-robin-fairness-policy",
     "program-aware-fairness",
     "edf-ordering-policy",
@@ -306,6 +306,7 @@ pub fn registry() -> Registry {
         plugin!(AgentIdentity, ["request header" => header_processor]),
         plugin!(DisaggregatedSetRolloutScreener, ["screener" => screener, "response" => response_headers, "endpoint listener" => listener]),
         plugin!(ProbabilisticAdmitter, ["admitter" => admitter]),
+        plugin!(RequestAttributeReporter, ["response" => response_complete]),
         plugin!(DestinationEndpointServedVerifier, ["response" => response_headers]),
         plugin!(OpenAiParser, ["parser" => parser]),
         plugin!(AnthropicParser, ["parser" => parser]),

@@ -7,6 +7,7 @@
 pub mod accounting;
 pub mod hooks;
 pub mod model_name;
+pub mod request_attribute_reporter;
 pub mod served_verifier;
 pub mod sse;
 pub mod usage;
