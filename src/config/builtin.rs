@@ -33,7 +33,7 @@ use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
     ByLabelFilter, ConcurrencyDetector, DecodeFilter, EncodeFilter, EndpointAttributeFilter,
     HeaderBasedTestingFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
-    UtilizationDetector, UtilizationFilter,
+    TopologyAffinityFilter, UtilizationDetector, UtilizationFilter,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
 use crate::scheduling::profile_handlers::{HeaderProfileHandler, SingleProfileHandler};
@@ -42,6 +42,7 @@ use crate::scheduling::scorers::{
     KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
     MulticlusterKvCacheUtilizationScorer, MulticlusterQueueScorer, NoHitLruScorer,
     PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
+    TopologyAffinityScorer,
 };
 use crate::scheduling::{
     Admitter, DataProducer, Filter, Picker, PreRequest, ProfileHandler, RequestHeaderProcessor,
@@ -222,10 +223,8 @@ fn later(type_name: &'static str) -> PluginType {
 const LATER: &[&str] = &[
     "slo-headroom-tier-filter",
     "context-length-aware",
-    "topology-affinity-filter",
     "latency-scorer",
     "mm-embeddings-cache-scorer",
-    "topology-affinity-scorer",
     "disagg-profile-handler",
     "data-parallel-profile-handler",
     "prefix-based-pd-decider",
@@ -268,6 +267,7 @@ pub fn registry() -> Registry {
         plugin!(HeaderBasedTestingFilter, ["filter" => filter]),
         plugin!(UtilizationFilter, ["filter" => filter]),
         plugin!(EndpointAttributeFilter, ["filter" => filter]),
+        plugin!(TopologyAffinityFilter, ["filter" => filter]),
         plugin!(ConcurrencyDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(QueueScorer, ["scorer" => scorer]),
@@ -287,6 +287,7 @@ pub fn registry() -> Registry {
         plugin!(SessionAffinityScorer, ["scorer" => scorer, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers]),
         plugin!(HeaderLabelAffinityScorer, ["scorer" => scorer]),
         plugin!(EndpointAttributeScorer, ["scorer" => scorer]),
+        plugin!(TopologyAffinityScorer, ["scorer" => scorer]),
         plugin!(MulticlusterQueueScorer, ["scorer" => scorer]),
         plugin!(MulticlusterKvCacheUtilizationScorer, ["scorer" => scorer]),
         plugin!(MaxScorePicker, ["picker" => picker]),

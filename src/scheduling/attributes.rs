@@ -14,11 +14,6 @@ pub const AGENT_IDENTITY: &str = "agent-identity";
 /// Session of the request, one value: `String`.
 pub const SESSION_ID: &str = "SessionIDDataKey";
 
-/// Mean KV cache use of a remote cluster, kept on its endpoint under no producer name: `f64`.
-pub const MULTICLUSTER_KV_CACHE_USAGE: &str = "llm-d.ai/multicluster-kv-cache-utilization";
-/// Mean waiting requests of a remote cluster, kept like the above: `f64`.
-pub const MULTICLUSTER_QUEUE_SIZE: &str = "llm-d.ai/multicluster-queue-size";
-
 /// Default producers of the keys above.
 pub const APPROX_PREFIX_PRODUCER: &str = "approx-prefix-cache-producer";
 /// See [`APPROX_PREFIX_PRODUCER`].

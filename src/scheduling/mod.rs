@@ -22,6 +22,7 @@ pub mod scheduler;
 pub mod scorers;
 #[cfg(test)]
 pub(crate) mod test_support;
+mod topology;
 
 pub use hooks::{
     Admitter, DataProducer, Denial, Outcome, PreRequest, Preparation, ProducerError,
@@ -43,12 +44,28 @@ pub struct Candidate {
 pub struct Candidates<'a> {
     all: &'a [Candidate],
     selected: &'a [u32],
+    peer: Option<u32>,
 }
 
 impl<'a> Candidates<'a> {
     /// `selected` are positions in `all`; one out of range is never yielded.
     pub fn new(all: &'a [Candidate], selected: &'a [u32]) -> Self {
-        Self { all, selected }
+        Self {
+            all,
+            selected,
+            peer: None,
+        }
+    }
+
+    /// The same candidates, for a profile that runs after one that picked `peer`.
+    pub fn with_peer(self, peer: Option<u32>) -> Self {
+        Self { peer, ..self }
+    }
+
+    /// First pick of the first profile that chose for this request, in a round before this one. It need
+    /// not be selected here: prefill and decode endpoints may be disjoint.
+    pub fn peer(&self) -> Option<&'a Candidate> {
+        self.all.get(self.peer? as usize)
     }
 
     /// Number of selected candidates.

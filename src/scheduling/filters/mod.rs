@@ -7,6 +7,7 @@ mod header_based_testing;
 mod label_selector;
 mod prefix_cache_affinity;
 mod role;
+mod topology_affinity;
 mod utilization;
 mod utilization_detector;
 
@@ -17,6 +18,7 @@ pub use header_based_testing::HeaderBasedTestingFilter;
 pub use label_selector::LabelSelectorFilter;
 pub use prefix_cache_affinity::PrefixCacheAffinityFilter;
 pub use role::{DecodeFilter, EncodeFilter, PrefillFilter};
+pub use topology_affinity::TopologyAffinityFilter;
 pub use utilization::UtilizationFilter;
 pub use utilization_detector::UtilizationDetector;
 

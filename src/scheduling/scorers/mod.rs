@@ -12,6 +12,7 @@ mod prefix_cache;
 mod queue;
 mod running_requests_size;
 mod token_load;
+mod topology_affinity;
 
 pub use active_request::ActiveRequestScorer;
 pub use endpoint_attribute::EndpointAttributeScorer;
@@ -25,6 +26,7 @@ pub use prefix_cache::PrefixCacheScorer;
 pub use queue::QueueScorer;
 pub use running_requests_size::RunningRequestsSizeScorer;
 pub use token_load::TokenLoadScorer;
+pub use topology_affinity::TopologyAffinityScorer;
 
 use super::{Candidate, Candidates};
 

@@ -1,8 +1,8 @@
 //! `multicluster-queue-scorer` and `multicluster-kv-cache-utilization-scorer`: the load scorers over
 //! whole clusters.
 
+use crate::datalayer::extractors::{MULTICLUSTER_KV_CACHE, MULTICLUSTER_QUEUE};
 use crate::plugin::{Build, EndpointColumn, Maturity, ParamDoc, Plugin, PluginError};
-use crate::scheduling::attributes::{MULTICLUSTER_KV_CACHE_USAGE, MULTICLUSTER_QUEUE_SIZE};
 use crate::scheduling::{Candidates, Cycle, Scorer};
 
 /// Prefers clusters with shorter mean queues.
@@ -23,7 +23,7 @@ impl Plugin for MulticlusterQueueScorer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         Ok(Self {
-            queue_size: build.keys.endpoint_require(MULTICLUSTER_QUEUE_SIZE, "")?,
+            queue_size: build.keys.endpoint_require(MULTICLUSTER_QUEUE, "")?,
         })
     }
 }
@@ -54,9 +54,7 @@ impl Plugin for MulticlusterKvCacheUtilizationScorer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         Ok(Self {
-            usage: build
-                .keys
-                .endpoint_require(MULTICLUSTER_KV_CACHE_USAGE, "")?,
+            usage: build.keys.endpoint_require(MULTICLUSTER_KV_CACHE, "")?,
         })
     }
 }
