@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::control::admitters::ProbabilisticAdmitter;
 use crate::control::header_processors::AgentIdentity;
 use crate::control::producers::approx_prefix::ApproxPrefixProducer;
+use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::control::producers::session_id::SessionIdProducer;
 use crate::control::producers::token::TokenProducer;
@@ -233,7 +234,6 @@ const LATER: &[&str] = &[
     "precise-prefix-cache-producer",
     "predicted-latency-producer",
     "mm-embeddings-cache-producer",
-    "burst-prefix-cache-producer",
     "p2p-source-producer",
     "vllmgrpc-parser",
     "vertexai-parser",
@@ -299,6 +299,7 @@ pub fn registry() -> Registry {
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener])
             .over_clusters("multicluster-approx-prefix-cache-producer"),
+        plugin!(BurstPrefixProducer, ["data producer" => producer]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
         plugin!(SessionIdProducer, ["data producer" => producer]),
         plugin!(AgentIdentity, ["request header" => header_processor]),

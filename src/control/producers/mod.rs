@@ -2,6 +2,7 @@
 
 pub mod approx_prefix;
 pub mod block_hash;
+pub mod burst_prefix;
 pub mod inflight_load;
 pub mod prefix_index;
 pub mod session_id;
