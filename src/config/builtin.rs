@@ -7,6 +7,7 @@ use crate::control::header_processors::AgentIdentity;
 use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
+use crate::control::producers::mm_embeddings_cache::MmEmbeddingsCacheProducer;
 use crate::control::producers::session_id::SessionIdProducer;
 use crate::control::producers::token::TokenProducer;
 use crate::control::screeners::DisaggregatedSetRolloutScreener;
@@ -27,20 +28,22 @@ use crate::request::anthropic::AnthropicParser;
 use crate::request::openai::OpenAiParser;
 use crate::request::passthrough::PassthroughParser;
 use crate::request::sglang_http::SglangHttpParser;
+use crate::request::vertexai::VertexAiParser;
+use crate::request::vllm_grpc::VllmGrpcParser;
 use crate::request::vllm_http::VllmHttpParser;
 use crate::response::request_attribute_reporter::RequestAttributeReporter;
 use crate::response::served_verifier::DestinationEndpointServedVerifier;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
-    ByLabelFilter, ConcurrencyDetector, DecodeFilter, EncodeFilter, EndpointAttributeFilter,
-    HeaderBasedTestingFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
-    TopologyAffinityFilter, UtilizationDetector, UtilizationFilter,
+    ByLabelFilter, ConcurrencyDetector, ContextLengthAware, DecodeFilter, EncodeFilter,
+    EndpointAttributeFilter, HeaderBasedTestingFilter, LabelSelectorFilter, PrefillFilter,
+    PrefixCacheAffinityFilter, TopologyAffinityFilter, UtilizationDetector, UtilizationFilter,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
 use crate::scheduling::profile_handlers::{HeaderProfileHandler, SingleProfileHandler};
 use crate::scheduling::scorers::{
     ActiveRequestScorer, EndpointAttributeScorer, HeaderLabelAffinityScorer,
-    KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
+    KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer, MmEmbeddingsCacheScorer,
     MulticlusterKvCacheUtilizationScorer, MulticlusterQueueScorer, NoHitLruScorer,
     PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
     TopologyAffinityScorer,
@@ -223,9 +226,7 @@ fn later(type_name: &'static str) -> PluginType {
 /// Types of the catalogue that are not available yet.
 const LATER: &[&str] = &[
     "slo-headroom-tier-filter",
-    "context-length-aware",
     "latency-scorer",
-    "mm-embeddings-cache-scorer",
     "disagg-profile-handler",
     "data-parallel-profile-handler",
     "prefix-based-pd-decider",
@@ -233,10 +234,7 @@ const LATER: &[&str] = &[
     "always-disagg-multimodal-decider",
     "precise-prefix-cache-producer",
     "predicted-latency-producer",
-    "mm-embeddings-cache-producer",
     "p2p-source-producer",
-    "vllmgrpc-parser",
-    "vertexai-parser",
     "latency-slo-admitter",
     "round-robin-fairness-policy",
     "program-aware-fairness",
@@ -270,6 +268,7 @@ pub fn registry() -> Registry {
         plugin!(TopologyAffinityFilter, ["filter" => filter]),
         plugin!(ConcurrencyDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
+        plugin!(ContextLengthAware, ["filter" => filter, "scorer" => scorer]),
         plugin!(QueueScorer, ["scorer" => scorer]),
         plugin!(KvCacheUtilizationScorer, ["scorer" => scorer]),
         plugin!(RunningRequestsSizeScorer, ["scorer" => scorer]),
@@ -290,6 +289,7 @@ pub fn registry() -> Registry {
         plugin!(TopologyAffinityScorer, ["scorer" => scorer]),
         plugin!(MulticlusterQueueScorer, ["scorer" => scorer]),
         plugin!(MulticlusterKvCacheUtilizationScorer, ["scorer" => scorer]),
+        plugin!(MmEmbeddingsCacheScorer, ["scorer" => scorer]),
         plugin!(MaxScorePicker, ["picker" => picker]),
         plugin!(RandomPicker, ["picker" => picker]),
         plugin!(WeightedRandomPicker, ["picker" => picker]),
@@ -300,6 +300,7 @@ pub fn registry() -> Registry {
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener])
             .over_clusters("multicluster-approx-prefix-cache-producer"),
         plugin!(BurstPrefixProducer, ["data producer" => producer]),
+        plugin!(MmEmbeddingsCacheProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
         plugin!(SessionIdProducer, ["data producer" => producer]),
         plugin!(AgentIdentity, ["request header" => header_processor]),
@@ -311,6 +312,8 @@ pub fn registry() -> Registry {
         plugin!(AnthropicParser, ["parser" => parser]),
         plugin!(VllmHttpParser, ["parser" => parser]),
         plugin!(SglangHttpParser, ["parser" => parser]),
+        plugin!(VllmGrpcParser, ["parser" => parser]),
+        plugin!(VertexAiParser, ["parser" => parser]),
         plugin!(PassthroughParser, ["parser" => parser]),
         plugin!(MetricsDataSource, ["data source" => data_source]),
         plugin!(ModelsDataSource, ["data source" => data_source]),

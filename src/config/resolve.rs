@@ -15,8 +15,9 @@ use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, TypedNa
 use crate::request::parsers::ParserSet;
 use crate::response::ResponseHooks;
 use crate::scheduling::attributes::{
-    AGENT_IDENTITY, APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH,
-    PrefixMatch, TOKEN_PRODUCER, TOKENIZED_PROMPT, UNCACHED_TOKENS,
+    AGENT_IDENTITY, APPROX_PREFIX_PRODUCER, ENCODER_CACHE_MATCH, IN_FLIGHT, IN_FLIGHT_PRODUCER,
+    MEDIA_FEATURES, MM_EMBEDDINGS_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_PRODUCER,
+    TOKENIZED_PROMPT, UNCACHED_TOKENS,
 };
 use crate::scheduling::scheduler::{Profile, Scheduler};
 use crate::scheduling::{DataProducer, Filter, Picker, ProfileHandler, SaturationDetector, Scorer};
@@ -51,9 +52,11 @@ const READ_PODS: [&str; 2] = ["topology-extractor", "disaggregatedset-rollout-sc
 /// Producer that is made for a required key nobody publishes: (data type, producer name, plugin type).
 const DEFAULT_PRODUCERS: &[(&str, &str)] = &[
     (TOKENIZED_PROMPT, TOKEN_PRODUCER),
+    (MEDIA_FEATURES, TOKEN_PRODUCER),
     (PREFIX_MATCH, APPROX_PREFIX_PRODUCER),
     (IN_FLIGHT, IN_FLIGHT_PRODUCER),
     (UNCACHED_TOKENS, IN_FLIGHT_PRODUCER),
+    (ENCODER_CACHE_MATCH, MM_EMBEDDINGS_PRODUCER),
 ];
 
 /// A configuration with everything looked up.

@@ -2,6 +2,7 @@
 
 mod by_label;
 mod concurrency_detector;
+mod context_length_aware;
 mod endpoint_attribute;
 mod header_based_testing;
 mod label_selector;
@@ -13,6 +14,7 @@ mod utilization_detector;
 
 pub use by_label::ByLabelFilter;
 pub use concurrency_detector::ConcurrencyDetector;
+pub use context_length_aware::ContextLengthAware;
 pub use endpoint_attribute::EndpointAttributeFilter;
 pub use header_based_testing::HeaderBasedTestingFilter;
 pub use label_selector::LabelSelectorFilter;

@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::block_hash::{chain_seed, hash_prompt};
+use super::block_hash::hash_request;
 use crate::plugin::{
     Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
 };
 use crate::request::InferenceRequest;
-use crate::scheduling::attributes::{PREFIX_MATCH, PrefixMatch, TOKEN_PRODUCER, TOKENIZED_PROMPT};
+use crate::scheduling::attributes::{
+    MEDIA_FEATURES, MediaFeature, PREFIX_MATCH, PrefixMatch, TOKEN_PRODUCER, TOKENIZED_PROMPT,
+};
 use crate::scheduling::{Candidate, DataProducer, Preparation, ProducerError};
 use assign::Rules;
 use window::{Placing, Windows};
@@ -38,6 +40,7 @@ pub struct BurstPrefixProducer {
     block_tokens: u32,
     max_blocks: usize,
     max_requests: Option<usize>,
+    media: Column<MediaFeature>,
     matches: Column<PrefixMatch>,
 }
 
@@ -188,6 +191,7 @@ impl Plugin for BurstPrefixProducer {
             block_tokens,
             max_blocks: settings.max_blocks(block_tokens)?,
             max_requests,
+            media: build.keys.require(MEDIA_FEATURES, TOKEN_PRODUCER),
             matches: build.keys.produce(PREFIX_MATCH),
         })
     }
@@ -195,19 +199,17 @@ impl Plugin for BurstPrefixProducer {
 
 impl BurstPrefixProducer {
     /// Block hashes of the prompts, one after the other.
-    fn chain(&self, request: &InferenceRequest) -> Vec<u64> {
-        let seed = chain_seed(&request.target_model, request.payload.cache_salt.as_deref());
-        let mut chain = Vec::new();
-        for prompt in &request.payload.prompts {
-            hash_prompt(
-                prompt,
-                &request.body,
-                seed,
-                self.block_tokens as usize,
-                self.max_blocks,
-                &mut chain,
-            );
-        }
+    fn chain(&self, request: &InferenceRequest, attributes: &Attributes) -> Vec<u64> {
+        let media = attributes.get(self.media).unwrap_or_default();
+        let (mut chain, mut ends) = (Vec::new(), Vec::new());
+        hash_request(
+            request,
+            media,
+            self.block_tokens as usize,
+            self.max_blocks,
+            &mut chain,
+            &mut ends,
+        );
         chain
     }
 
@@ -248,7 +250,8 @@ impl DataProducer for BurstPrefixProducer {
         candidates: &[Candidate],
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
-        self.publish(self.chain(request).len(), None, candidates, attributes);
+        let blocks = self.chain(request, attributes).len();
+        self.publish(blocks, None, candidates, attributes);
         Ok(())
     }
 
@@ -256,9 +259,9 @@ impl DataProducer for BurstPrefixProducer {
         &self,
         request: &InferenceRequest,
         candidates: &[Candidate],
-        _: &Attributes,
+        attributes: &Attributes,
     ) -> Option<Preparation> {
-        let chain = self.chain(request);
+        let chain = self.chain(request, attributes);
         if chain.is_empty() {
             return None;
         }

@@ -163,8 +163,12 @@ fn a_request_without_prompt_does_not_wait() {
 #[test]
 fn prompts_are_compared_up_to_the_cap() {
     let blocks = |parameters: &str, bytes: usize| {
-        let producer: BurstPrefixProducer = pool().plugin(parameters);
-        producer.chain(&request(&"x".repeat(bytes))).len()
+        let mut pool = pool();
+        let producer: BurstPrefixProducer = pool.plugin(parameters);
+        let attributes = pool.keys.new_attributes();
+        producer
+            .chain(&request(&"x".repeat(bytes)), &attributes)
+            .len()
     };
     // 2048 blocks of 64 tokens of 4 bytes are 524,288 bytes.
     assert_eq!(blocks("{}", 524_288), 2048);
