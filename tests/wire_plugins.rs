@@ -94,8 +94,11 @@ impl Call {
                 self.received.drain(..end);
                 return reply;
             }
-            let frame = self.replies.frame().await.expect("the call ended").unwrap();
-            self.received.extend_from_slice(&frame.into_data().unwrap());
+            let Some(frame) = self.replies.frame().await else {
+                panic!("the call ended")
+            };
+            let data = frame.unwrap().into_data().unwrap();
+            self.received.extend_from_slice(&data);
         }
     }
 
@@ -386,6 +389,20 @@ async fn a_burst_is_held_until_its_window_closes_and_lands_together() {
     }
     assert!(began.elapsed() < Duration::from_millis(110));
     assert_eq!(picker.in_flight(), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_is_no_cached_prefix() {
+    let picker = burst(1000);
+    let prefer = [("prefer", "if-available")];
+    let mut calls = Vec::new();
+    for _ in 0..2 {
+        calls.push(Call::ask(&picker, &prefer, BODY).await);
+    }
+    // They were placed together, where nothing is cached yet.
+    for call in &mut calls {
+        assert_eq!(immediate(&call.reply().await).0, 412);
+    }
 }
 
 #[tokio::test(start_paused = true)]

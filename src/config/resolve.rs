@@ -6,12 +6,13 @@ use super::ConfigError;
 use super::builtin::{Instance, PluginType, Registry, Roles};
 use super::raw::{Document, LEGACY_API_VERSION, PluginEntry, ProfileEntry, Reference, SourceEntry};
 use crate::control::director::ActiveConfig;
+use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::Discovery;
 use crate::datalayer::extractors::Extractor;
 use crate::datalayer::sources::{DataSource, Payload};
 use crate::plugin::data::KeyUse;
-use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, TypedName};
+use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, Plugin, TypedName};
 use crate::request::parsers::ParserSet;
 use crate::response::ResponseHooks;
 use crate::scheduling::attributes::{
@@ -210,8 +211,11 @@ pub fn resolve(
         .collect::<Result<_, _>>()?;
     loader.check_maturity(*options)?;
     let producers = loader.producers_in_order()?;
-    let agent_identity = loader.keys.published(AGENT_IDENTITY).into_iter().next();
-    let prefix_matches = loader.keys.published(PREFIX_MATCH);
+    let agents = loader.keys.published(AGENT_IDENTITY, |_| true);
+    let agent_identity = agents.into_iter().next();
+    let prefix_matches = loader
+        .keys
+        .published(PREFIX_MATCH, |name| loader.knows_caches(name));
     let instances = loader.instances;
     Ok(ResolvedConfig {
         profiles,
@@ -354,6 +358,13 @@ impl Loader<'_> {
             parameters: None,
         };
         self.add(entry)
+    }
+
+    /// True when the instance's prefix matches say what an endpoint holds. Those of a burst say where
+    /// a prefix is about to go.
+    fn knows_caches(&self, name: &str) -> bool {
+        self.find(name)
+            .is_some_and(|i| i.plugin_type != BurstPrefixProducer::TYPE)
     }
 
     fn find(&self, name: &str) -> Option<&Instance> {

@@ -210,11 +210,15 @@ impl DataKeys {
         self.endpoint_column(data_type.into(), producer, |key| &mut key.optional_for)
     }
 
-    /// Every column of `data_type` that some instance publishes.
-    pub fn published<T: 'static>(&self, data_type: &str) -> Vec<Column<T>> {
+    /// Every column of `data_type` that an instance of a name `by` accepts publishes.
+    pub fn published<T: 'static>(
+        &self,
+        data_type: &str,
+        by: impl Fn(&str) -> bool,
+    ) -> Vec<Column<T>> {
         let slots = self.columns.iter().enumerate();
         slots
-            .filter(|(_, k)| k.data_type == data_type && !k.produced_by.is_empty())
+            .filter(|(_, k)| k.data_type == data_type && k.produced_by.iter().any(|p| by(p)))
             .filter(|(_, k)| k.value_type == std::any::type_name::<T>())
             .map(|(slot, _)| Column {
                 slot,

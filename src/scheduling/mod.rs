@@ -58,6 +58,7 @@ impl<'a> Candidates<'a> {
     }
 
     /// The same candidates, for a profile that runs after one that picked `peer`.
+    #[must_use]
     pub fn with_peer(self, peer: Option<u32>) -> Self {
         Self { peer, ..self }
     }

@@ -139,14 +139,11 @@ fn check_selectors(selectors: &mut [HeaderSelector]) -> Result<(), ParamError> {
 
 impl GateSettings {
     fn roles(&self) -> Result<Vec<String>, ParamError> {
-        let roles = match &self.require_roles {
-            Some(roles) => roles.values.clone(),
-            None => {
-                let mode = self.mode.as_str();
-                return refuse(format!(
-                    "revisionGating.requireRoles: is required with mode {mode}"
-                ));
-            }
+        let Some(RequireRoles { values: roles }) = &self.require_roles else {
+            let mode = self.mode.as_str();
+            return refuse(format!(
+                "revisionGating.requireRoles: is required with mode {mode}"
+            ));
         };
         let name = "revisionGating.requireRoles.values";
         if roles.is_empty() {
@@ -160,7 +157,7 @@ impl GateSettings {
                 return refuse(format!("{name}: role {role:?} is listed twice"));
             }
         }
-        Ok(roles)
+        Ok(roles.clone())
     }
 
     fn build(self, scope: Selector, instance: &str) -> Result<Option<Gate>, ParamError> {

@@ -160,7 +160,7 @@ mod tests {
     }
 
     fn sessions() -> Sessions {
-        Sessions::new(Duration::from_secs(300), Duration::from_secs(10))
+        Sessions::new(Duration::from_mins(5), Duration::from_secs(10))
     }
 
     #[test]

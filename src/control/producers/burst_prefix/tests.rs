@@ -47,9 +47,9 @@ async fn equal_prompts_of_a_window_match_on_one_endpoint() {
     let mut pool = pool();
     let producer: BurstPrefixProducer = pool.plugin("{}");
     // 600 bytes are 150 tokens: two blocks of 64 and a partial one.
-    let (x, y, z) = ("x".repeat(600), "y".repeat(600), "z".repeat(600));
+    let [one, two, lone] = ["x", "y", "z"].map(|text| text.repeat(600));
     let began = Instant::now();
-    let prompts = [&x, &y, &x, &y, &z];
+    let prompts = [&one, &two, &one, &two, &lone];
     let started: Vec<_> = prompts.iter().map(|p| start(&producer, &pool, p)).collect();
     assert_eq!(producer.windows.waiting(), 5);
     assert!(
@@ -63,8 +63,8 @@ async fn equal_prompts_of_a_window_match_on_one_endpoint() {
         got.push(matches(&producer, &pool, &request(prompt), waited).unwrap());
     }
     assert_eq!(began.elapsed(), Duration::from_millis(100));
-    let (a, b, none) = ((vec![3, 0], 3), (vec![0, 3], 3), (vec![0, 0], 3));
-    assert_eq!(got, [a.clone(), b.clone(), a, b, none]);
+    let wanted = [[3, 0], [0, 3], [3, 0], [0, 3], [0, 0]];
+    assert_eq!(got, wanted.map(|matched| (matched.to_vec(), 3)));
     assert_eq!(producer.windows.waiting(), 0);
 }
 
