@@ -349,6 +349,14 @@ impl Attributes {
 
     /// An empty vector to fill with one value per candidate; marks the column as written.
     pub fn write<T: Send + 'static>(&mut self, column: Column<T>) -> &mut Vec<T> {
+        let values = self.reuse(column);
+        values.clear();
+        values
+    }
+
+    /// As [`Self::write`], still with the values of an earlier request, for a producer that takes
+    /// their memory over.
+    pub fn reuse<T: Send + 'static>(&mut self, column: Column<T>) -> &mut Vec<T> {
         if self.columns.len() <= column.slot {
             self.columns.resize_with(column.slot + 1, || None);
         }
@@ -367,7 +375,6 @@ impl Attributes {
             reason = "the box was made for this type three lines up"
         )]
         let values = data.values.downcast_mut::<Vec<T>>().expect("column type");
-        values.clear();
         values
     }
 

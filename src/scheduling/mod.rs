@@ -39,6 +39,21 @@ pub struct Candidate {
     pub metrics: Arc<EngineMetrics>,
 }
 
+impl Candidate {
+    /// `endpoint` with its metrics as they are now.
+    pub fn new(endpoint: Arc<Endpoint>) -> Self {
+        Self {
+            metrics: endpoint.metrics(),
+            endpoint,
+        }
+    }
+
+    /// Brings the metrics up to date.
+    pub fn refresh(&mut self) {
+        self.endpoint.refresh_metrics(&mut self.metrics);
+    }
+}
+
 /// The candidates a hook may look at: a selection of the request's candidate list.
 #[derive(Debug, Clone, Copy)]
 pub struct Candidates<'a> {
