@@ -2,13 +2,26 @@
 
 use std::sync::Arc;
 
+use crate::control::admitters::ProbabilisticAdmitter;
+use crate::control::header_processors::AgentIdentity;
 use crate::control::producers::approx_prefix::ApproxPrefixProducer;
+use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::control::producers::mm_embeddings_cache::MmEmbeddingsCacheProducer;
+use crate::control::producers::session_id::SessionIdProducer;
 use crate::control::producers::token::TokenProducer;
+use crate::control::screeners::DisaggregatedSetRolloutScreener;
+use crate::control::session_affinity::{SessionAffinityFilter, SessionAffinityScorer};
 use crate::datalayer::EndpointListener;
-use crate::datalayer::discovery::file::FileDiscovery;
-use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
+use crate::datalayer::discovery::{Discovery, FileDiscovery, MulticlusterFileDiscovery};
+use crate::datalayer::extractors::{
+    CoreMetricsExtractor, DcgmExtractor, Extractor, ModelsDataExtractor,
+    MulticlusterMetricsExtractor, TopologyExtractor,
+};
+use crate::datalayer::sources::{
+    DataSource, DcgmDataSource, EndpointNotificationSource, K8sNotificationSource,
+    MetricsDataSource, ModelsDataSource, MulticlusterMetricsDataSource,
+};
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError, TypedName};
 use crate::request::Parser;
 use crate::request::anthropic::AnthropicParser;
@@ -18,17 +31,22 @@ use crate::request::sglang_http::SglangHttpParser;
 use crate::request::vertexai::VertexAiParser;
 use crate::request::vllm_grpc::VllmGrpcParser;
 use crate::request::vllm_http::VllmHttpParser;
+use crate::response::request_attribute_reporter::RequestAttributeReporter;
+use crate::response::served_verifier::DestinationEndpointServedVerifier;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
-    ContextLengthAware, DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter,
-    PrefixCacheAffinityFilter, UtilizationDetector,
+    ByLabelFilter, ConcurrencyDetector, ContextLengthAware, DecodeFilter, EncodeFilter,
+    EndpointAttributeFilter, HeaderBasedTestingFilter, LabelSelectorFilter, PrefillFilter,
+    PrefixCacheAffinityFilter, TopologyAffinityFilter, UtilizationDetector, UtilizationFilter,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
-use crate::scheduling::profile_handlers::SingleProfileHandler;
+use crate::scheduling::profile_handlers::{HeaderProfileHandler, SingleProfileHandler};
 use crate::scheduling::scorers::{
-    ActiveRequestScorer, KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
-    MmEmbeddingsCacheScorer, NoHitLruScorer, PrefixCacheScorer, QueueScorer,
-    RunningRequestsSizeScorer, TokenLoadScorer,
+    ActiveRequestScorer, EndpointAttributeScorer, HeaderLabelAffinityScorer,
+    KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer, MmEmbeddingsCacheScorer,
+    MulticlusterKvCacheUtilizationScorer, MulticlusterQueueScorer, NoHitLruScorer,
+    PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
+    TopologyAffinityScorer,
 };
 use crate::scheduling::{
     Admitter, DataProducer, Filter, Picker, PreRequest, ProfileHandler, RequestHeaderProcessor,
@@ -66,12 +84,12 @@ pub struct Roles {
     pub parser: Option<Arc<dyn Parser>>,
     /// Wants to know endpoints.
     pub listener: Option<Arc<dyn EndpointListener>>,
-    /// Where metrics come from.
-    pub metrics_source: Option<Arc<MetricsDataSource>>,
-    /// How metrics are read.
-    pub metrics_extractor: Option<Arc<CoreMetricsExtractor>>,
+    /// What is fetched from endpoints or told about them.
+    pub data_source: Option<Arc<dyn DataSource>>,
+    /// Reads what a polling source fetched.
+    pub extractor: Option<Arc<dyn Extractor>>,
     /// Where endpoints come from.
-    pub file_discovery: Option<Arc<FileDiscovery>>,
+    pub discovery: Option<Arc<dyn Discovery>>,
 }
 
 /// One instance of the configuration.
@@ -117,6 +135,13 @@ impl PluginType {
     /// False for a type of a later version.
     pub fn is_available(&self) -> bool {
         self.build.is_some()
+    }
+
+    /// The same plugin under the name it has where endpoints are whole clusters.
+    fn over_clusters(mut self, name: &'static str) -> Self {
+        self.type_name = name;
+        self.maturity = Maturity::Alpha;
+        self
     }
 
     fn deprecated(mut self, name: &'static str, replacement: &'static str) -> Self {
@@ -166,8 +191,7 @@ macro_rules! plugin {
     };
 }
 
-/// A type that is accepted and does nothing: queueing policies that defaulting names, and the
-/// lifecycle source, whose work the endpoint store does for every plugin.
+/// A type that is accepted and does nothing: queueing policies that defaulting names.
 fn inert(
     type_name: &'static str,
     kind: &'static [&'static str],
@@ -201,56 +225,23 @@ fn later(type_name: &'static str) -> PluginType {
 
 /// Types of the catalogue that are not available yet.
 const LATER: &[&str] = &[
-    "concurrency-detector",
-    "header-based-testing-filter",
     "slo-headroom-tier-filter",
-    "utilization-filter",
-    "endpoint-attribute-filter",
-    "session-affinity-filter",
-    "topology-affinity-filter",
-    "multicluster-session-affinity-filter",
     "latency-scorer",
-    "session-affinity-scorer",
-    "header-label-affinity-scorer",
-    "endpoint-attribute-scorer",
-    "topology-affinity-scorer",
-    "multicluster-queue-scorer",
-    "multicluster-kv-cache-utilization-scorer",
-    "multicluster-prefix-cache-scorer",
     "disagg-profile-handler",
     "data-parallel-profile-handler",
-    "header-profile-handler",
     "prefix-based-pd-decider",
     "always-disagg-pd-decider",
     "always-disagg-multimodal-decider",
     "precise-prefix-cache-producer",
     "predicted-latency-producer",
-    "session-id-producer",
-    "burst-prefix-cache-producer",
     "p2p-source-producer",
-    "multicluster-approx-prefix-cache-producer",
-    "models-data-source",
-    "k8s-notification-source",
-    "dcgm-data-source",
-    "multicluster-metrics-data-source",
-    "models-data-extractor",
-    "dcgm-extractor",
-    "topology-extractor",
-    "multicluster-metrics-extractor",
-    "multicluster-file-discovery",
     "latency-slo-admitter",
-    "probabilistic-admitter",
-    "disaggregatedset-rollout-screener",
-    "agent-identity",
-    "request-attribute-reporter",
-    "destination-endpoint-served-verifier",
     "round-robin-fairness-policy",
     "program-aware-fairness",
     "edf-ordering-policy",
     "slo-deadline-ordering-policy",
     "priority-holdback-policy",
     "soft-reflective-ceiling-policy",
-    "by-label",
     "disagg-headers-handler",
     "prefill-header-handler",
     "pd-profile-handler",
@@ -261,13 +252,21 @@ const LATER: &[&str] = &[
 pub fn registry() -> Registry {
     let mut types = vec![
         plugin!(SingleProfileHandler, ["profile handler" => profile_handler]),
+        plugin!(HeaderProfileHandler, ["profile handler" => profile_handler]),
         plugin!(DecodeFilter, ["filter" => filter]),
         plugin!(PrefillFilter, ["filter" => filter]),
         plugin!(EncodeFilter, ["filter" => filter]),
         plugin!(LabelSelectorFilter, ["filter" => filter]),
         plugin!(LabelSelectorFilter, ["filter" => filter])
             .deprecated("by-label-selector", "label-selector-filter"),
+        plugin!(ByLabelFilter, ["filter" => filter])
+            .deprecated("by-label", "label-selector-filter"),
         plugin!(PrefixCacheAffinityFilter, ["filter" => filter]),
+        plugin!(HeaderBasedTestingFilter, ["filter" => filter]),
+        plugin!(UtilizationFilter, ["filter" => filter]),
+        plugin!(EndpointAttributeFilter, ["filter" => filter]),
+        plugin!(TopologyAffinityFilter, ["filter" => filter]),
+        plugin!(ConcurrencyDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(ContextLengthAware, ["filter" => filter, "scorer" => scorer]),
         plugin!(QueueScorer, ["scorer" => scorer]),
@@ -275,10 +274,21 @@ pub fn registry() -> Registry {
         plugin!(RunningRequestsSizeScorer, ["scorer" => scorer]),
         plugin!(LoadAwareScorer, ["scorer" => scorer]),
         plugin!(PrefixCacheScorer, ["scorer" => scorer]),
+        plugin!(PrefixCacheScorer, ["scorer" => scorer])
+            .over_clusters("multicluster-prefix-cache-scorer"),
         plugin!(NoHitLruScorer, ["scorer" => scorer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),
+        plugin!(SessionAffinityFilter, ["filter" => filter, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers]),
+        plugin!(SessionAffinityFilter, ["filter" => filter, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers])
+            .over_clusters("multicluster-session-affinity-filter"),
+        plugin!(SessionAffinityScorer, ["scorer" => scorer, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers]),
+        plugin!(HeaderLabelAffinityScorer, ["scorer" => scorer]),
+        plugin!(EndpointAttributeScorer, ["scorer" => scorer]),
+        plugin!(TopologyAffinityScorer, ["scorer" => scorer]),
+        plugin!(MulticlusterQueueScorer, ["scorer" => scorer]),
+        plugin!(MulticlusterKvCacheUtilizationScorer, ["scorer" => scorer]),
         plugin!(MmEmbeddingsCacheScorer, ["scorer" => scorer]),
         plugin!(MaxScorePicker, ["picker" => picker]),
         plugin!(RandomPicker, ["picker" => picker]),
@@ -287,8 +297,17 @@ pub fn registry() -> Registry {
         plugin!(TokenProducer, ["data producer" => producer])
             .deprecated("tokenizer", "token-producer"),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
+        plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener])
+            .over_clusters("multicluster-approx-prefix-cache-producer"),
+        plugin!(BurstPrefixProducer, ["data producer" => producer]),
         plugin!(MmEmbeddingsCacheProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
+        plugin!(SessionIdProducer, ["data producer" => producer]),
+        plugin!(AgentIdentity, ["request header" => header_processor]),
+        plugin!(DisaggregatedSetRolloutScreener, ["screener" => screener, "response" => response_headers, "endpoint listener" => listener]),
+        plugin!(ProbabilisticAdmitter, ["admitter" => admitter]),
+        plugin!(RequestAttributeReporter, ["response" => response_complete]),
+        plugin!(DestinationEndpointServedVerifier, ["response" => response_headers]),
         plugin!(OpenAiParser, ["parser" => parser]),
         plugin!(AnthropicParser, ["parser" => parser]),
         plugin!(VllmHttpParser, ["parser" => parser]),
@@ -296,14 +315,19 @@ pub fn registry() -> Registry {
         plugin!(VllmGrpcParser, ["parser" => parser]),
         plugin!(VertexAiParser, ["parser" => parser]),
         plugin!(PassthroughParser, ["parser" => parser]),
-        plugin!(MetricsDataSource, ["data source" => metrics_source]),
-        plugin!(CoreMetricsExtractor, ["extractor" => metrics_extractor]),
-        plugin!(FileDiscovery, ["discovery" => file_discovery]),
-        inert(
-            "endpoint-notification-source",
-            &["data source"],
-            "Accepted: every plugin learns of endpoints by itself.",
-        ),
+        plugin!(MetricsDataSource, ["data source" => data_source]),
+        plugin!(ModelsDataSource, ["data source" => data_source]),
+        plugin!(DcgmDataSource, ["data source" => data_source]),
+        plugin!(MulticlusterMetricsDataSource, ["data source" => data_source]),
+        plugin!(K8sNotificationSource, ["data source" => data_source]),
+        plugin!(EndpointNotificationSource, ["data source" => data_source]),
+        plugin!(CoreMetricsExtractor, ["extractor" => extractor]),
+        plugin!(ModelsDataExtractor, ["extractor" => extractor]),
+        plugin!(DcgmExtractor, ["extractor" => extractor]),
+        plugin!(MulticlusterMetricsExtractor, ["extractor" => extractor]),
+        plugin!(TopologyExtractor, ["extractor" => listener]),
+        plugin!(FileDiscovery, ["discovery" => discovery]),
+        plugin!(MulticlusterFileDiscovery, ["discovery" => discovery]),
         inert(
             "fcfs-ordering-policy",
             &["ordering"],

@@ -10,7 +10,7 @@ pub mod resolve;
 pub mod show;
 
 pub use builtin::{Instance, PluginType, Registry};
-pub use resolve::{LoadOptions, ResolvedConfig, ResolvedProfile};
+pub use resolve::{LoadOptions, ResolvedConfig, ResolvedProfile, ResolvedSource};
 
 /// Why a configuration cannot be used. Texts name the field, the value and what was expected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use super::ConfigError;
 use super::builtin::{Instance, PluginType, Registry, Roles};
-use super::raw::{
-    DataLayer, Document, LEGACY_API_VERSION, PluginEntry, ProfileEntry, Reference, SourceEntry,
-};
+use super::raw::{Document, LEGACY_API_VERSION, PluginEntry, ProfileEntry, Reference, SourceEntry};
 use crate::control::director::ActiveConfig;
+use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::datalayer::EndpointListener;
-use crate::datalayer::discovery::file::FileDiscovery;
-use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
+use crate::datalayer::discovery::Discovery;
+use crate::datalayer::extractors::Extractor;
+use crate::datalayer::sources::{DataSource, Payload};
 use crate::plugin::data::KeyUse;
-use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, TypedName};
+use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, Plugin, TypedName};
 use crate::request::parsers::ParserSet;
 use crate::response::ResponseHooks;
 use crate::scheduling::attributes::{
@@ -40,6 +40,15 @@ const DEFAULT_PARSERS: [&str; 4] = [
 const METRICS_SOURCE: &str = "metrics-data-source";
 const METRICS_EXTRACTOR: &str = "core-metrics-extractor";
 const DETECTOR: &str = "utilization-detector";
+/// Types that documents list under an endpoint source. They follow endpoints by themselves.
+const FOLLOW_ENDPOINTS: [&str; 4] = [
+    IN_FLIGHT_PRODUCER,
+    "precise-prefix-cache-producer",
+    "precise-prefix-cache-scorer",
+    "mm-embeddings-cache-producer",
+];
+/// Types that documents list under a source of pods.
+const READ_PODS: [&str; 2] = ["topology-extractor", "disaggregatedset-rollout-screener"];
 
 /// Producer that is made for a required key nobody publishes: (data type, producer name, plugin type).
 const DEFAULT_PRODUCERS: &[(&str, &str)] = &[
@@ -70,14 +79,25 @@ pub struct ResolvedConfig {
     pub parsers: Vec<Instance>,
     /// Decides about shedding.
     pub saturation_detector: (TypedName, Arc<dyn SaturationDetector>),
-    /// Metric sources with their extractors.
-    pub sources: Vec<(TypedName, Arc<MetricsDataSource>, Arc<CoreMetricsExtractor>)>,
+    /// Polling sources with their extractors.
+    pub sources: Vec<ResolvedSource>,
     /// Endpoint discovery, when the document names one.
-    pub discovery: Option<Arc<FileDiscovery>>,
+    pub discovery: Option<Arc<dyn Discovery>>,
     /// Plugins that follow endpoints.
     pub listeners: Vec<Arc<dyn EndpointListener>>,
     /// What an operator should know; logged at start.
     pub warnings: Vec<String>,
+}
+
+/// One polling source.
+#[derive(Debug)]
+pub struct ResolvedSource {
+    /// Its identity.
+    pub name: TypedName,
+    /// What is fetched.
+    pub source: Arc<dyn DataSource>,
+    /// Who reads it, in order.
+    pub extractors: Vec<(TypedName, Arc<dyn Extractor>)>,
 }
 
 /// One profile.
@@ -178,7 +198,9 @@ pub fn resolve(
     loader.default_profiles(&mut document.scheduling_profiles)?;
     let detector = loader.detector(&document)?;
     let parsers = loader.parsers(&document)?;
-    let (sources, discovery) = loader.data_layer(document.data_layer.take().unwrap_or_default())?;
+    let layer = document.data_layer.take().unwrap_or_default();
+    let discovery = loader.discovery(layer.discovery.as_ref())?;
+    let sources = loader.data_layer(layer.sources, layer.inject_defaults.unwrap_or(true))?;
     loader.ensure(IN_FLIGHT_PRODUCER)?;
     loader.complete_producers()?;
     let profile_handler = loader.profile_handler(&document.scheduling_profiles)?;
@@ -189,8 +211,11 @@ pub fn resolve(
         .collect::<Result<_, _>>()?;
     loader.check_maturity(*options)?;
     let producers = loader.producers_in_order()?;
-    let agent_identity = loader.keys.published(AGENT_IDENTITY).into_iter().next();
-    let prefix_matches = loader.keys.published(PREFIX_MATCH);
+    let agents = loader.keys.published(AGENT_IDENTITY, |_| true);
+    let agent_identity = agents.into_iter().next();
+    let prefix_matches = loader
+        .keys
+        .published(PREFIX_MATCH, |name| loader.knows_caches(name));
     let instances = loader.instances;
     Ok(ResolvedConfig {
         profiles,
@@ -333,6 +358,13 @@ impl Loader<'_> {
             parameters: None,
         };
         self.add(entry)
+    }
+
+    /// True when the instance's prefix matches say what an endpoint holds. Those of a burst say where
+    /// a prefix is about to go.
+    fn knows_caches(&self, name: &str) -> bool {
+        self.find(name)
+            .is_some_and(|i| i.plugin_type != BurstPrefixProducer::TYPE)
     }
 
     fn find(&self, name: &str) -> Option<&Instance> {
@@ -521,100 +553,145 @@ impl Loader<'_> {
         Ok(parsers)
     }
 
-    #[expect(
-        clippy::type_complexity,
-        reason = "the pair is taken apart at its only caller"
-    )]
+    /// Section 6.5 and 8: sources with their extractors, the default ones included.
     fn data_layer(
         &mut self,
-        layer: DataLayer,
-    ) -> Result<
-        (
-            Vec<(TypedName, Arc<MetricsDataSource>, Arc<CoreMetricsExtractor>)>,
-            Option<Arc<FileDiscovery>>,
-        ),
-        ConfigError,
-    > {
-        let mut entries = layer.sources;
+        mut entries: Vec<SourceEntry>,
+        inject_defaults: bool,
+    ) -> Result<Vec<ResolvedSource>, ConfigError> {
         // The comparison is with the reference's name, not its type: a source of the same type under
         // another name does not suppress the default one.
-        let wants_default = layer.inject_defaults.unwrap_or(true);
-        if wants_default && !entries.iter().any(|s| s.plugin_ref == METRICS_SOURCE) {
+        if inject_defaults && !entries.iter().any(|s| s.plugin_ref == METRICS_SOURCE) {
             self.ensure(METRICS_SOURCE)?;
             self.ensure(METRICS_EXTRACTOR)?;
-            let extractors = vec![Reference {
-                plugin_ref: METRICS_EXTRACTOR.to_owned(),
-            }];
             entries.push(SourceEntry {
                 plugin_ref: METRICS_SOURCE.to_owned(),
-                extractors,
+                extractors: vec![Reference {
+                    plugin_ref: METRICS_EXTRACTOR.to_owned(),
+                }],
             });
         }
         let mut sources = Vec::new();
-        for entry in &entries {
-            let Some(source) = self.find(&entry.plugin_ref) else {
-                return invalid(format!("the plugin {} is not registered", entry.plugin_ref));
-            };
-            let Some(metrics) = source.roles.metrics_source.clone() else {
-                if source.plugin_type == "endpoint-notification-source" {
-                    continue;
-                }
-                return invalid(format!(
-                    "the plugin {} is not a fwkdl.DataSource",
-                    entry.plugin_ref
-                ));
-            };
-            let name = source.name.clone();
-            for reference in &entry.extractors {
-                let Some(extractor) = self.find(&reference.plugin_ref) else {
-                    return invalid(format!(
-                        "the plugin {} is not registered",
-                        reference.plugin_ref
-                    ));
-                };
-                let Some(extractor) = extractor.roles.metrics_extractor.clone() else {
-                    return invalid(format!(
-                        "the plugin {} does not read {}",
-                        reference.plugin_ref, entry.plugin_ref
-                    ));
-                };
-                sources.push((name.clone(), Arc::clone(&metrics), extractor));
+        for (position, entry) in entries.iter().enumerate() {
+            let name = &entry.plugin_ref;
+            if entries.iter().take(position).any(|e| e.plugin_ref == *name) {
+                return invalid(format!("duplicate polling source name: '{name}'"));
             }
+            sources.extend(self.source(entry)?);
         }
-        let discovery = match layer.discovery {
-            None => None,
-            Some(reference) => match self.find(&reference.plugin_ref) {
-                None => {
-                    return invalid(format!(
-                        "the plugin {} is not registered",
-                        reference.plugin_ref
-                    ));
-                }
-                Some(instance) => match &instance.roles.file_discovery {
-                    Some(discovery) => Some(Arc::clone(discovery)),
-                    None => {
-                        return invalid(format!(
-                            "the plugin {} is not an endpoint discovery",
-                            reference.plugin_ref
-                        ));
-                    }
-                },
-            },
+        self.warn_of_idle_extractors(&entries);
+        Ok(sources)
+    }
+
+    /// One entry; `None` for a source that is told instead of polled.
+    fn source(&mut self, entry: &SourceEntry) -> Result<Option<ResolvedSource>, ConfigError> {
+        let instance = self.registered(&entry.plugin_ref)?;
+        let Some(source) = instance.roles.data_source.clone() else {
+            return invalid(format!(
+                "the plugin {} is not a fwkdl.DataSource",
+                entry.plugin_ref
+            ));
         };
-        Ok((sources, discovery))
+        let name = instance.name.clone();
+        let payload = source.payload();
+        let mut readers: Vec<&Instance> = Vec::new();
+        for reference in &entry.extractors {
+            let reader = self.registered(&reference.plugin_ref)?;
+            if !fits(reader, &payload) {
+                return invalid(format!(
+                    "the plugin {} (type: {}) cannot read source '{}', which delivers {payload}",
+                    reference.plugin_ref, reader.plugin_type, name.name
+                ));
+            }
+            if readers.iter().any(|r| r.plugin_type == reader.plugin_type) {
+                return invalid(format!(
+                    "duplicate extractor type configured for the same source: '{}' (type: {}) on '{}'",
+                    reference.plugin_ref, reader.plugin_type, name.name
+                ));
+            }
+            readers.push(reader);
+        }
+        let extractors: Vec<_> = readers
+            .iter()
+            .filter_map(|i| Some((i.name.clone(), i.roles.extractor.clone()?)))
+            .collect();
+        if let Payload::Objects(_) = payload {
+            self.warnings.push(format!(
+                "source '{}' delivers nothing: Kubernetes is not available in this version",
+                name.name
+            ));
+        }
+        if source.http().is_none() {
+            return Ok(None);
+        }
+        if extractors.is_empty() {
+            self.warnings.push(format!(
+                "source '{}' has no extractors and is not polled",
+                name.name
+            ));
+            return Ok(None);
+        }
+        Ok(Some(ResolvedSource {
+            name,
+            source,
+            extractors,
+        }))
+    }
+
+    fn warn_of_idle_extractors(&mut self, entries: &[SourceEntry]) {
+        let fed = |name: &str| {
+            let mut references = entries.iter().flat_map(|e| &e.extractors);
+            references.any(|r| r.plugin_ref == name)
+        };
+        let idle = self
+            .instances
+            .iter()
+            .filter(|i| i.roles.extractor.is_some());
+        let warnings = idle.filter(|i| !fed(&i.name.name)).map(|i| {
+            format!(
+                "extractor '{}' is on no source: it reads nothing",
+                i.name.name
+            )
+        });
+        self.warnings.extend(warnings);
+    }
+
+    fn discovery(
+        &self,
+        reference: Option<&Reference>,
+    ) -> Result<Option<Arc<dyn Discovery>>, ConfigError> {
+        let Some(reference) = reference else {
+            return Ok(None);
+        };
+        match &self.registered(&reference.plugin_ref)?.roles.discovery {
+            Some(discovery) => Ok(Some(Arc::clone(discovery))),
+            None => invalid(format!(
+                "the plugin {} is not an endpoint discovery",
+                reference.plugin_ref
+            )),
+        }
+    }
+
+    fn registered(&self, name: &str) -> Result<&Instance, ConfigError> {
+        self.find(name)
+            .ok_or_else(|| ConfigError::Invalid(format!("the plugin {name} is not registered")))
     }
 
     /// Section 6.6: makes default producers until every required key has one.
     fn complete_producers(&mut self) -> Result<(), ConfigError> {
         loop {
+            if let Some(key) = self.keys.mismatches().first() {
+                return invalid(format!(
+                    "data type mismatch between produced and consumed data for key {key}"
+                ));
+            }
             let missing = self
                 .keys
-                .keys()
-                .iter()
+                .all()
                 .find(|k| k.produced_by.is_empty() && !k.required_by.is_empty());
             let Some(key) = missing else { break };
             let (data_type, producer, consumer) = (
-                key.data_type,
+                key.data_type.clone(),
                 key.producer.clone(),
                 key.required_by.first().cloned().unwrap_or_default(),
             );
@@ -630,11 +707,11 @@ impl Loader<'_> {
         }
         // A default that nobody asked for is simply not there; a name the document gives must exist.
         let is_default =
-            |k: &&KeyUse| DEFAULT_PRODUCERS.contains(&(k.data_type, k.producer.as_str()));
-        let missing = self.keys.keys().iter().filter(|k| k.produced_by.is_empty());
+            |k: &&KeyUse| DEFAULT_PRODUCERS.contains(&(k.data_type.as_ref(), k.producer.as_str()));
+        let missing = self.keys.all().filter(|k| k.produced_by.is_empty());
         for key in missing.filter(|k| !is_default(k)) {
             if let Some(consumer) = key.optional_for.first() {
-                let (data_type, producer) = (key.data_type, &key.producer);
+                let (data_type, producer) = (&key.data_type, &key.producer);
                 self.warnings.push(format!(
                     "nobody produces {data_type}/{producer}, which {consumer} would use"
                 ));
@@ -653,7 +730,7 @@ impl Loader<'_> {
         let mut ordered = Vec::new();
         while !waiting.is_empty() {
             let depends = |name: &str| {
-                let reads = self.keys.keys().iter().filter(move |k| {
+                let reads = self.keys.all().filter(move |k| {
                     k.required_by
                         .iter()
                         .chain(&k.optional_for)
@@ -690,6 +767,21 @@ impl Loader<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// Whether `instance` may be listed under a source that delivers `payload`.
+fn fits(instance: &Instance, payload: &Payload) -> bool {
+    match payload {
+        Payload::Endpoints => {
+            instance.roles.listener.is_some() || FOLLOW_ENDPOINTS.contains(&instance.plugin_type)
+        }
+        Payload::Objects(kind) => kind.is_pod() && READ_PODS.contains(&instance.plugin_type),
+        polled => instance
+            .roles
+            .extractor
+            .as_ref()
+            .is_some_and(|e| e.reads() == *polled),
     }
 }
 

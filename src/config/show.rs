@@ -55,7 +55,7 @@ pub fn resolved(config: &ResolvedConfig) -> String {
     list(
         &mut out,
         "metricsSources",
-        config.sources.iter().map(|(n, ..)| format!("{:?}", n.name)),
+        config.sources.iter().map(|s| format!("{:?}", s.name.name)),
     );
     let discovery = if config.discovery.is_some() {
         "file"

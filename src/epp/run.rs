@@ -21,7 +21,8 @@ use crate::control::director::DirectorOptions;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::datalayer::discovery::list;
 use crate::datalayer::pool_gauges::PoolGauges;
-use crate::datalayer::scrape::{MetricsDataSource, Scraper};
+use crate::datalayer::scrape::{Poll, Scraper, base_tick};
+use crate::datalayer::sources::{HttpSource, MetricsDataSource};
 use crate::datalayer::{EndpointListener, EndpointStore};
 use crate::extproc::proto::health::health_server::HealthServer;
 use crate::extproc::server::{Routes, Server, ServerConfigs};
@@ -61,18 +62,8 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     for listener in &config.listeners {
         store.subscribe(Arc::clone(listener));
     }
-    for (name, source, extractor) in &config.sources {
-        let handle = tokio::runtime::Handle::current();
-        let scraper = Scraper::new(
-            Arc::new(overridden(source, &options.scrape)),
-            Arc::clone(extractor),
-            options.refresh_metrics_interval,
-            handle,
-        )
-        .with_context(|| format!("plugin '{}'", name.name))?;
-        store.subscribe(Arc::new(scraper) as Arc<dyn EndpointListener>);
-    }
-    start_discovery(&options, &config, &store, &tasks, &shutdown)?;
+    start_polling(&options, &config, &store)?;
+    start_discovery(&options, &config, &store, &tasks, &shutdown).await?;
 
     let director = Arc::new(Director::new(
         Arc::clone(&store),
@@ -97,23 +88,52 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Subscribes a scraper for each polling source.
+fn start_polling(
+    options: &ServeOptions,
+    config: &ResolvedConfig,
+    store: &EndpointStore,
+) -> anyhow::Result<()> {
+    let polled = || {
+        let sources = config.sources.iter();
+        sources.filter_map(|s| Some((s, s.source.http()?)))
+    };
+    let tick = base_tick(
+        options.refresh_metrics_interval,
+        polled().map(|(_, http)| http.interval),
+    );
+    for (source, http) in polled() {
+        let poll = Poll {
+            name: source.name.clone(),
+            http: if source.name.type_name == MetricsDataSource::TYPE {
+                overridden(http.clone(), &options.scrape)?
+            } else {
+                http.clone()
+            },
+            payload: source.source.payload(),
+            extractors: source.extractors.clone(),
+        };
+        let scraper = Scraper::new(poll, tick, tokio::runtime::Handle::current())
+            .with_context(|| format!("plugin '{}'", source.name.name))?;
+        store.subscribe(Arc::new(scraper) as Arc<dyn EndpointListener>);
+    }
+    Ok(())
+}
+
 /// A metrics source as the flags of earlier releases want it.
-fn overridden(source: &MetricsDataSource, flags: &ScrapeFlags) -> MetricsDataSource {
-    let mut source = source.clone();
+fn overridden(mut source: HttpSource, flags: &ScrapeFlags) -> anyhow::Result<HttpSource> {
     if let Some(scheme) = &flags.scheme {
         source.tls = scheme == "https";
     }
     if let Some(path) = &flags.path {
-        source.path = if path.starts_with('/') {
-            path.clone()
-        } else {
-            format!("/{path}")
-        };
+        source
+            .set_path(path)
+            .context("--model-server-metrics-path")?;
     }
     if let Some(skip) = flags.insecure_skip_verify {
         source.insecure_skip_verify = skip;
     }
-    source
+    Ok(source)
 }
 
 fn load_config(options: &ServeOptions) -> anyhow::Result<ResolvedConfig> {
@@ -135,7 +155,7 @@ fn load_config(options: &ServeOptions) -> anyhow::Result<ResolvedConfig> {
     Ok(config)
 }
 
-fn start_discovery(
+async fn start_discovery(
     options: &ServeOptions,
     config: &ResolvedConfig,
     store: &Arc<EndpointStore>,
@@ -154,8 +174,9 @@ fn start_discovery(
     };
     discovery
         .load(store)
+        .await
         .map_err(anyhow::Error::msg)
-        .context("file-discovery")?;
+        .context("endpoint discovery")?;
     let (store, shutdown) = (Arc::clone(store), shutdown.clone());
     tasks.spawn(async move { discovery.watch(&store, shutdown).await });
     Ok(())

@@ -112,6 +112,7 @@ impl Pool {
                     address: ([10, 0, 0, 1], 8000 + u16::try_from(i).unwrap()).into(),
                     labels: e.labels.clone(),
                     rank: 0,
+                    details: crate::datalayer::EndpointDetails::default(),
                 };
                 let endpoint = Endpoint::new(spec, EndpointIndex(i));
                 endpoint.set_metrics(e.metrics.clone());
@@ -143,14 +144,20 @@ impl Pool {
         .unwrap()
     }
 
+    /// Adds a request header.
+    pub(crate) fn header(&mut self, name: &str, value: &str) {
+        let value = bytes::Bytes::copy_from_slice(value.as_bytes());
+        self.request.headers.push(name.to_owned(), value);
+    }
+
     /// Fills the columns the default producers would write and runs `f`.
     pub(crate) fn with_cycle<R>(&self, f: impl FnOnce(&Cycle<'_>, &[Candidate]) -> R) -> R {
         let mut keys = DataKeys::default();
         // Same declaration order as the plugins' own keys, so that slots agree.
         let mut attributes = Attributes::default();
-        for (slot, key) in self.keys.keys().iter().enumerate() {
+        for (slot, key) in self.keys.keys().iter().cloned().enumerate() {
             debug_assert_eq!(keys.keys().len(), slot);
-            match key.data_type {
+            match key.data_type.as_ref() {
                 PREFIX_MATCH => {
                     let column = keys.require::<PrefixMatch>(key.data_type, &key.producer);
                     let known = key.producer == APPROX_PREFIX_PRODUCER;
@@ -213,4 +220,17 @@ impl Pool {
             .map(|&i| self.endpoints[i as usize].name.as_str())
             .collect()
     }
+}
+
+/// Why `P` cannot be built with `parameters` (JSON).
+pub(crate) fn refusal<P: Plugin + std::fmt::Debug>(parameters: &str) -> String {
+    let parameters = Parameters(Some(serde_json::from_str(parameters).unwrap()));
+    let mut keys = DataKeys::default();
+    keys.enter(P::TYPE);
+    let built = P::build(&mut Build {
+        name: P::TYPE,
+        parameters: &parameters,
+        keys: &mut keys,
+    });
+    built.unwrap_err().to_string()
 }

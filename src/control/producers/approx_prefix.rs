@@ -6,7 +6,7 @@ use std::sync::Arc;
 use metrics::{Gauge, Histogram};
 use serde::Deserialize;
 
-use super::block_hash::{chain_seed, hash_prompt};
+use super::block_hash::hash_request;
 use super::prefix_index::{DEFAULT_BUDGET_BYTES, PrefixIndex, WalkScratch};
 use crate::datalayer::{Endpoint, EndpointListener};
 use crate::plugin::{
@@ -234,24 +234,18 @@ impl ApproxPrefixProducer {
             Cap::Blocks(blocks) => blocks,
             Cap::Tokens(tokens) => tokens / block_tokens as usize,
         };
-        let seed = chain_seed(&request.target_model, request.payload.cache_salt.as_deref());
         chain.block_tokens = block_tokens;
         chain
             .hashes
             .reserve((request.body.len() / (block_tokens as usize * 4)).min(max_blocks) + 1);
-        for (prompt, index) in request.payload.prompts.iter().zip(0..) {
-            let own = media.iter().filter(|feature| feature.prompt == index);
-            hash_prompt(
-                prompt,
-                &request.body,
-                seed,
-                block_tokens as usize,
-                max_blocks,
-                own.map(|feature| feature.tokens),
-                &mut chain.hashes,
-            );
-            chain.ends.push(chain.hashes.len());
-        }
+        hash_request(
+            request,
+            media,
+            block_tokens as usize,
+            max_blocks,
+            &mut chain.hashes,
+            &mut chain.ends,
+        );
     }
 }
 
