@@ -36,8 +36,11 @@ demo: $(ENVOY) build ## random picks against the recommended configuration, unde
 demo-full: $(ENVOY) build ## the published workload
 	$(BIN) demo --full
 
-bench: build ## cost per request against a no-op picker
+bench: build ## a cycle, a decision, a request against a no-op picker, idle scraping; six minutes
+	$(CARGO) bench --locked --bench schedule
+	$(CARGO) bench --locked --bench decision
 	$(CARGO) bench --locked --bench extproc_stream
+	$(CARGO) bench --locked --bench extproc_stream -- --idle
 
 clean:
 	$(CARGO) clean
