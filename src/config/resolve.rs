@@ -604,14 +604,18 @@ impl Loader<'_> {
     /// Section 6.6: makes default producers until every required key has one.
     fn complete_producers(&mut self) -> Result<(), ConfigError> {
         loop {
+            if let Some(key) = self.keys.mismatches().first() {
+                return invalid(format!(
+                    "data type mismatch between produced and consumed data for key {key}"
+                ));
+            }
             let missing = self
                 .keys
-                .keys()
-                .iter()
+                .all()
                 .find(|k| k.produced_by.is_empty() && !k.required_by.is_empty());
             let Some(key) = missing else { break };
             let (data_type, producer, consumer) = (
-                key.data_type,
+                key.data_type.clone(),
                 key.producer.clone(),
                 key.required_by.first().cloned().unwrap_or_default(),
             );
@@ -627,11 +631,11 @@ impl Loader<'_> {
         }
         // A default that nobody asked for is simply not there; a name the document gives must exist.
         let is_default =
-            |k: &&KeyUse| DEFAULT_PRODUCERS.contains(&(k.data_type, k.producer.as_str()));
-        let missing = self.keys.keys().iter().filter(|k| k.produced_by.is_empty());
+            |k: &&KeyUse| DEFAULT_PRODUCERS.contains(&(k.data_type.as_ref(), k.producer.as_str()));
+        let missing = self.keys.all().filter(|k| k.produced_by.is_empty());
         for key in missing.filter(|k| !is_default(k)) {
             if let Some(consumer) = key.optional_for.first() {
-                let (data_type, producer) = (key.data_type, &key.producer);
+                let (data_type, producer) = (&key.data_type, &key.producer);
                 self.warnings.push(format!(
                     "nobody produces {data_type}/{producer}, which {consumer} would use"
                 ));
@@ -650,7 +654,7 @@ impl Loader<'_> {
         let mut ordered = Vec::new();
         while !waiting.is_empty() {
             let depends = |name: &str| {
-                let reads = self.keys.keys().iter().filter(move |k| {
+                let reads = self.keys.all().filter(move |k| {
                     k.required_by
                         .iter()
                         .chain(&k.optional_for)

@@ -55,6 +55,7 @@ mod tests {
             address: address.parse().unwrap(),
             labels: std::collections::BTreeMap::new(),
             rank: 0,
+            details: crate::datalayer::EndpointDetails::default(),
         };
         Endpoint::new(spec, EndpointIndex(0))
     }

@@ -1,7 +1,7 @@
 //! One `ip:port` that serves a model, what its engine last reported, and what was sent to it since.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
@@ -10,7 +10,8 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use crate::plugin::{InFlightSlot, MAX_IN_FLIGHT_PRODUCERS};
+use super::attributes::EndpointAttributes;
+use crate::plugin::{EndpointColumn, InFlightSlot, MAX_IN_FLIGHT_PRODUCERS};
 
 /// What discovery says about an endpoint. Two specs with equal fields describe the same endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +26,31 @@ pub struct EndpointSpec {
     pub labels: BTreeMap<String, String>,
     /// Data-parallel rank: index of the port among the pool's target ports.
     pub rank: u32,
+    /// What else discovery knows; all absent for a plain address.
+    pub details: EndpointDetails,
+}
+
+/// Facts about an endpoint that only some kinds of discovery know.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EndpointDetails {
+    /// Address of the node it runs on, for exporters that serve a whole node.
+    pub node_address: Option<IpAddr>,
+    /// Host name it was given (`spec.hostname` of a pod).
+    pub hostname: Option<String>,
+    /// The name that `address` was resolved from; scrapes over TLS check the certificate against it.
+    pub dns_name: Option<String>,
+    /// IP address or name that serves its metrics, instead of its own.
+    pub metrics_host: Option<String>,
+    /// Port that serves its metrics, instead of its own.
+    pub metrics_port: Option<u16>,
+}
+
+impl EndpointSpec {
+    /// The pod behind the endpoint: the name without its rank.
+    pub fn pod_name(&self) -> &str {
+        let suffix = format!("-rank-{}", self.rank);
+        self.name.strip_suffix(&suffix).unwrap_or(&self.name)
+    }
 }
 
 /// Dense number of a live endpoint: at most the pool size, reused only after every
@@ -43,6 +69,7 @@ pub struct Endpoint {
     pub host_port: Bytes,
     /// Last scrape; [`EngineMetrics::default`] before the first.
     metrics: ArcSwap<EngineMetrics>,
+    attributes: EndpointAttributes,
     in_flight: [InFlightLoad; MAX_IN_FLIGHT_PRODUCERS],
     removed: AtomicBool,
 }
@@ -55,6 +82,7 @@ impl Endpoint {
             spec,
             index,
             metrics: ArcSwap::from_pointee(EngineMetrics::default()),
+            attributes: EndpointAttributes::default(),
             in_flight: Default::default(),
             removed: AtomicBool::new(false),
         }
@@ -73,6 +101,28 @@ impl Endpoint {
     /// Publishes a scrape.
     pub fn set_metrics(&self, metrics: EngineMetrics) {
         self.metrics.store(Arc::new(metrics));
+    }
+
+    /// What its producer last put under `column`; `None` before the first time. No lock.
+    pub fn attribute<T: Send + Sync + 'static>(&self, column: EndpointColumn<T>) -> Option<Arc<T>> {
+        self.attributes.get(column)
+    }
+
+    /// A copy of a small value, without touching its reference count.
+    pub fn attribute_value<T: Copy + Send + Sync + 'static>(
+        &self,
+        column: EndpointColumn<T>,
+    ) -> Option<T> {
+        self.attributes.value(column)
+    }
+
+    /// Replaces the value under `column`. Readers see either the old one or the new one.
+    pub fn set_attribute<T: Send + Sync + 'static>(
+        &self,
+        column: EndpointColumn<T>,
+        value: Arc<T>,
+    ) {
+        self.attributes.set(column, value);
     }
 
     /// Live load booked by the producer that owns `slot`.
@@ -137,8 +187,6 @@ pub struct EngineMetrics {
     pub kv_blocks: Option<u32>,
     /// LoRA adapters, when reported.
     pub lora: Option<Arc<LoraState>>,
-    /// Custom scalars in the order of the extractor's `customMetrics`.
-    pub custom: Vec<Option<f64>>,
     /// When a core field was last refreshed; `None` before the first successful scrape.
     pub updated_at: Option<Instant>,
 }

@@ -3,11 +3,15 @@
 //!
 //! Readers take immutable snapshots and never wait for a writer. Does not know requests.
 
+pub mod attributes;
 pub mod discovery;
 pub mod endpoint;
 pub mod pool_gauges;
 pub mod scrape;
 pub mod store;
 
-pub use endpoint::{Endpoint, EndpointIndex, EndpointSpec, EngineMetrics, LoraState};
+pub use attributes::ScalarRef;
+pub use endpoint::{
+    Endpoint, EndpointDetails, EndpointIndex, EndpointSpec, EngineMetrics, LoraState,
+};
 pub use store::{EndpointListener, EndpointStore};

@@ -2,15 +2,22 @@
 //!
 //! While plugins are built, each asks [`DataKeys`] for the columns it writes and reads; the answer
 //! is a typed position, so that a request never looks anything up by name. Afterwards the
-//! configuration checks that every required key has a producer.
+//! configuration checks that every required key has a producer and that both sides mean the same type.
+//!
+//! A [`Column`] lives for one request and has a value for each candidate. An [`EndpointColumn`]
+//! addresses a value that stays on the endpoint until its producer replaces it.
 
 use std::any::Any;
+use std::borrow::Cow;
 use std::marker::PhantomData;
 
 use super::PluginError;
 
 /// Instances of `inflight-load-producer` a configuration may have; more is a start-up error.
 pub const MAX_IN_FLIGHT_PRODUCERS: usize = 4;
+
+/// Endpoint columns the process may have, over all configurations it loads; more is an error.
+pub const MAX_ENDPOINT_COLUMNS: usize = 64;
 
 /// Which in-flight producer's counters of an endpoint to use. The default is the first slot, which
 /// always belongs to the producer called `inflight-load-producer`.
@@ -44,11 +51,38 @@ impl<T> std::fmt::Debug for Column<T> {
     }
 }
 
+/// Position of a value of type `T` that is kept on each endpoint.
+pub struct EndpointColumn<T> {
+    slot: usize,
+    of: PhantomData<fn() -> T>,
+}
+
+impl<T> EndpointColumn<T> {
+    /// Position among an endpoint's attributes, below [`MAX_ENDPOINT_COLUMNS`].
+    pub fn position(self) -> usize {
+        self.slot
+    }
+}
+
+impl<T> Clone for EndpointColumn<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for EndpointColumn<T> {}
+
+impl<T> std::fmt::Debug for EndpointColumn<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "EndpointColumn({})", self.slot)
+    }
+}
+
 /// Who makes and who needs a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyUse {
     /// Data type, for example `PrefixCacheMatchInfoDataKey`.
-    pub data_type: &'static str,
+    pub data_type: Cow<'static, str>,
     /// Instance name of the producer.
     pub producer: String,
     /// Rust type of a value, to catch a producer and consumer that disagree.
@@ -61,11 +95,33 @@ pub struct KeyUse {
     pub optional_for: Vec<String>,
 }
 
+impl KeyUse {
+    fn new<T>(data_type: Cow<'static, str>, producer: &str) -> Self {
+        Self {
+            data_type,
+            producer: producer.to_owned(),
+            value_type: std::any::type_name::<T>(),
+            produced_by: Vec::new(),
+            required_by: Vec::new(),
+            optional_for: Vec::new(),
+        }
+    }
+
+    fn is(&self, data_type: &str, producer: &str) -> bool {
+        self.data_type == data_type && self.producer == producer
+    }
+}
+
 /// Collects the keys of one configuration while its plugins are built.
+///
+/// Slots outlive a configuration: after [`Self::restart`] the same key gets the same slot, so that
+/// values already on endpoints and requests in flight stay readable.
 #[derive(Debug, Default)]
 pub struct DataKeys {
-    keys: Vec<KeyUse>,
+    columns: Vec<KeyUse>,
+    endpoint: Vec<KeyUse>,
     in_flight: Vec<String>,
+    mismatches: Vec<String>,
     current: String,
 }
 
@@ -75,52 +131,88 @@ impl DataKeys {
         instance.clone_into(&mut self.current);
     }
 
-    /// The current instance publishes `data_type` under its own name.
-    pub fn produce<T: 'static>(&mut self, data_type: &'static str) -> Column<T> {
-        let (producer, me) = (self.current.clone(), self.current.clone());
-        let slot = self.slot::<T>(data_type, &producer);
-        self.keys[slot].produced_by.push(me);
-        Column {
-            slot,
-            of: PhantomData,
+    /// Forgets who uses what and keeps every slot: the start of another configuration.
+    pub fn restart(&mut self) {
+        self.mismatches.clear();
+        for key in self.columns.iter_mut().chain(&mut self.endpoint) {
+            key.produced_by.clear();
+            key.required_by.clear();
+            key.optional_for.clear();
         }
+    }
+
+    /// The current instance publishes `data_type` under its own name.
+    pub fn produce<T: 'static>(&mut self, data_type: impl Into<Cow<'static, str>>) -> Column<T> {
+        let producer = self.current.clone();
+        self.produce_as(data_type, &producer)
     }
 
     /// The current instance publishes `data_type` under `producer` instead of its own name.
-    pub fn produce_as<T: 'static>(&mut self, data_type: &'static str, producer: &str) -> Column<T> {
-        let slot = self.slot::<T>(data_type, producer);
-        self.keys[slot].produced_by.push(self.current.clone());
-        Column {
-            slot,
-            of: PhantomData,
-        }
+    pub fn produce_as<T: 'static>(
+        &mut self,
+        data_type: impl Into<Cow<'static, str>>,
+        producer: &str,
+    ) -> Column<T> {
+        self.column(data_type.into(), producer, |key| &mut key.produced_by)
     }
 
     /// The current instance cannot work without `data_type` from the instance called `producer`.
-    pub fn require<T: 'static>(&mut self, data_type: &'static str, producer: &str) -> Column<T> {
-        let me = self.current.clone();
-        let slot = self.slot::<T>(data_type, producer);
-        self.keys[slot].required_by.push(me);
-        Column {
-            slot,
-            of: PhantomData,
-        }
+    pub fn require<T: 'static>(
+        &mut self,
+        data_type: impl Into<Cow<'static, str>>,
+        producer: &str,
+    ) -> Column<T> {
+        self.column(data_type.into(), producer, |key| &mut key.required_by)
     }
 
     /// The current instance reads `data_type` from `producer` when it is there.
-    pub fn optional<T: 'static>(&mut self, data_type: &'static str, producer: &str) -> Column<T> {
-        let me = self.current.clone();
-        let slot = self.slot::<T>(data_type, producer);
-        self.keys[slot].optional_for.push(me);
-        Column {
-            slot,
-            of: PhantomData,
-        }
+    pub fn optional<T: 'static>(
+        &mut self,
+        data_type: impl Into<Cow<'static, str>>,
+        producer: &str,
+    ) -> Column<T> {
+        self.column(data_type.into(), producer, |key| &mut key.optional_for)
+    }
+
+    /// The current instance keeps `data_type` on endpoints, under its own name.
+    pub fn endpoint_produce<T: Send + Sync + 'static>(
+        &mut self,
+        data_type: impl Into<Cow<'static, str>>,
+    ) -> Result<EndpointColumn<T>, PluginError> {
+        let producer = self.current.clone();
+        self.endpoint_produce_as(data_type, &producer)
+    }
+
+    /// The current instance keeps `data_type` on endpoints, under `producer`.
+    pub fn endpoint_produce_as<T: Send + Sync + 'static>(
+        &mut self,
+        data_type: impl Into<Cow<'static, str>>,
+        producer: &str,
+    ) -> Result<EndpointColumn<T>, PluginError> {
+        self.endpoint_column(data_type.into(), producer, |key| &mut key.produced_by)
+    }
+
+    /// The current instance cannot work without what `producer` keeps on endpoints as `data_type`.
+    pub fn endpoint_require<T: Send + Sync + 'static>(
+        &mut self,
+        data_type: impl Into<Cow<'static, str>>,
+        producer: &str,
+    ) -> Result<EndpointColumn<T>, PluginError> {
+        self.endpoint_column(data_type.into(), producer, |key| &mut key.required_by)
+    }
+
+    /// The current instance reads what `producer` keeps on endpoints as `data_type`, when it is there.
+    pub fn endpoint_optional<T: Send + Sync + 'static>(
+        &mut self,
+        data_type: impl Into<Cow<'static, str>>,
+        producer: &str,
+    ) -> Result<EndpointColumn<T>, PluginError> {
+        self.endpoint_column(data_type.into(), producer, |key| &mut key.optional_for)
     }
 
     /// Every column of `data_type` that some instance publishes.
     pub fn published<T: 'static>(&self, data_type: &str) -> Vec<Column<T>> {
-        let slots = self.keys.iter().enumerate();
+        let slots = self.columns.iter().enumerate();
         slots
             .filter(|(_, k)| k.data_type == data_type && !k.produced_by.is_empty())
             .filter(|(_, k)| k.value_type == std::any::type_name::<T>())
@@ -146,33 +238,83 @@ impl DataKeys {
         }
     }
 
-    /// Everything declared so far.
+    /// The request columns declared so far, by slot.
     pub fn keys(&self) -> &[KeyUse] {
-        &self.keys
+        &self.columns
+    }
+
+    /// Every key declared so far, request columns first.
+    pub fn all(&self) -> impl Iterator<Item = &KeyUse> + Clone {
+        self.columns.iter().chain(&self.endpoint)
+    }
+
+    /// Keys whose users disagree about the value's type or about where it is kept, as `type/producer`.
+    pub fn mismatches(&self) -> &[String] {
+        &self.mismatches
     }
 
     /// An attribute store that can hold every declared column.
     pub fn new_attributes(&self) -> Attributes {
         Attributes {
-            columns: self.keys.iter().map(|_| None).collect(),
+            columns: self.columns.iter().map(|_| None).collect(),
         }
     }
 
-    fn slot<T: 'static>(&mut self, data_type: &'static str, producer: &str) -> usize {
+    fn column<T: 'static>(
+        &mut self,
+        data_type: Cow<'static, str>,
+        producer: &str,
+        users: fn(&mut KeyUse) -> &mut Vec<String>,
+    ) -> Column<T> {
+        let elsewhere = self.endpoint.iter().any(|k| k.is(&data_type, producer));
+        let found = self.columns.iter().position(|k| k.is(&data_type, producer));
+        let slot = found.unwrap_or(self.columns.len());
+        if slot == self.columns.len() {
+            self.columns.push(KeyUse::new::<T>(data_type, producer));
+        }
+        let me = self.current.clone();
+        let key = &mut self.columns[slot];
+        users(key).push(me);
+        if elsewhere || key.value_type != std::any::type_name::<T>() {
+            let name = format!("{}/{producer}", key.data_type);
+            self.mismatches.push(name);
+        }
+        Column {
+            slot,
+            of: PhantomData,
+        }
+    }
+
+    fn endpoint_column<T: Send + Sync + 'static>(
+        &mut self,
+        data_type: Cow<'static, str>,
+        producer: &str,
+        users: fn(&mut KeyUse) -> &mut Vec<String>,
+    ) -> Result<EndpointColumn<T>, PluginError> {
+        let elsewhere = self.columns.iter().any(|k| k.is(&data_type, producer));
         let found = self
-            .keys
+            .endpoint
             .iter()
-            .position(|k| k.data_type == data_type && k.producer == producer);
-        found.unwrap_or_else(|| {
-            self.keys.push(KeyUse {
-                data_type,
-                producer: producer.to_owned(),
-                value_type: std::any::type_name::<T>(),
-                produced_by: Vec::new(),
-                required_by: Vec::new(),
-                optional_for: Vec::new(),
-            });
-            self.keys.len() - 1
+            .position(|k| k.is(&data_type, producer));
+        let slot = found.unwrap_or(self.endpoint.len());
+        if slot >= MAX_ENDPOINT_COLUMNS {
+            return Err(PluginError::Invalid(format!(
+                "{data_type}/{producer}: more than {MAX_ENDPOINT_COLUMNS} endpoint attributes"
+            )));
+        }
+        if slot == self.endpoint.len() {
+            self.endpoint.push(KeyUse::new::<T>(data_type, producer));
+        }
+        let me = self.current.clone();
+        let key = &mut self.endpoint[slot];
+        users(key).push(me);
+        if elsewhere || key.value_type != std::any::type_name::<T>() {
+            let name = format!("{}/{producer}", key.data_type);
+            self.mismatches.push(name);
+        }
+        Ok(EndpointColumn {
+            slot,
+            of: PhantomData,
         })
     }
 }
@@ -259,5 +401,55 @@ mod tests {
             assert!(keys.in_flight(name).is_ok());
         }
         assert!(keys.in_flight("e").is_err());
+    }
+
+    #[test]
+    fn endpoint_columns_are_shared_by_key_and_keep_their_slot() {
+        let mut keys = DataKeys::default();
+        keys.enter("filter");
+        let first = keys.endpoint_require::<f64>("Other", "maker").unwrap();
+        let read = keys.endpoint_require::<f64>("Load", "maker").unwrap();
+        keys.enter("maker");
+        let write = keys.endpoint_produce::<f64>("Load").unwrap();
+        assert_eq!(read.position(), write.position());
+        assert_ne!(first.position(), read.position());
+        assert_eq!(keys.all().filter(|k| !k.required_by.is_empty()).count(), 2);
+        // The next configuration asks in another order and does not use the first key.
+        keys.restart();
+        keys.enter("maker");
+        let again = keys.endpoint_produce::<f64>("Load").unwrap();
+        assert_eq!(again.position(), write.position());
+        assert!(keys.all().all(|k| k.required_by.is_empty()));
+    }
+
+    #[test]
+    fn disagreeing_users_of_a_key_are_recorded() {
+        let mut keys = DataKeys::default();
+        keys.enter("a");
+        keys.produce::<u32>("Match");
+        keys.endpoint_produce::<f64>("Load").unwrap();
+        keys.enter("b");
+        keys.require::<u32>("Match", "a");
+        keys.endpoint_optional::<f64>("Load", "a").unwrap();
+        assert!(keys.mismatches().is_empty());
+        keys.require::<u64>("Match", "a");
+        keys.endpoint_require::<u8>("Load", "a").unwrap();
+        keys.require::<f64>("Load", "a");
+        assert_eq!(keys.mismatches(), ["Match/a", "Load/a", "Load/a"]);
+    }
+
+    #[test]
+    fn one_endpoint_column_too_many_is_refused() {
+        let mut keys = DataKeys::default();
+        keys.enter("p");
+        for number in 0..MAX_ENDPOINT_COLUMNS {
+            let column = keys.endpoint_produce::<f64>(number.to_string()).unwrap();
+            assert_eq!(column.position(), number);
+        }
+        assert!(keys.endpoint_produce::<f64>("more").is_err());
+        assert!(
+            keys.endpoint_produce::<f64>("0").is_ok(),
+            "known keys stay usable"
+        );
     }
 }

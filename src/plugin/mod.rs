@@ -9,7 +9,10 @@ mod hook;
 mod lease;
 pub mod params;
 
-pub use data::{Attributes, Column, DataKeys, InFlightSlot, MAX_IN_FLIGHT_PRODUCERS};
+pub use data::{
+    Attributes, Column, DataKeys, EndpointColumn, InFlightSlot, MAX_ENDPOINT_COLUMNS,
+    MAX_IN_FLIGHT_PRODUCERS,
+};
 pub use hook::Hook;
 pub use lease::{Lease, Leases};
 pub use params::{ParamError, Parameters};

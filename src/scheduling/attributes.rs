@@ -21,7 +21,7 @@ pub const IN_FLIGHT_PRODUCER: &str = "inflight-load-producer";
 /// See [`APPROX_PREFIX_PRODUCER`].
 pub const TOKEN_PRODUCER: &str = "token-producer";
 /// Publishes the scraped core metrics under its type name, whatever the instance is called.
-pub const CORE_METRICS_PRODUCER: &str = "core-metrics-extractor";
+pub use crate::datalayer::attributes::CORE_METRICS_PRODUCER;
 
 /// How much of the request's prefix an endpoint holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

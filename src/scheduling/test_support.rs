@@ -112,6 +112,7 @@ impl Pool {
                     address: ([10, 0, 0, 1], 8000 + u16::try_from(i).unwrap()).into(),
                     labels: e.labels.clone(),
                     rank: 0,
+                    details: crate::datalayer::EndpointDetails::default(),
                 };
                 let endpoint = Endpoint::new(spec, EndpointIndex(i));
                 endpoint.set_metrics(e.metrics.clone());
@@ -148,9 +149,9 @@ impl Pool {
         let mut keys = DataKeys::default();
         // Same declaration order as the plugins' own keys, so that slots agree.
         let mut attributes = Attributes::default();
-        for (slot, key) in self.keys.keys().iter().enumerate() {
+        for (slot, key) in self.keys.keys().iter().cloned().enumerate() {
             debug_assert_eq!(keys.keys().len(), slot);
-            match key.data_type {
+            match key.data_type.as_ref() {
                 PREFIX_MATCH => {
                     let column = keys.require::<PrefixMatch>(key.data_type, &key.producer);
                     let known = key.producer == APPROX_PREFIX_PRODUCER;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
-use crate::datalayer::{EndpointSpec, EndpointStore};
+use crate::datalayer::{EndpointDetails, EndpointSpec, EndpointStore};
 use crate::plugin::{Build, Maturity, ParamDoc, ParamError, Plugin, PluginError};
 
 /// Longest file that is read.
@@ -180,6 +180,7 @@ impl Entry {
             address: SocketAddr::new(ip, port),
             labels: self.labels,
             rank: 0,
+            details: EndpointDetails::default(),
         })
     }
 }

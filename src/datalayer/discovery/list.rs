@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::ToSocketAddrs;
 
-use crate::datalayer::EndpointSpec;
+use crate::datalayer::{EndpointDetails, EndpointSpec};
 
 /// Most endpoints a list may name.
 const MAX_ENDPOINTS: usize = 4096;
@@ -51,6 +51,7 @@ fn endpoint(number: usize, entry: &str) -> Result<EndpointSpec, String> {
         address,
         labels: labels.collect::<Result<BTreeMap<_, _>, String>>()?,
         rank: 0,
+        details: EndpointDetails::default(),
     })
 }
 

@@ -7,8 +7,14 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::exposition::{Found, MetricSpec, Sample, scan};
-use crate::datalayer::{EndpointSpec, EngineMetrics, LoraState};
-use crate::plugin::{Build, Maturity, ParamDoc, ParamError, Plugin, PluginError};
+use crate::datalayer::attributes::{
+    ACTIVE_MODELS, CORE_METRICS_PRODUCER, KV_CACHE_USAGE, RUNNING_REQUESTS_SIZE, WAITING_MODELS,
+    WAITING_QUEUE_SIZE,
+};
+use crate::datalayer::{Endpoint, EndpointSpec, EngineMetrics, LoraState};
+use crate::plugin::{
+    Build, DataKeys, EndpointColumn, Maturity, ParamDoc, ParamError, Plugin, PluginError,
+};
 
 /// Label that names an endpoint's engine, current and legacy spelling.
 const ENGINE_LABEL: &str = "llm-d.ai/engine-type";
@@ -71,7 +77,7 @@ struct CustomMetric {
 }
 
 /// What a spec is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 enum Use {
     Waiting,
     Running,
@@ -80,7 +86,7 @@ enum Use {
     CacheInfo,
     BlockSize,
     Blocks,
-    Custom(usize),
+    Custom(EndpointColumn<f64>),
 }
 
 /// A resolved engine.
@@ -90,7 +96,6 @@ struct Mapping {
     uses: Vec<Use>,
     block_size_label: String,
     blocks_label: String,
-    customs: usize,
 }
 
 /// Buffers of one endpoint's reader.
@@ -173,7 +178,7 @@ fn built_in() -> Vec<EngineConfig> {
 }
 
 impl Plugin for CoreMetricsExtractor {
-    const TYPE: &'static str = "core-metrics-extractor";
+    const TYPE: &'static str = CORE_METRICS_PRODUCER;
     const MATURITY: Maturity = Maturity::Beta;
     const PARAMETERS: &'static [ParamDoc] = &[
         ParamDoc {
@@ -201,37 +206,40 @@ impl Plugin for CoreMetricsExtractor {
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
         for key in [
-            "KVCacheUsagePercent",
-            "WaitingQueueSize",
-            "RunningRequestsSize",
-            "ActiveModels",
-            "WaitingModels",
+            KV_CACHE_USAGE,
+            WAITING_QUEUE_SIZE,
+            RUNNING_REQUESTS_SIZE,
+            ACTIVE_MODELS,
+            WAITING_MODELS,
         ] {
             build.keys.produce_as::<()>(key, Self::TYPE);
         }
-        Self::new(settings).map_err(Into::into)
+        Self::new(settings, build.keys)
     }
 }
 
 impl CoreMetricsExtractor {
-    fn new(settings: Settings) -> Result<Self, ParamError> {
+    fn new(settings: Settings, keys: &mut DataKeys) -> Result<Self, PluginError> {
         let mut engines = HashMap::new();
         for engine in built_in().into_iter().chain(settings.engine_configs) {
             if engine.name.is_empty() || engine.name == "default" {
                 return Err(ParamError(format!(
                     "engineConfigs: name {:?} is reserved or empty",
                     engine.name
-                )));
+                ))
+                .into());
             }
-            let mapping = Mapping::new(&engine)
-                .map_err(|text| ParamError(format!("engineConfigs[{}]: {text}", engine.name)))?;
+            let mapping = Mapping::new(&engine, keys).map_err(|error| {
+                PluginError::Invalid(format!("engineConfigs[{}]: {error}", engine.name))
+            })?;
             engines.insert(engine.name, mapping);
         }
         if !engines.contains_key(&settings.default_engine) {
             return Err(ParamError(format!(
                 "defaultEngine: {:?} is not a known engine",
                 settings.default_engine
-            )));
+            ))
+            .into());
         }
         Ok(Self {
             engine_label: settings.engine_label_key,
@@ -240,30 +248,44 @@ impl CoreMetricsExtractor {
         })
     }
 
-    /// Reads `text` over `metrics`; fields without a sample keep their value.
+    /// Reads `text` into the endpoint; what has no sample keeps its value.
     pub fn extract(
         &self,
-        endpoint: &EndpointSpec,
+        endpoint: &Endpoint,
         text: &[u8],
         now: Instant,
-        metrics: &mut EngineMetrics,
         scratch: &mut Scratch,
     ) -> Extraction {
+        let Some(mapping) = self.mapping(&endpoint.spec) else {
+            return Extraction::default();
+        };
+        let mut metrics = (*endpoint.metrics()).clone();
+        let outcome = mapping.extract(text, now, &mut metrics, scratch);
+        endpoint.set_metrics(metrics);
+        for (purpose, found) in mapping.uses.iter().zip(&scratch.found) {
+            if let Use::Custom(column) = purpose
+                && found.samples > 0
+                && endpoint.attribute_value(*column) != Some(found.sum)
+            {
+                endpoint.set_attribute(*column, Arc::new(found.sum));
+            }
+        }
+        outcome
+    }
+
+    fn mapping(&self, endpoint: &EndpointSpec) -> Option<&Mapping> {
         let label = endpoint
             .labels
             .get(&self.engine_label)
             .or_else(|| endpoint.labels.get(LEGACY_ENGINE_LABEL));
-        let mapping = label
+        label
             .and_then(|name| self.engines.get(name))
-            .or_else(|| self.engines.get(&self.default_engine));
-        mapping
-            .map(|m| m.extract(text, now, metrics, scratch))
-            .unwrap_or_default()
+            .or_else(|| self.engines.get(&self.default_engine))
     }
 }
 
 impl Mapping {
-    fn new(engine: &EngineConfig) -> Result<Self, String> {
+    fn new(engine: &EngineConfig, keys: &mut DataKeys) -> Result<Self, PluginError> {
         let label = |name: &str, default: &str| {
             if name.is_empty() {
                 default.to_owned()
@@ -276,7 +298,6 @@ impl Mapping {
             uses: Vec::new(),
             block_size_label: label(&engine.cache_block_size_label_name, "block_size"),
             blocks_label: label(&engine.cache_num_blocks_label_name, "num_gpu_blocks"),
-            customs: engine.custom_metrics.len(),
         };
         let core = [
             (
@@ -303,27 +324,27 @@ impl Mapping {
                 &engine.cache_num_blocks_spec,
             ),
         ];
-        let custom = engine.custom_metrics.iter().enumerate();
-        let custom =
-            custom.map(|(i, metric)| (Use::Custom(i), "customMetrics", &metric.metric_spec));
-        for (purpose, field, spec) in core
-            .into_iter()
-            .chain(custom)
-            .filter(|(_, _, spec)| !spec.is_empty())
-        {
-            mapping
-                .specs
-                .push(spec.parse().map_err(|text| format!("{field}: {text}"))?);
-            mapping.uses.push(purpose);
+        for (purpose, field, spec) in core.into_iter().filter(|(_, _, spec)| !spec.is_empty()) {
+            mapping.add(purpose, field, spec)?;
         }
-        if engine
-            .custom_metrics
-            .iter()
-            .any(|metric| metric.attribute_key.is_empty())
-        {
-            return Err("customMetrics: attributeKey is empty".to_owned());
+        for metric in &engine.custom_metrics {
+            if metric.attribute_key.is_empty() {
+                return Err(ParamError("customMetrics: attributeKey is empty".to_owned()).into());
+            }
+            let column =
+                keys.endpoint_produce_as(metric.attribute_key.clone(), CORE_METRICS_PRODUCER)?;
+            mapping.add(Use::Custom(column), "customMetrics", &metric.metric_spec)?;
         }
         Ok(mapping)
+    }
+
+    fn add(&mut self, purpose: Use, field: &str, spec: &str) -> Result<(), ParamError> {
+        let spec = spec
+            .parse()
+            .map_err(|text| ParamError(format!("{field}: {text}")))?;
+        self.specs.push(spec);
+        self.uses.push(purpose);
+        Ok(())
     }
 
     fn extract(
@@ -359,12 +380,11 @@ impl Mapping {
             },
         );
         let mut outcome = Extraction::default();
-        metrics.custom.resize(self.customs, None);
         for (purpose, found) in self.uses.iter().zip(&scratch.found) {
             outcome.errors += found.rejected.min(1);
             if found.samples == 0 && !(found.declared && found.rejected == 0) {
                 // Engines without adapters have no LoRA family at all.
-                outcome.errors += u32::from(*purpose != Use::Lora && found.rejected == 0);
+                outcome.errors += u32::from(!matches!(purpose, Use::Lora) && found.rejected == 0);
                 continue;
             }
             outcome.refreshed = true;
@@ -379,12 +399,7 @@ impl Mapping {
                 Use::KvUsage => metrics.kv_cache_usage = mean.min(1.0),
                 Use::BlockSize => block_size = Some(u64::from(saturating_u32(mean))),
                 Use::Blocks => blocks = Some(u64::from(saturating_u32(found.sum))),
-                Use::Custom(i) => {
-                    if let Some(value) = metrics.custom.get_mut(*i) {
-                        *value = (found.samples > 0).then_some(found.sum);
-                    }
-                }
-                Use::Lora | Use::CacheInfo => {}
+                Use::Lora | Use::CacheInfo | Use::Custom(_) => {}
             }
         }
         let narrow = |n: u64| u32::try_from(n).ok().filter(|n| *n > 0);
@@ -444,15 +459,12 @@ mod tests {
     const DP_LOADED: &[u8] =
         include_bytes!("../../../tests/data/vllm-0.32/metrics/8-dp2-under-load.txt");
 
-    fn extractor(settings: &str) -> Result<CoreMetricsExtractor, ParamError> {
-        CoreMetricsExtractor::new(serde_json::from_str(settings).unwrap())
+    fn extractor(settings: &str) -> Result<CoreMetricsExtractor, PluginError> {
+        let settings = serde_json::from_str(settings).unwrap();
+        CoreMetricsExtractor::new(settings, &mut DataKeys::default())
     }
 
-    fn extract(
-        settings: &str,
-        labels: &[(&str, &str)],
-        text: &[u8],
-    ) -> (EngineMetrics, Extraction) {
+    fn endpoint(labels: &[(&str, &str)]) -> Endpoint {
         let spec = EndpointSpec {
             name: "e".to_owned(),
             namespace: "default".to_owned(),
@@ -462,16 +474,24 @@ mod tests {
                 .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
                 .collect(),
             rank: 0,
+            details: crate::datalayer::EndpointDetails::default(),
         };
-        let mut metrics = EngineMetrics::default();
+        Endpoint::new(spec, crate::datalayer::EndpointIndex(0))
+    }
+
+    fn extract(
+        settings: &str,
+        labels: &[(&str, &str)],
+        text: &[u8],
+    ) -> (EngineMetrics, Extraction) {
+        let endpoint = endpoint(labels);
         let outcome = extractor(settings).unwrap().extract(
-            &spec,
+            &endpoint,
             text,
             Instant::now(),
-            &mut metrics,
             &mut Scratch::default(),
         );
-        (metrics, outcome)
+        ((*endpoint.metrics()).clone(), outcome)
     }
 
     #[test]
@@ -571,11 +591,30 @@ mod tests {
         assert!(extractor(r#"{"defaultEngine": "tgi"}"#).is_err());
         assert!(extractor(r#"{"engineConfigs": [{"name": "default"}]}"#).is_err());
         assert!(extractor(r#"{"engineConfigs": [{"name": "x", "kvUsageSpec": "a{b"}]}"#).is_err());
-        let tgi = r#"{"defaultEngine": "tgi", "engineConfigs": [{"name": "tgi", "queuedRequestsSpec": "tgi_queue_size", "customMetrics": [{"attributeKey": "k", "metricSpec": "m"}]}]}"#;
-        let (metrics, outcome) = extract(tgi, &[], b"tgi_queue_size 8\nm 2.5\n");
-        assert_eq!(
-            (metrics.waiting_requests, metrics.custom, outcome.errors),
-            (8, vec![Some(2.5)], 0)
-        );
+    }
+
+    #[test]
+    fn engines_and_numbers_of_ones_own_are_read() {
+        let settings = r#"{"defaultEngine": "tgi", "engineConfigs": [{"name": "tgi", "queuedRequestsSpec": "tgi_queue_size", "customMetrics": [{"attributeKey": "k", "metricSpec": "m{x=1}"}, {"attributeKey": "absent", "metricSpec": "n"}]}]}"#;
+        let mut keys = DataKeys::default();
+        let extractor =
+            CoreMetricsExtractor::new(serde_json::from_str(settings).unwrap(), &mut keys).unwrap();
+        let mut column = |key: &'static str| {
+            keys.endpoint_require::<f64>(key, CORE_METRICS_PRODUCER)
+                .unwrap()
+        };
+        let (k, absent) = (column("k"), column("absent"));
+        let endpoint = endpoint(&[]);
+        let read = |text: &[u8]| {
+            extractor.extract(&endpoint, text, Instant::now(), &mut Scratch::default())
+        };
+        let outcome = read(b"tgi_queue_size 8\nm{x=\"1\"} 2.5\nm{x=\"2\"} 9\n");
+        assert_eq!(endpoint.metrics().waiting_requests, 8);
+        assert_eq!(endpoint.attribute_value(k), Some(2.5));
+        assert_eq!(endpoint.attribute_value(absent), None);
+        assert_eq!(outcome.errors, 1, "n is missing");
+        // What is gone from the exposition keeps its last value.
+        assert_eq!(read(b"tgi_queue_size 9\n").errors, 2);
+        assert_eq!(endpoint.attribute_value(k), Some(2.5));
     }
 }

@@ -139,18 +139,13 @@ async fn poll(shared: Arc<Shared>, endpoint: Arc<Endpoint>, stop: CancellationTo
         match fetched {
             Ok(Ok(())) => {
                 failures = 0;
-                let mut metrics = (*endpoint.metrics()).clone();
-                let outcome = shared.extractor.extract(
-                    &endpoint.spec,
-                    &body,
-                    Instant::now(),
-                    &mut metrics,
-                    &mut scratch,
-                );
+                let outcome =
+                    shared
+                        .extractor
+                        .extract(&endpoint, &body, Instant::now(), &mut scratch);
                 if outcome.errors > 0 {
                     shared.extract_errors.increment();
                 }
-                endpoint.set_metrics(metrics);
             }
             failed => {
                 shared.poll_errors.increment();
@@ -204,6 +199,7 @@ mod tests {
             address,
             labels: std::collections::BTreeMap::new(),
             rank: 0,
+            details: crate::datalayer::EndpointDetails::default(),
         }
     }
 
