@@ -8,6 +8,7 @@ use crate::control::producers::token::TokenProducer;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::file::FileDiscovery;
 use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
+use crate::plugin::data::Declaration;
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError, TypedName};
 use crate::request::Parser;
 use crate::request::anthropic::AnthropicParser;
@@ -77,8 +78,23 @@ pub struct Instance {
     pub name: TypedName,
     /// Its entry in the registry.
     pub plugin_type: &'static str,
+    /// What it was built from; `None` when the type ignores parameters.
+    pub parameters: Option<serde_json::Value>,
+    /// Why it is there.
+    pub origin: Origin,
     /// What it can do.
     pub roles: Roles,
+    /// Data keys it declared while it was built.
+    pub declared: Vec<Declaration>,
+}
+
+/// Why an instance is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// The document lists it, at this position of `plugins`.
+    Written(usize),
+    /// Defaulting added it, for this reason.
+    Added(String),
 }
 
 /// Builds an instance's roles.
@@ -101,8 +117,28 @@ pub struct PluginType {
     pub about: &'static str,
     /// For a deprecated name: what to write instead.
     pub replacement: Option<&'static str>,
+    /// Type that instances report in metrics and logs.
+    pub reported: &'static str,
     build: Option<Factory>,
 }
+
+/// Parameters that name another instance, which must exist and is built first. `deciders.*` stands for
+/// every value of the object.
+const REFERENCES: &[(&str, &[&str])] = &[
+    (
+        "disagg-profile-handler",
+        &[
+            "deciders.*",
+            "deciderPluginName",
+            "prefillDeciderPluginName",
+            "encodeDeciderPluginName",
+        ],
+    ),
+    (
+        "pd-profile-handler",
+        &["deciderPluginName", "prefixPluginName"],
+    ),
+];
 
 impl PluginType {
     /// Builds an instance; `None` for a type of a later version.
@@ -115,9 +151,41 @@ impl PluginType {
         self.build.is_some()
     }
 
+    /// Names of the instances that `parameters` refer to.
+    pub fn references<'a>(&self, parameters: Option<&'a serde_json::Value>) -> Vec<&'a str> {
+        let paths = REFERENCES.iter().find(|(name, _)| *name == self.type_name);
+        let Some(((_, paths), object)) = paths.zip(parameters.and_then(|p| p.as_object())) else {
+            return Vec::new();
+        };
+        let mut names = Vec::new();
+        for path in *paths {
+            let (key, inner) = path
+                .split_once(".*")
+                .map_or((*path, false), |(key, _)| (key, true));
+            let values = object
+                .iter()
+                .filter(|(k, _)| k.eq_ignore_ascii_case(key))
+                .map(|(_, value)| value);
+            for value in values {
+                match value.as_object().filter(|_| inner) {
+                    Some(object) => names.extend(object.values().filter_map(|v| v.as_str())),
+                    None => names.extend(value.as_str()),
+                }
+            }
+        }
+        names.retain(|name| !name.is_empty());
+        names
+    }
+
     fn deprecated(mut self, name: &'static str, replacement: &'static str) -> Self {
         self.type_name = name;
+        self.reported = name;
         self.replacement = Some(replacement);
+        self
+    }
+
+    fn reports(mut self, type_name: &'static str) -> Self {
+        self.reported = type_name;
         self
     }
 }
@@ -154,6 +222,7 @@ macro_rules! plugin {
             lenient: <$type as Plugin>::LENIENT,
             about: <$type as Plugin>::ABOUT,
             replacement: None,
+            reported: <$type as Plugin>::TYPE,
             build: Some(|build| {
                 let plugin = Arc::new(<$type as Plugin>::build(build)?);
                 Ok(Roles { $($role: Some(Arc::clone(&plugin) as _),)* ..Roles::default() })
@@ -177,6 +246,7 @@ fn inert(
         lenient: true,
         about,
         replacement: None,
+        reported: type_name,
         build: Some(|_| Ok(Roles::default())),
     }
 }
@@ -191,6 +261,7 @@ fn later(type_name: &'static str) -> PluginType {
         lenient: true,
         about: "Known, not yet available in this version.",
         replacement: None,
+        reported: type_name,
         build: None,
     }
 }
@@ -262,9 +333,9 @@ const LATER: &[&str] = &[
 pub fn registry() -> Registry {
     let mut types = vec![
         plugin!(SingleProfileHandler, ["profile handler" => profile_handler]),
-        plugin!(DecodeFilter, ["filter" => filter]),
-        plugin!(PrefillFilter, ["filter" => filter]),
-        plugin!(EncodeFilter, ["filter" => filter]),
+        plugin!(DecodeFilter, ["filter" => filter]).reports("by-label"),
+        plugin!(PrefillFilter, ["filter" => filter]).reports("by-label"),
+        plugin!(EncodeFilter, ["filter" => filter]).reports("by-label"),
         plugin!(LabelSelectorFilter, ["filter" => filter]),
         plugin!(LabelSelectorFilter, ["filter" => filter])
             .deprecated("by-label-selector", "label-selector-filter"),

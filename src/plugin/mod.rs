@@ -5,12 +5,13 @@
 
 pub mod data;
 pub mod duration;
+pub mod go_value;
 mod hook;
 mod lease;
 pub mod params;
 
 pub use data::{
-    Attributes, Column, DataKeys, EndpointColumn, InFlightSlot, MAX_ENDPOINT_COLUMNS,
+    Attributes, Column, DataKeys, EndpointColumn, InFlightSlot, MAX_COLUMNS, MAX_ENDPOINT_COLUMNS,
     MAX_IN_FLIGHT_PRODUCERS,
 };
 pub use hook::Hook;
