@@ -184,6 +184,11 @@ impl PluginType {
         self
     }
 
+    fn instead(mut self, replacement: &'static str) -> Self {
+        self.replacement = Some(replacement);
+        self
+    }
+
     fn reports(mut self, type_name: &'static str) -> Self {
         self.reported = type_name;
         self
@@ -252,11 +257,15 @@ fn inert(
 }
 
 /// A type of the catalogue that a later version brings.
-fn later(type_name: &'static str) -> PluginType {
+fn later(
+    type_name: &'static str,
+    kinds: &'static [&'static str],
+    maturity: Maturity,
+) -> PluginType {
     PluginType {
         type_name,
-        kinds: &[],
-        maturity: Maturity::Beta,
+        kinds,
+        maturity,
         parameters: &[],
         lenient: true,
         about: "Known, not yet available in this version.",
@@ -267,67 +276,90 @@ fn later(type_name: &'static str) -> PluginType {
 }
 
 /// Types of the catalogue that are not available yet.
-const LATER: &[&str] = &[
-    "concurrency-detector",
-    "header-based-testing-filter",
-    "slo-headroom-tier-filter",
-    "context-length-aware",
-    "utilization-filter",
-    "endpoint-attribute-filter",
-    "session-affinity-filter",
-    "topology-affinity-filter",
-    "multicluster-session-affinity-filter",
-    "latency-scorer",
-    "mm-embeddings-cache-scorer",
-    "session-affinity-scorer",
-    "header-label-affinity-scorer",
-    "endpoint-attribute-scorer",
-    "topology-affinity-scorer",
-    "multicluster-queue-scorer",
-    "multicluster-kv-cache-utilization-scorer",
-    "multicluster-prefix-cache-scorer",
-    "disagg-profile-handler",
-    "data-parallel-profile-handler",
-    "header-profile-handler",
-    "prefix-based-pd-decider",
-    "always-disagg-pd-decider",
-    "always-disagg-multimodal-decider",
-    "precise-prefix-cache-producer",
-    "predicted-latency-producer",
-    "mm-embeddings-cache-producer",
-    "session-id-producer",
-    "burst-prefix-cache-producer",
-    "p2p-source-producer",
-    "multicluster-approx-prefix-cache-producer",
-    "models-data-source",
-    "k8s-notification-source",
-    "dcgm-data-source",
-    "multicluster-metrics-data-source",
-    "models-data-extractor",
-    "dcgm-extractor",
-    "topology-extractor",
-    "multicluster-metrics-extractor",
-    "multicluster-file-discovery",
-    "vllmgrpc-parser",
-    "vertexai-parser",
-    "latency-slo-admitter",
-    "probabilistic-admitter",
-    "disaggregatedset-rollout-screener",
-    "agent-identity",
-    "request-attribute-reporter",
-    "destination-endpoint-served-verifier",
-    "round-robin-fairness-policy",
-    "program-aware-fairness",
-    "edf-ordering-policy",
-    "slo-deadline-ordering-policy",
-    "priority-holdback-policy",
-    "soft-reflective-ceiling-policy",
-    "by-label",
-    "disagg-headers-handler",
-    "prefill-header-handler",
-    "pd-profile-handler",
-    "precise-prefix-cache-scorer",
-];
+fn catalogue_to_come() -> Vec<PluginType> {
+    use Maturity::{Alpha, Beta};
+    vec![
+        later(
+            "concurrency-detector",
+            &["filter", "saturation detector"],
+            Beta,
+        ),
+        later("header-based-testing-filter", &["filter"], Beta),
+        later("slo-headroom-tier-filter", &["filter"], Beta),
+        later("context-length-aware", &["filter", "scorer"], Beta),
+        later("utilization-filter", &["filter"], Alpha),
+        later("endpoint-attribute-filter", &["filter"], Alpha),
+        later("session-affinity-filter", &["filter"], Alpha),
+        later("topology-affinity-filter", &["filter"], Alpha),
+        later("multicluster-session-affinity-filter", &["filter"], Alpha),
+        later("latency-scorer", &["scorer"], Beta),
+        later("mm-embeddings-cache-scorer", &["scorer"], Beta),
+        later("session-affinity-scorer", &["scorer"], Alpha),
+        later("header-label-affinity-scorer", &["scorer"], Alpha),
+        later("endpoint-attribute-scorer", &["scorer"], Alpha),
+        later("topology-affinity-scorer", &["scorer"], Alpha),
+        later("multicluster-queue-scorer", &["scorer"], Alpha),
+        later(
+            "multicluster-kv-cache-utilization-scorer",
+            &["scorer"],
+            Alpha,
+        ),
+        later("multicluster-prefix-cache-scorer", &["scorer"], Alpha),
+        later("disagg-profile-handler", &["profile handler"], Beta),
+        later("data-parallel-profile-handler", &["profile handler"], Beta)
+            .instead("single-profile-handler, with a gateway that supports several target ports"),
+        later("header-profile-handler", &["profile handler"], Alpha),
+        later("prefix-based-pd-decider", &["decider"], Beta),
+        later("always-disagg-pd-decider", &["decider"], Beta),
+        later("always-disagg-multimodal-decider", &["decider"], Beta),
+        later("precise-prefix-cache-producer", &["data producer"], Beta),
+        later("predicted-latency-producer", &["data producer"], Beta),
+        later("mm-embeddings-cache-producer", &["data producer"], Beta),
+        later("session-id-producer", &["data producer"], Beta),
+        later("burst-prefix-cache-producer", &["data producer"], Alpha),
+        later("p2p-source-producer", &["data producer"], Alpha),
+        later(
+            "multicluster-approx-prefix-cache-producer",
+            &["data producer"],
+            Alpha,
+        ),
+        later("models-data-source", &["data source"], Beta),
+        later("k8s-notification-source", &["data source"], Beta),
+        later("dcgm-data-source", &["data source"], Alpha),
+        later("multicluster-metrics-data-source", &["data source"], Alpha),
+        later("models-data-extractor", &["extractor"], Beta),
+        later("dcgm-extractor", &["extractor"], Alpha),
+        later("topology-extractor", &["extractor"], Alpha),
+        later("multicluster-metrics-extractor", &["extractor"], Alpha),
+        later("multicluster-file-discovery", &["discovery"], Alpha),
+        later("vllmgrpc-parser", &["parser"], Beta),
+        later("vertexai-parser", &["parser"], Beta),
+        later("latency-slo-admitter", &["admitter"], Beta),
+        later("probabilistic-admitter", &["admitter"], Beta),
+        later("disaggregatedset-rollout-screener", &["screener"], Alpha),
+        later("agent-identity", &["request header"], Alpha),
+        later("request-attribute-reporter", &["response"], Beta),
+        later("destination-endpoint-served-verifier", &["response"], Beta),
+        later("round-robin-fairness-policy", &["fairness"], Beta),
+        later("program-aware-fairness", &["fairness"], Beta),
+        later("edf-ordering-policy", &["ordering"], Beta),
+        later("slo-deadline-ordering-policy", &["ordering"], Beta),
+        later("priority-holdback-policy", &["usage limit"], Alpha),
+        later("soft-reflective-ceiling-policy", &["usage limit"], Alpha),
+        later("by-label", &["filter"], Beta).instead("label-selector-filter"),
+        later("disagg-headers-handler", &["pre-request"], Beta).instead("disagg-profile-handler"),
+        later("prefill-header-handler", &["pre-request"], Beta)
+            .instead("disagg-profile-handler")
+            .reports("disagg-headers-handler"),
+        later("pd-profile-handler", &["profile handler"], Beta).instead("disagg-profile-handler"),
+        later(
+            "precise-prefix-cache-scorer",
+            &["scorer", "data producer"],
+            Beta,
+        )
+        .instead("precise-prefix-cache-producer and prefix-cache-scorer"),
+    ]
+}
 
 /// The registry of this build.
 pub fn registry() -> Registry {
@@ -387,6 +419,6 @@ pub fn registry() -> Registry {
             "Accepted: has no effect without flow control.",
         ),
     ];
-    types.extend(LATER.iter().map(|name| later(name)));
+    types.extend(catalogue_to_come());
     Registry::new(types)
 }

@@ -148,10 +148,10 @@ fn parameters(loaded: &Loaded<'_>, notes: &mut Notes) {
             }
         }
         let tokens = given("maxPrefixTokensToMatch").and_then(|(_, v)| v.as_f64());
-        if let Some((key, _)) = given("maxPrefixBlocksToMatch").filter(|_| tokens > Some(0.0)) {
+        if let Some((key, _)) = given("maxPrefixBlocksToMatch").filter(|_| tokens != Some(0.0)) {
             notes.add(
                 format!("{field}.{key}"),
-                "has no effect beside maxPrefixTokensToMatch",
+                "has no effect unless maxPrefixTokensToMatch is 0",
             );
         }
     }

@@ -5,6 +5,10 @@
 //! outcome and the reference page. The rest of the program sees only [`ResolvedConfig`]. This room
 //! knows every plugin type and is seen only by `epp` and `cli`.
 
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+
 pub mod builtin;
 mod flow;
 mod lint;
@@ -108,6 +112,23 @@ fn write_place(
         (None, false) => write!(f, "{field}: "),
         (None, true) => Ok(()),
     }
+}
+
+/// Longest document that is read.
+pub const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// Reads a document from a file of at most [`MAX_FILE_BYTES`].
+pub fn read_file(path: &Path) -> std::io::Result<String> {
+    let mut text = String::new();
+    // Of a file that is too long, or a device, no more is read than it takes to notice.
+    File::open(path)?
+        .take(MAX_FILE_BYTES + 1)
+        .read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        let problem = format!("more than {MAX_FILE_BYTES} bytes");
+        return Err(std::io::Error::new(ErrorKind::FileTooLarge, problem));
+    }
+    Ok(text)
 }
 
 /// Loads a document, or the built-in one when `text` is `None`, as the first of a process.

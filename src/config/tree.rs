@@ -28,7 +28,7 @@ enum Inside {
 
 impl Lines {
     /// The line of `path` (`plugins[3].parameters.lruSize`), or of the nearest thing around it. Keys
-    /// match regardless of case, as parameters do. `None` for an empty document.
+    /// match regardless of case, as parameters do.
     pub(super) fn of(&self, path: &str) -> Option<u64> {
         let deeper = match &self.inside {
             Inside::Nothing => None,
@@ -217,7 +217,7 @@ mod tests {
         ] {
             assert_eq!(lines.of(path), Some(line), "{path}");
         }
-        assert_eq!(read("").unwrap().1.of("x"), None);
+        assert_eq!(read("").unwrap().1.of("x"), Some(1));
     }
 
     #[test]

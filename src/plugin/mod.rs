@@ -54,10 +54,34 @@ pub struct ParamDoc {
     pub name: &'static str,
     /// `int`, `float`, `bool`, `string`, `duration`, `list` or `object`.
     pub kind: &'static str,
-    /// Default in words.
+    /// The default as a value of that kind, or in words when there is none: `none`, `required`, or where
+    /// it comes from. Empty means that absence is the default.
     pub default: &'static str,
     /// What it does, with unit and range.
     pub help: &'static str,
+}
+
+impl ParamDoc {
+    /// The default, when it is a value: writing it down changes nothing. Empty lists and objects are
+    /// left out, as absent says the same.
+    pub fn default_value(&self) -> Option<serde_json::Value> {
+        let text = self.default;
+        match self.kind {
+            _ if ["", "none", "required"].contains(&text) => None,
+            "int" => text.parse::<i64>().ok().map(Into::into),
+            "float" => text.parse::<f64>().ok().map(Into::into),
+            "bool" => text.parse::<bool>().ok().map(Into::into),
+            "string" => Some(text.into()),
+            "duration" => text
+                .parse::<duration::GoDuration>()
+                .ok()
+                .map(|_| text.into()),
+            "list" | "object" => serde_json::from_str(text)
+                .ok()
+                .filter(|value| ![serde_json::json!([]), serde_json::json!({})].contains(value)),
+            _ => None,
+        }
+    }
 }
 
 /// What a plugin gets to build one instance from.
