@@ -81,6 +81,8 @@ pub struct ResolvedConfig {
     pub keys: Vec<KeyUse>,
     /// What an operator should know; logged at start.
     pub warnings: Vec<Warning>,
+    /// Where every key is kept, for the configuration after this one.
+    slots: DataKeys,
 }
 
 /// One profile.
@@ -183,14 +185,15 @@ impl ConfigLoader {
         }
     }
 
-    /// Loads a document, or the built-in one when `text` is `None`. After an error the loader is as if
-    /// nothing had been asked.
-    pub fn load(&mut self, text: Option<&str>) -> Result<ResolvedConfig, ConfigError> {
+    /// Loads a document, or the built-in one when `text` is `None`. What it builds counts for the next
+    /// one only once it is in use, see [`Self::adopt`].
+    pub fn load(&self, text: Option<&str>) -> Result<ResolvedConfig, ConfigError> {
         let (value, lines) = tree::read(text.unwrap_or(raw::BUILT_IN))?;
         let mut keys = self.keys.clone();
         keys.restart();
+        let line = |field: &str| lines.of(field).filter(|_| !field.is_empty());
         let loaded = raw::decode(value).and_then(|document| {
-            let mut loader = Loader {
+            let loader = Loader {
                 registry: &self.registry,
                 keys,
                 before: &self.instances,
@@ -198,26 +201,26 @@ impl ConfigLoader {
                 reused: Vec::new(),
                 warnings: Vec::new(),
             };
-            let resolved = loader.resolve(document, self.options)?;
-            Ok((resolved, loader.keys))
+            loader.resolve(document, self.options)
         });
         match loaded {
-            Ok((mut config, keys)) => {
+            Ok(mut config) => {
                 for warning in &mut config.warnings {
-                    warning.line = lines
-                        .of(&warning.field)
-                        .filter(|_| !warning.field.is_empty());
+                    warning.line = line(&warning.field);
                 }
-                self.keys = keys;
-                self.instances.clone_from(&config.instances);
                 Ok(config)
             }
             Err(mut error) => {
-                let line = lines.of(&error.field).filter(|_| !error.field.is_empty());
-                error.line = error.line.or(line);
+                error.line = error.line.or_else(|| line(&error.field));
                 Err(error)
             }
         }
+    }
+
+    /// `config` is in use: its instances are the ones to use again.
+    pub fn adopt(&mut self, config: ResolvedConfig) {
+        self.keys = config.slots;
+        self.instances = config.instances;
     }
 }
 
@@ -242,7 +245,7 @@ fn invalid<T>(text: String) -> Result<T, ConfigError> {
 impl Loader<'_> {
     /// Builds everything the document asks for and everything defaulting adds.
     fn resolve(
-        &mut self,
+        mut self,
         mut document: Document,
         options: LoadOptions,
     ) -> Result<ResolvedConfig, ConfigError> {
@@ -311,6 +314,7 @@ impl Loader<'_> {
             document,
             keys,
             warnings,
+            slots: self.keys,
         })
     }
 
