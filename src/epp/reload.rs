@@ -303,3 +303,319 @@ impl Reloader {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{LoadOptions, builtin};
+    use crate::control::director::DirectorOptions;
+    use crate::control::{BodyKnowledge, Decision, Intake, Step, Subset};
+    use crate::plugin::InFlightSlot;
+    use crate::telemetry::metrics::Metrics;
+    use bytes::Bytes;
+    use std::path::Path;
+    use tokio::time::Instant;
+
+    const HEAD: &str = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n";
+    /// Ports nobody listens on: scrapes fail at once.
+    const POOL: &str = "127.0.0.1:1,127.0.0.1:2,127.0.0.1:3";
+
+    fn prefix(weight: i32) -> String {
+        format!(
+            "{HEAD}plugins: [{{type: prefix-cache-scorer}}]\nschedulingProfiles: [{{name: p, \
+             plugins: [{{pluginRef: prefix-cache-scorer, weight: {weight}}}]}}]\n"
+        )
+    }
+
+    struct Running {
+        director: Arc<Director>,
+        store: Arc<EndpointStore>,
+        reloader: Reloader,
+        shutdown: CancellationToken,
+    }
+
+    async fn start(path: &Path, text: &str, endpoints: Option<&str>) -> Running {
+        let store = Arc::new(EndpointStore::default());
+        let shutdown = CancellationToken::new();
+        let mut loader = ConfigLoader::new(LoadOptions::default(), builtin::registry());
+        let config = loader.load(Some(text)).unwrap();
+        let flags = LiveFlags {
+            endpoints: endpoints.map(str::to_owned),
+            scrape: ScrapeFlags::default(),
+            refresh_metrics_interval: Duration::from_secs(60),
+        };
+        let tasks = TaskTracker::new();
+        let mut live = Live::new(flags, Arc::clone(&store), tasks, shutdown.clone());
+        live.apply(&config).await.unwrap();
+        let options = DirectorOptions {
+            ignore_subset: false,
+            emit_scores: false,
+            strip_control_headers: true,
+            seed: Some(1),
+        };
+        let director = Director::new(
+            Arc::clone(&store),
+            config.activate(),
+            options,
+            Metrics::new(),
+        );
+        let director = Arc::new(director);
+        loader.adopt(config);
+        let reloader = Reloader {
+            path: path.to_owned(),
+            text: text.to_owned(),
+            loader,
+            live,
+            director: Arc::clone(&director),
+            metrics: ConfigReloads::new(),
+        };
+        Running {
+            director,
+            store,
+            reloader,
+            shutdown,
+        }
+    }
+
+    fn decide(director: &Director, id: &str) -> Box<Decision> {
+        let body = format!(
+            r#"{{"model": "m", "prompt": "{}"}}"#,
+            "a prompt of many blocks ".repeat(100)
+        );
+        let headers = [(":path", "/v1/completions"), ("x-request-id", id)];
+        let intake = Intake {
+            headers: headers
+                .map(|(k, v)| (k.to_owned(), Bytes::copy_from_slice(v.as_bytes())))
+                .into_iter()
+                .collect(),
+            body: [Bytes::from(body)].into_iter().collect(),
+            subset: Subset::Any,
+            received_at: Instant::now(),
+        };
+        match director.decide(intake, BodyKnowledge::Complete) {
+            Step::Done(decision) => decision.unwrap(),
+            Step::Wait(_) => panic!("nothing waits here"),
+        }
+    }
+
+    /// Where requests with different ids, so with different random numbers, go. Ended at once.
+    fn picks(director: &Director) -> Vec<String> {
+        let pick = |i: i32| decide(director, &format!("{i}")).destination;
+        let mut picks: Vec<String> = (0..12)
+            .map(|i| String::from_utf8(pick(i).to_vec()).unwrap())
+            .collect();
+        picks.sort_unstable();
+        picks.dedup();
+        picks
+    }
+
+    async fn settle() {
+        tokio::time::sleep(WATCH_INTERVAL * 3).await;
+    }
+
+    fn in_flight(store: &EndpointStore) -> i64 {
+        let pool = store.snapshot();
+        let load = |e: &Arc<crate::datalayer::Endpoint>| {
+            let load = e.in_flight(InFlightSlot::default());
+            load.requests() + load.tokens()
+        };
+        pool.iter().map(load).sum()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_changed_file_changes_picks_and_keeps_what_was_learned() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.yaml");
+        std::fs::write(&path, prefix(1)).unwrap();
+        let Running {
+            director,
+            store,
+            reloader,
+            shutdown,
+        } = start(&path, &prefix(1), Some(POOL)).await;
+        let task = tokio::spawn(reloader.run(shutdown.clone()));
+        // The first pick is random; the prefix keeps the others there.
+        let home = picks(&director);
+        assert_eq!(home.len(), 1);
+        let before = decide(&director, "long");
+        assert!(in_flight(&store) > 0);
+
+        // The weight is turned round: anywhere but there. Had the index been lost, all would be equal.
+        std::fs::write(&path, prefix(-1)).unwrap();
+        settle().await;
+        let elsewhere: Vec<_> = (0..12)
+            .map(|i| decide(&director, &format!("n{i}")).destination.clone())
+            .collect();
+        assert!(!elsewhere.is_empty() && elsewhere[0] != home[0].as_bytes());
+
+        // The request that began before is still booked, and then it is not.
+        assert!(in_flight(&store) > 0);
+        drop(before);
+        assert_eq!(in_flight(&store), 0);
+        shutdown.cancel();
+        task.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_broken_file_keeps_the_old_configuration() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.yaml");
+        std::fs::write(&path, prefix(1)).unwrap();
+        let running = start(&path, &prefix(1), Some(POOL)).await;
+        let (director, shutdown) = (running.director, running.shutdown);
+        let task = tokio::spawn(running.reloader.run(shutdown.clone()));
+        let home = picks(&director);
+        for broken in [
+            "plugins: [",
+            "",
+            "kind: Pod",
+            &prefix(1).replace("prefix-cache-scorer}}", "nobody}}"),
+        ] {
+            std::fs::write(&path, broken).unwrap();
+            settle().await;
+            assert_eq!(picks(&director), home, "{broken:?}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        settle().await;
+        assert_eq!(picks(&director), home, "removed");
+        // A mounted ConfigMap: the file is a link into a directory that is a link, which is replaced.
+        for (version, text) in [("v1", prefix(1)), ("v2", prefix(-1))] {
+            let data = directory.path().join(version);
+            std::fs::create_dir(&data).unwrap();
+            std::fs::write(data.join("config.yaml"), text).unwrap();
+        }
+        let link = directory.path().join("..data");
+        std::os::unix::fs::symlink("v1", &link).unwrap();
+        std::os::unix::fs::symlink("..data/config.yaml", &path).unwrap();
+        settle().await;
+        assert_eq!(picks(&director), home);
+        let next = directory.path().join("..next");
+        std::os::unix::fs::symlink("v2", &next).unwrap();
+        std::fs::rename(&next, &link).unwrap();
+        settle().await;
+        assert_ne!(picks(&director), home);
+        shutdown.cancel();
+        task.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_did_not_change_goes_on_and_what_did_is_replaced() {
+        let mut running = start(Path::new("unused"), &prefix(1), Some(POOL)).await;
+        let reloader = &mut running.reloader;
+        let index = |live: &Live| Arc::downgrade(&live.listeners[0]);
+        let scraper = |live: &Live| Arc::downgrade(&live.pollers[0].scraper);
+        let (index_before, scraper_before) = (index(&reloader.live), scraper(&reloader.live));
+
+        reloader.reload(&prefix(5)).await.unwrap();
+        assert!(index_before.ptr_eq(&index(&reloader.live)));
+        assert!(scraper_before.ptr_eq(&scraper(&reloader.live)));
+
+        // Other parameters make another source: its scraper is replaced, the index stays.
+        let other = prefix(5).replace(
+            "plugins: [{type",
+            "plugins: [{type: metrics-data-source, parameters: {interval: 90s}}, {type",
+        );
+        reloader.reload(&other).await.unwrap();
+        assert!(index_before.ptr_eq(&index(&reloader.live)));
+        assert!(scraper_before.upgrade().is_none(), "stopped and dropped");
+
+        // An index with other settings starts empty, and the old one is forgotten.
+        let other = prefix(5).replace(
+            "plugins: [{type",
+            "plugins: [{type: approx-prefix-cache-producer, parameters: {lruCapacityPerServer: 7}}, {type",
+        );
+        reloader.reload(&other).await.unwrap();
+        assert!(!index_before.ptr_eq(&index(&reloader.live)));
+        running.director.activate(
+            running
+                .reloader
+                .loader
+                .load(Some(&other))
+                .unwrap()
+                .activate(),
+        );
+        assert_eq!(running.reloader.live.listeners.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn names_of_producers_may_change() {
+        let mut running = start(Path::new("unused"), &prefix(1), Some(POOL)).await;
+        let renamed = |name: &str| {
+            prefix(1).replace(
+                "plugins: [{type: prefix-cache-scorer}",
+                &format!(
+                    "plugins: [{{name: {name}, type: approx-prefix-cache-producer}}, {{type: \
+                     prefix-cache-scorer, parameters: {{prefixMatchInfoProducerName: {name}}}}}"
+                ),
+            )
+        };
+        for round in 0..3 {
+            running
+                .reloader
+                .reload(&renamed(&format!("index-{round}")))
+                .await
+                .unwrap();
+            let home = picks(&running.director);
+            assert_eq!(home.len(), 1, "{home:?}");
+        }
+        // A consumer whose producer is gone is refused, as at start, and everything stays.
+        let orphan =
+            renamed("index").replace("{name: index, type: approx-prefix-cache-producer}, ", "");
+        let error = running.reloader.reload(&orphan).await.unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("PrefixCacheMatchInfoDataKey/index"),
+            "{error}"
+        );
+        let home = picks(&running.director);
+        assert_eq!(home.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_endpoint_file_is_followed_if_it_can_be_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str, port: u16| {
+            let path = directory.path().join(name);
+            std::fs::write(
+                &path,
+                format!("endpoints: [{{name: {name}, address: 127.0.0.1, port: \"{port}\"}}]\n"),
+            )
+            .unwrap();
+            path
+        };
+        let document = |path: &Path| {
+            format!(
+                "{HEAD}plugins: [{{type: random-picker}}, {{type: file-discovery, parameters: {{path: {}, watchFile: true}}}}]\n\
+                 dataLayer: {{discovery: {{pluginRef: file-discovery}}}}\n",
+                path.display()
+            )
+        };
+        let names = |store: &EndpointStore| -> Vec<String> {
+            store
+                .snapshot()
+                .iter()
+                .map(|e| e.spec.name.clone())
+                .collect()
+        };
+        let (a, b) = (file("a", 1), file("b", 2));
+        let mut running = start(Path::new("unused"), &document(&a), None).await;
+        assert_eq!(names(&running.store), ["a"]);
+        running.reloader.reload(&document(&b)).await.unwrap();
+        assert_eq!(names(&running.store), ["b"]);
+        let gone = directory.path().join("gone");
+        assert!(running.reloader.reload(&document(&gone)).await.is_err());
+        assert_eq!(names(&running.store), ["b"]);
+        settle().await;
+        // The file in use is still followed, the former one is not.
+        file("a", 7);
+        std::fs::write(
+            &b,
+            "endpoints: [{name: c, address: 127.0.0.1, port: \"3\"}]\n",
+        )
+        .unwrap();
+        settle().await;
+        assert_eq!(names(&running.store), ["c"]);
+        running.shutdown.cancel();
+    }
+}
