@@ -240,3 +240,165 @@ fn errors_name_what_is_wrong() {
             .contains("kind")
     );
 }
+
+const TOPOLOGY: &str = "plugins:\n- {type: topology-extractor}\n- {name: pods, type: k8s-notification-source, parameters: {version: v1, kind: Pod}}\n- {type: endpoint-notification-source, parameters: {x: 1}}\n- {type: approx-prefix-cache-producer}\n- {type: inflight-load-producer}\ndataLayer: {sources: [{pluginRef: pods, extractors: [{pluginRef: topology-extractor}]}, {pluginRef: endpoint-notification-source, extractors: [{pluginRef: topology-extractor}, {pluginRef: approx-prefix-cache-producer}, {pluginRef: inflight-load-producer}]}]}\n";
+
+fn resolve_alpha(text: &str) -> Result<pinpod::config::ResolvedConfig, String> {
+    let options = LoadOptions {
+        allow_experimental: true,
+    };
+    load(
+        Some(&format!("{HEAD}{text}")),
+        &options,
+        &builtin::registry(),
+    )
+    .map_err(|e| e.to_string())
+}
+
+/// Sources with their extractors, by name.
+fn wiring(config: &pinpod::config::ResolvedConfig) -> Vec<(&str, Vec<&str>)> {
+    config
+        .sources
+        .iter()
+        .map(|s| {
+            let readers = s.extractors.iter().map(|(n, _)| n.name.as_str());
+            (s.name.name.as_str(), readers.collect())
+        })
+        .collect()
+}
+
+#[test]
+fn published_data_layers_load() {
+    // GPU utilization from a DCGM exporter.
+    let gpu = resolve_alpha("plugins:\n- {type: dcgm-data-source, parameters: {port: 9400, interval: 1s, useNodeAddress: true}}\n- {type: dcgm-extractor}\n- {type: kv-cache-utilization-scorer}\n- {type: decode-filter}\ndataLayer: {sources: [{pluginRef: dcgm-data-source, extractors: [{pluginRef: dcgm-extractor}]}]}\n").unwrap();
+    assert_eq!(
+        wiring(&gpu),
+        [
+            ("dcgm-data-source", vec!["dcgm-extractor"]),
+            ("metrics-data-source", vec!["core-metrics-extractor"])
+        ]
+    );
+    assert!(gpu.warnings.is_empty(), "{:?}", gpu.warnings);
+    // A source under another name does not suppress the default one.
+    let models = resolve_alpha("plugins:\n- {name: scrape, type: metrics-data-source}\n- {type: models-data-source}\n- {type: models-data-extractor}\n- {name: own, type: core-metrics-extractor}\ndataLayer: {sources: [{pluginRef: scrape, extractors: [{pluginRef: own}]}, {pluginRef: models-data-source, extractors: [{pluginRef: models-data-extractor}]}]}\n").unwrap();
+    assert_eq!(
+        wiring(&models),
+        [
+            ("scrape", vec!["own"]),
+            ("models-data-source", vec!["models-data-extractor"]),
+            ("metrics-data-source", vec!["core-metrics-extractor"])
+        ]
+    );
+    let clusters = resolve_alpha("plugins:\n- {name: peers, type: multicluster-file-discovery, parameters: {path: /srv/clusters.yaml, watchFile: true}}\n- {name: scrape, type: multicluster-metrics-data-source, parameters: {insecureSkipVerify: true}}\n- {name: read, type: multicluster-metrics-extractor}\n- {type: random-picker}\ndataLayer: {injectDefaults: false, discovery: {pluginRef: peers}, sources: [{pluginRef: scrape, extractors: [{pluginRef: read}]}]}\n").unwrap();
+    assert_eq!(wiring(&clusters), [("scrape", vec!["read"])]);
+    assert!(clusters.discovery.is_some());
+    // Notification sources are told, not polled; plugins follow endpoints by themselves.
+    let topology = resolve_alpha(TOPOLOGY).unwrap();
+    assert_eq!(
+        wiring(&topology),
+        [("metrics-data-source", vec!["core-metrics-extractor"])]
+    );
+    let nothing = "source 'pods' delivers nothing";
+    let told = topology
+        .warnings
+        .iter()
+        .filter(|w| w.text.contains(nothing));
+    assert_eq!(told.count(), 1, "{:?}", topology.warnings);
+}
+
+#[test]
+fn data_layer_errors_name_what_is_wrong() {
+    let source = |name: &str, extractors: &str| {
+        format!("dataLayer: {{sources: [{{pluginRef: {name}, extractors: [{extractors}]}}]}}\n")
+    };
+    let core = "{pluginRef: core-metrics-extractor}";
+    let metrics = "plugins: [{type: metrics-data-source}, {type: core-metrics-extractor}, {name: second, type: core-metrics-extractor}, {type: models-data-extractor}, {type: queue-scorer}, {type: endpoint-notification-source}, {name: jobs, type: k8s-notification-source, parameters: {group: batch, version: v1, kind: Job}}, {type: topology-extractor}]\n";
+    for (layer, wanted) in [
+        (source("nobody", ""), "the plugin nobody is not registered"),
+        (source("queue-scorer", ""), "the plugin queue-scorer is not a fwkdl.DataSource"),
+        (source("metrics-data-source", "{pluginRef: nobody}"), "the plugin nobody is not registered"),
+        (
+            source("metrics-data-source", "{pluginRef: models-data-extractor}"),
+            "the plugin models-data-extractor (type: models-data-extractor) cannot read source 'metrics-data-source', which delivers Prometheus text",
+        ),
+        (
+            source("metrics-data-source", "{pluginRef: queue-scorer}"),
+            "the plugin queue-scorer (type: queue-scorer) cannot read source",
+        ),
+        (
+            source("endpoint-notification-source", core),
+            "cannot read source 'endpoint-notification-source', which delivers endpoint events",
+        ),
+        (
+            source("jobs", "{pluginRef: topology-extractor}"),
+            "cannot read source 'jobs', which delivers batch/v1 Job objects",
+        ),
+        (
+            source("metrics-data-source", &format!("{core}, {{pluginRef: second}}")),
+            "duplicate extractor type configured for the same source",
+        ),
+        (
+            "dataLayer: {sources: [{pluginRef: metrics-data-source}, {pluginRef: metrics-data-source}]}\n".to_owned(),
+            "duplicate polling source name",
+        ),
+        (
+            "dataLayer: {discovery: {pluginRef: queue-scorer}}\n".to_owned(),
+            "the plugin queue-scorer is not an endpoint discovery",
+        ),
+        (
+            "dataLayer: {discovery: {pluginRef: nobody}}\n".to_owned(),
+            "the plugin nobody is not registered",
+        ),
+    ] {
+        let error = resolve_alpha(&format!("{metrics}{layer}")).unwrap_err();
+        assert!(error.contains(wanted), "{layer}:\n got {error}\nwant {wanted}");
+    }
+    for (plugin, wanted) in [
+        ("{type: k8s-notification-source}", "version: is required"),
+        (
+            "{type: core-metrics-extractor, parameters: {engineConfigs: [{name: x, customMetrics: [{attributeKey: WaitingQueueSize, metricSpec: m}]}]}}",
+            "data type mismatch between produced and consumed data for key WaitingQueueSize/core-metrics-extractor",
+        ),
+    ] {
+        let error = resolve_alpha(&format!("plugins: [{plugin}]\n")).unwrap_err();
+        assert!(error.contains(wanted), "{plugin}: {error}");
+    }
+    for alpha in [
+        "dcgm-data-source",
+        "dcgm-extractor",
+        "topology-extractor",
+        "multicluster-metrics-data-source",
+        "multicluster-metrics-extractor",
+        "{type: multicluster-file-discovery, parameters: {path: x}}",
+    ] {
+        let entry = if alpha.starts_with('{') {
+            alpha.to_owned()
+        } else {
+            format!("{{type: {alpha}}}")
+        };
+        let error = resolve(&format!("{HEAD}plugins: [{entry}]\n")).unwrap_err();
+        assert!(
+            error.contains("has Alpha stability level"),
+            "{alpha}: {error}"
+        );
+    }
+}
+
+#[test]
+fn every_metric_scorer_needs_the_extractor() {
+    for scorer in [
+        "queue-scorer",
+        "kv-cache-utilization-scorer",
+        "running-requests-size-scorer",
+        "load-aware-scorer",
+        "lora-affinity-scorer",
+    ] {
+        let text =
+            format!("{HEAD}dataLayer: {{injectDefaults: false}}\nplugins: [{{type: {scorer}}}]\n");
+        let error = resolve(&text).unwrap_err();
+        assert!(
+            error.contains("/core-metrics-extractor, consumed by"),
+            "{scorer}: {error}"
+        );
+    }
+}

@@ -6,8 +6,15 @@ use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::control::producers::token::TokenProducer;
 use crate::datalayer::EndpointListener;
-use crate::datalayer::discovery::file::FileDiscovery;
-use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
+use crate::datalayer::discovery::{Discovery, FileDiscovery, MulticlusterFileDiscovery};
+use crate::datalayer::extractors::{
+    CoreMetricsExtractor, DcgmExtractor, Extractor, ModelsDataExtractor,
+    MulticlusterMetricsExtractor, TopologyExtractor,
+};
+use crate::datalayer::sources::{
+    DataSource, DcgmDataSource, EndpointNotificationSource, K8sNotificationSource,
+    MetricsDataSource, ModelsDataSource, MulticlusterMetricsDataSource,
+};
 use crate::plugin::data::Declaration;
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError, TypedName};
 use crate::request::Parser;
@@ -63,12 +70,12 @@ pub struct Roles {
     pub parser: Option<Arc<dyn Parser>>,
     /// Wants to know endpoints.
     pub listener: Option<Arc<dyn EndpointListener>>,
-    /// Where metrics come from.
-    pub metrics_source: Option<Arc<MetricsDataSource>>,
-    /// How metrics are read.
-    pub metrics_extractor: Option<Arc<CoreMetricsExtractor>>,
+    /// What is fetched from endpoints or told about them.
+    pub data_source: Option<Arc<dyn DataSource>>,
+    /// Reads what a polling source fetched.
+    pub extractor: Option<Arc<dyn Extractor>>,
     /// Where endpoints come from.
-    pub file_discovery: Option<Arc<FileDiscovery>>,
+    pub discovery: Option<Arc<dyn Discovery>>,
 }
 
 /// One instance of the configuration.
@@ -236,8 +243,7 @@ macro_rules! plugin {
     };
 }
 
-/// A type that is accepted and does nothing: queueing policies that defaulting names, and the
-/// lifecycle source, whose work the endpoint store does for every plugin.
+/// A type that is accepted and does nothing: queueing policies that defaulting names.
 fn inert(
     type_name: &'static str,
     kind: &'static [&'static str],
@@ -323,15 +329,6 @@ fn catalogue_to_come() -> Vec<PluginType> {
             &["data producer"],
             Alpha,
         ),
-        later("models-data-source", &["data source"], Beta),
-        later("k8s-notification-source", &["data source"], Beta),
-        later("dcgm-data-source", &["data source"], Alpha),
-        later("multicluster-metrics-data-source", &["data source"], Alpha),
-        later("models-data-extractor", &["extractor"], Beta),
-        later("dcgm-extractor", &["extractor"], Alpha),
-        later("topology-extractor", &["extractor"], Alpha),
-        later("multicluster-metrics-extractor", &["extractor"], Alpha),
-        later("multicluster-file-discovery", &["discovery"], Alpha),
         later("vllmgrpc-parser", &["parser"], Beta),
         later("vertexai-parser", &["parser"], Beta),
         later("latency-slo-admitter", &["admitter"], Beta),
@@ -395,14 +392,19 @@ pub fn registry() -> Registry {
         plugin!(VllmHttpParser, ["parser" => parser]),
         plugin!(SglangHttpParser, ["parser" => parser]),
         plugin!(PassthroughParser, ["parser" => parser]),
-        plugin!(MetricsDataSource, ["data source" => metrics_source]),
-        plugin!(CoreMetricsExtractor, ["extractor" => metrics_extractor]),
-        plugin!(FileDiscovery, ["discovery" => file_discovery]),
-        inert(
-            "endpoint-notification-source",
-            &["data source"],
-            "Accepted: every plugin learns of endpoints by itself.",
-        ),
+        plugin!(MetricsDataSource, ["data source" => data_source]),
+        plugin!(ModelsDataSource, ["data source" => data_source]),
+        plugin!(DcgmDataSource, ["data source" => data_source]),
+        plugin!(MulticlusterMetricsDataSource, ["data source" => data_source]),
+        plugin!(K8sNotificationSource, ["data source" => data_source]),
+        plugin!(EndpointNotificationSource, ["data source" => data_source]),
+        plugin!(CoreMetricsExtractor, ["extractor" => extractor]),
+        plugin!(ModelsDataExtractor, ["extractor" => extractor]),
+        plugin!(DcgmExtractor, ["extractor" => extractor]),
+        plugin!(MulticlusterMetricsExtractor, ["extractor" => extractor]),
+        plugin!(TopologyExtractor, ["extractor" => listener]),
+        plugin!(FileDiscovery, ["discovery" => discovery]),
+        plugin!(MulticlusterFileDiscovery, ["discovery" => discovery]),
         inert(
             "fcfs-ordering-policy",
             &["ordering"],

@@ -12,14 +12,17 @@ use std::path::Path;
 pub mod builtin;
 mod flow;
 mod lint;
+mod producers;
+mod profiles;
 mod quantity;
 pub mod raw;
 pub mod resolve;
 pub mod show;
+mod sources;
 mod tree;
 
 pub use builtin::{Instance, PluginType, Registry};
-pub use resolve::{ConfigLoader, LoadOptions, ResolvedConfig, ResolvedProfile};
+pub use resolve::{ConfigLoader, LoadOptions, ResolvedConfig, ResolvedProfile, ResolvedSource};
 
 /// Why a configuration cannot be used. Shown with line and field, as far as they are known.
 #[derive(Debug, Clone, PartialEq, Eq)]

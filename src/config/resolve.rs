@@ -3,22 +3,20 @@
 use std::sync::Arc;
 
 use super::builtin::{Instance, Origin, PluginType, Registry, Roles};
-use super::raw::{
-    DataLayer, Document, LEGACY_API_VERSION, PluginEntry, ProfileEntry, Reference, SourceEntry,
-};
+use super::raw::{Document, LEGACY_API_VERSION, PluginEntry};
 use super::{ConfigError, Problem, Warning, flow, lint, raw, tree};
 use crate::control::director::ActiveConfig;
 use crate::datalayer::EndpointListener;
-use crate::datalayer::discovery::file::FileDiscovery;
-use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource};
+use crate::datalayer::discovery::Discovery;
+use crate::datalayer::extractors::Extractor;
+use crate::datalayer::sources::DataSource;
 use crate::plugin::data::KeyUse;
 use crate::plugin::params::field_of;
-use crate::plugin::{Build, Column, DataKeys, Hook, MAX_COLUMNS, Maturity, Parameters, TypedName};
+use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, TypedName};
 use crate::request::parsers::ParserSet;
 use crate::response::ResponseHooks;
 use crate::scheduling::attributes::{
-    AGENT_IDENTITY, APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH,
-    PrefixMatch, TOKEN_PRODUCER, TOKENIZED_PROMPT, UNCACHED_TOKENS,
+    AGENT_IDENTITY, IN_FLIGHT_PRODUCER, PREFIX_MATCH, PrefixMatch,
 };
 use crate::scheduling::scheduler::{Profile, Scheduler};
 use crate::scheduling::{DataProducer, Filter, Picker, ProfileHandler, SaturationDetector, Scorer};
@@ -37,18 +35,9 @@ const DEFAULT_PARSERS: [&str; 4] = [
     "vllmhttp-parser",
     "passthrough-parser",
 ];
-const METRICS_SOURCE: &str = "metrics-data-source";
-const METRICS_EXTRACTOR: &str = "core-metrics-extractor";
+/// Text of two errors about orders that do not exist.
+pub(super) const CYCLE: &str = "cycle detected: graph is not a DAG";
 const DETECTOR: &str = "utilization-detector";
-const CYCLE: &str = "cycle detected: graph is not a DAG";
-
-/// Producer that is made for a required key nobody publishes: (data type, producer name, plugin type).
-const DEFAULT_PRODUCERS: &[(&str, &str)] = &[
-    (TOKENIZED_PROMPT, TOKEN_PRODUCER),
-    (PREFIX_MATCH, APPROX_PREFIX_PRODUCER),
-    (IN_FLIGHT, IN_FLIGHT_PRODUCER),
-    (UNCACHED_TOKENS, IN_FLIGHT_PRODUCER),
-];
 
 /// A configuration with everything looked up.
 #[derive(Debug)]
@@ -69,10 +58,10 @@ pub struct ResolvedConfig {
     pub parsers: Vec<Instance>,
     /// Decides about shedding.
     pub saturation_detector: (TypedName, Arc<dyn SaturationDetector>),
-    /// Metric sources with their extractors.
-    pub sources: Vec<(TypedName, Arc<MetricsDataSource>, Arc<CoreMetricsExtractor>)>,
+    /// Polling sources with their extractors.
+    pub sources: Vec<ResolvedSource>,
     /// Endpoint discovery, when the document names one.
-    pub discovery: Option<Arc<FileDiscovery>>,
+    pub discovery: Option<Arc<dyn Discovery>>,
     /// Plugins that follow endpoints.
     pub listeners: Vec<Arc<dyn EndpointListener>>,
     /// The document, its data sources completed and its profiles as written.
@@ -83,6 +72,17 @@ pub struct ResolvedConfig {
     pub warnings: Vec<Warning>,
     /// Where every key is kept, for the configuration after this one.
     slots: DataKeys,
+}
+
+/// One polling source.
+#[derive(Debug)]
+pub struct ResolvedSource {
+    /// Its identity.
+    pub name: TypedName,
+    /// What is fetched.
+    pub source: Arc<dyn DataSource>,
+    /// Who reads it, in order.
+    pub extractors: Vec<(TypedName, Arc<dyn Extractor>)>,
 }
 
 /// One profile.
@@ -225,20 +225,21 @@ impl ConfigLoader {
 }
 
 /// A producer and its identity.
-type NamedProducer = (TypedName, Arc<dyn DataProducer>);
+pub(super) type NamedProducer = (TypedName, Arc<dyn DataProducer>);
 
-struct Loader<'a> {
+/// One load: what was built so far.
+pub(super) struct Loader<'a> {
     registry: &'a Registry,
-    keys: DataKeys,
+    pub(super) keys: DataKeys,
     /// Instances of the configuration in use, to be used again.
     before: &'a [Instance],
-    instances: Vec<Instance>,
+    pub(super) instances: Vec<Instance>,
     /// Names of the instances that are used again.
     reused: Vec<String>,
     warnings: Vec<Warning>,
 }
 
-fn invalid<T>(text: String) -> Result<T, ConfigError> {
+pub(super) fn invalid<T>(text: String) -> Result<T, ConfigError> {
     Err(Problem::Invalid(text).at(""))
 }
 
@@ -262,7 +263,8 @@ impl Loader<'_> {
         let mut layer = document.data_layer.take().unwrap_or_default();
         self.default_sources(&mut layer)?;
         let source_entries = layer.sources.clone();
-        let (sources, discovery) = self.data_layer(&layer)?;
+        let discovery = self.discovery(layer.discovery.as_ref())?;
+        let sources = self.data_sources(&source_entries)?;
         self.complete_producers()?;
         self.check_sources(&source_entries)?;
         self.ensure(
@@ -318,7 +320,7 @@ impl Loader<'_> {
         })
     }
 
-    fn warn(&mut self, field: impl Into<String>, text: String) {
+    pub(super) fn warn(&mut self, field: impl Into<String>, text: String) {
         self.warnings.push(Warning {
             line: None,
             field: field.into(),
@@ -523,7 +525,7 @@ impl Loader<'_> {
     }
 
     /// Makes the instance called `type_name`, without parameters, when there is none.
-    fn ensure(&mut self, type_name: &str, why: &str) -> Result<(), ConfigError> {
+    pub(super) fn ensure(&mut self, type_name: &str, why: &str) -> Result<(), ConfigError> {
         if self.find(type_name).is_some() {
             return Ok(());
         }
@@ -534,138 +536,8 @@ impl Loader<'_> {
         self.build(plugin_type, type_name.to_owned(), None, origin)
     }
 
-    fn find(&self, name: &str) -> Option<&Instance> {
+    pub(super) fn find(&self, name: &str) -> Option<&Instance> {
         self.instances.iter().find(|i| i.name.name == name)
-    }
-
-    /// Section 6.2: a profile over everything listed, a picker for each profile.
-    fn default_profiles(&mut self, profiles: &mut Vec<ProfileEntry>) -> Result<(), ConfigError> {
-        if profiles.is_empty() {
-            let usable = self.instances.iter().filter(|i| {
-                i.roles.filter.is_some() || i.roles.scorer.is_some() || i.roles.picker.is_some()
-            });
-            let plugins = usable.map(|i| super::raw::ProfilePlugin {
-                plugin_ref: i.name.name.clone(),
-                weight: None,
-            });
-            profiles.push(ProfileEntry {
-                name: "default".into(),
-                plugins: plugins.collect(),
-            });
-        }
-        for (position, profile) in profiles.iter().enumerate() {
-            if profile.name.is_empty() {
-                let text = format!("schedulingProfiles[{position}] is missing a name");
-                return Err(Problem::Invalid(text).at(format!("schedulingProfiles[{position}]")));
-            }
-            if profiles
-                .iter()
-                .take(position)
-                .any(|p| p.name == profile.name)
-            {
-                return Err(Problem::Invalid(format!(
-                    "schedulingProfiles[{position}] has duplicate name '{}'",
-                    profile.name
-                ))
-                .at(format!("schedulingProfiles[{position}].name")));
-            }
-        }
-        if !self.instances.iter().any(|i| i.roles.picker.is_some()) {
-            self.ensure("max-score-picker", "there is no picker")?;
-        }
-        if profiles.len() == 1
-            && !self
-                .instances
-                .iter()
-                .any(|i| i.roles.profile_handler.is_some())
-        {
-            self.ensure(
-                "single-profile-handler",
-                "there is one profile and no profile handler",
-            )?;
-        }
-        Ok(())
-    }
-
-    fn profile_handler(
-        &self,
-        profiles: &[ProfileEntry],
-    ) -> Result<(TypedName, Arc<dyn ProfileHandler>), ConfigError> {
-        let mut handlers = self
-            .instances
-            .iter()
-            .filter_map(|i| Some((i.name.clone(), i.roles.profile_handler.clone()?)));
-        let Some(first) = handlers.next() else {
-            let text = "no profile handler configured".to_owned();
-            return Err(Problem::Invalid(text).at("schedulingProfiles"));
-        };
-        if let Some(second) = handlers.next() {
-            let (a, b) = (first.0.name, second.0.name);
-            return invalid(format!(
-                "multiple profile handlers found ('{a}', '{b}'); only one is allowed"
-            ));
-        }
-        if first.0.type_name == "single-profile-handler" && profiles.len() > 1 {
-            return invalid(
-                "SingleProfileHandler cannot support multiple scheduling profiles".into(),
-            );
-        }
-        Ok(first)
-    }
-
-    fn profile(&self, index: usize, entry: &ProfileEntry) -> Result<ResolvedProfile, ConfigError> {
-        let mut filters = Vec::new();
-        let mut scorers = Vec::new();
-        let mut picker: Option<(TypedName, Arc<dyn Picker>)> = None;
-        for (position, plugin) in entry.plugins.iter().enumerate() {
-            let fail = |text: String| {
-                let field = format!("schedulingProfiles[{index}].plugins[{position}]");
-                Err(Problem::Invalid(text).at(field))
-            };
-            if plugin.plugin_ref.is_empty() {
-                return fail(format!(
-                    "schedulingProfiles[{}].plugins[{position}] is missing a 'pluginRef'",
-                    entry.name
-                ));
-            }
-            let Some(instance) = self.find(&plugin.plugin_ref) else {
-                return fail(format!(
-                    "schedulingProfiles[{}] references undefined plugin '{}'",
-                    entry.name, plugin.plugin_ref
-                ));
-            };
-            let name = || instance.name.clone();
-            if let Some(filter) = &instance.roles.filter {
-                filters.push((name(), Arc::clone(filter)));
-            }
-            if let Some(scorer) = &instance.roles.scorer {
-                scorers.push((name(), Arc::clone(scorer), plugin.weight.unwrap_or(1.0)));
-            }
-            if let Some(own) = &instance.roles.picker {
-                if let Some((before, _)) = &picker {
-                    return fail(format!(
-                        "failed to set '{}' as picker, already have a registered picker plugin '{}'",
-                        instance.name.name, before.name
-                    ));
-                }
-                picker = Some((name(), Arc::clone(own)));
-            }
-        }
-        // Any picker will do for a profile that names none.
-        let any = || {
-            self.instances
-                .iter()
-                .find_map(|i| Some((i.name.clone(), i.roles.picker.clone()?)))
-        };
-        let Some(picker) = picker.or_else(any) else {
-            return invalid(format!("schedulingProfiles[{}] has no picker", entry.name));
-        };
-        Ok(ResolvedProfile {
-            name: entry.name.clone(),
-            filters,
-            scorers,
-            picker,
-        })
     }
 
     fn detector(
@@ -747,229 +619,12 @@ impl Loader<'_> {
         Ok(parsers)
     }
 
-    /// Section 6.5: the default metrics source.
-    fn default_sources(&mut self, layer: &mut DataLayer) -> Result<(), ConfigError> {
-        // The comparison is with the reference's name, not its type: a source of the same type under
-        // another name does not suppress the default one.
-        let wants_default = layer.inject_defaults.unwrap_or(true);
-        if wants_default && !layer.sources.iter().any(|s| s.plugin_ref == METRICS_SOURCE) {
-            let why = "dataLayer.injectDefaults is not false and no source is called \
-                       metrics-data-source";
-            self.ensure(METRICS_SOURCE, why)?;
-            self.ensure(METRICS_EXTRACTOR, why)?;
-            let extractors = vec![Reference {
-                plugin_ref: METRICS_EXTRACTOR.to_owned(),
-            }];
-            layer.sources.push(SourceEntry {
-                plugin_ref: METRICS_SOURCE.to_owned(),
-                extractors,
-            });
-        }
-        Ok(())
-    }
-
-    /// A data layer needs something to do. The in-flight producer follows endpoints by itself, so it
-    /// counts when the document asks for it.
-    fn check_sources(&self, entries: &[SourceEntry]) -> Result<(), ConfigError> {
-        let wired = self
-            .instances
-            .iter()
-            .any(|i| i.name.type_name == IN_FLIGHT_PRODUCER);
-        if entries.is_empty() && !wired {
-            let text = "data layer enabled but no data sources configured".to_owned();
-            return Err(Problem::Invalid(text).at("dataLayer"));
-        }
-        Ok(())
-    }
-
-    #[expect(
-        clippy::type_complexity,
-        reason = "the pair is taken apart at its only caller"
-    )]
-    fn data_layer(
-        &self,
-        layer: &DataLayer,
-    ) -> Result<
-        (
-            Vec<(TypedName, Arc<MetricsDataSource>, Arc<CoreMetricsExtractor>)>,
-            Option<Arc<FileDiscovery>>,
-        ),
-        ConfigError,
-    > {
-        let mut sources = Vec::new();
-        for entry in &layer.sources {
-            let Some(source) = self.find(&entry.plugin_ref) else {
-                return invalid(format!("the plugin {} is not registered", entry.plugin_ref));
-            };
-            let Some(metrics) = source.roles.metrics_source.clone() else {
-                if source.plugin_type == "endpoint-notification-source" {
-                    continue;
-                }
-                return invalid(format!(
-                    "the plugin {} is not a fwkdl.DataSource",
-                    entry.plugin_ref
-                ));
-            };
-            let name = source.name.clone();
-            for reference in &entry.extractors {
-                let Some(extractor) = self.find(&reference.plugin_ref) else {
-                    return invalid(format!(
-                        "the plugin {} is not registered",
-                        reference.plugin_ref
-                    ));
-                };
-                let Some(extractor) = extractor.roles.metrics_extractor.clone() else {
-                    return invalid(format!(
-                        "the plugin {} does not read {}",
-                        reference.plugin_ref, entry.plugin_ref
-                    ));
-                };
-                sources.push((name.clone(), Arc::clone(&metrics), extractor));
-            }
-        }
-        let discovery = match &layer.discovery {
-            None => None,
-            Some(reference) => match self.find(&reference.plugin_ref) {
-                None => {
-                    return invalid(format!(
-                        "the plugin {} is not registered",
-                        reference.plugin_ref
-                    ));
-                }
-                Some(instance) => match &instance.roles.file_discovery {
-                    Some(discovery) => Some(Arc::clone(discovery)),
-                    None => {
-                        return invalid(format!(
-                            "the plugin {} is not an endpoint discovery",
-                            reference.plugin_ref
-                        ));
-                    }
-                },
-            },
-        };
-        Ok((sources, discovery))
-    }
-
-    /// Section 6.6: makes default producers until every required key has one.
-    fn complete_producers(&mut self) -> Result<(), ConfigError> {
-        loop {
-            if let Some(key) = self.keys.mismatches().first() {
-                return invalid(format!(
-                    "data type mismatch between produced and consumed data for key {key}"
-                ));
-            }
-            let missing = self
-                .keys
-                .all()
-                .find(|k| k.produced_by.is_empty() && !k.required_by.is_empty());
-            let Some(key) = missing else { break };
-            let (data_type, producer, consumer) = (
-                key.data_type.clone(),
-                key.producer.clone(),
-                key.required_by.first().cloned().unwrap_or_default(),
-            );
-            let default = DEFAULT_PRODUCERS
-                .iter()
-                .any(|(t, p)| *t == data_type && *p == producer);
-            if !default || self.find(&producer).is_some() {
-                let field = self.field_of(&consumer);
-                return Err(Problem::Invalid(format!(
-                    "no default producer found for missing data key {data_type}/{producer}, consumed by {consumer}"
-                ))
-                .at(field));
-            }
-            self.ensure(
-                &producer,
-                &format!("{consumer} needs {data_type}/{producer}"),
-            )?;
-        }
-        Ok(())
-    }
-
     /// The field of the document that an instance comes from.
-    fn field_of(&self, name: &str) -> String {
+    pub(super) fn field_of(&self, name: &str) -> String {
         match self.find(name).map(|i| &i.origin) {
             Some(Origin::Written(position)) => format!("plugins[{position}]"),
             _ => String::new(),
         }
-    }
-
-    /// What can be said of the keys once every producer is there.
-    fn check_keys(&mut self) -> Result<(), ConfigError> {
-        if self.keys.keys().len() > MAX_COLUMNS {
-            return invalid(format!(
-                "more than {MAX_COLUMNS} data keys since the process started; restart it"
-            ));
-        }
-        for key in self.keys.all() {
-            let late = |name: &String| self.find(name).map_or(0, |i| layer(&i.roles).0);
-            let Some((producer, made)) = key
-                .produced_by
-                .iter()
-                .map(|p| (p, late(p)))
-                .max_by_key(|(_, l)| *l)
-            else {
-                continue;
-            };
-            let read = |name: &String| self.find(name).map_or(u8::MAX, |i| layer(&i.roles).1);
-            if let Some(consumer) = key.required_by.iter().find(|c| read(c) < made) {
-                return Err(Problem::Invalid(format!(
-                    "invalid plugin layer execution order: producer {producer} needs to be executed \
-                     before consumer {consumer}"
-                ))
-                .at(self.field_of(consumer)));
-            }
-        }
-        // A default that nobody asked for is simply not there; a name the document gives must exist.
-        let is_default =
-            |k: &&KeyUse| DEFAULT_PRODUCERS.contains(&(k.data_type.as_ref(), k.producer.as_str()));
-        let missing = self.keys.all().filter(|k| k.produced_by.is_empty());
-        let mut absent = Vec::new();
-        for key in missing.filter(|k| !is_default(k)) {
-            if let Some(consumer) = key.optional_for.first() {
-                let (data_type, producer) = (&key.data_type, &key.producer);
-                absent.push((
-                    self.field_of(consumer),
-                    format!("nobody produces {data_type}/{producer}, which {consumer} would use"),
-                ));
-            }
-        }
-        for (field, text) in absent {
-            self.warn(field, text);
-        }
-        Ok(())
-    }
-
-    /// Producers so that each runs after those whose keys it reads; ties in document order.
-    fn producers_in_order(&self) -> Result<Vec<NamedProducer>, ConfigError> {
-        let mut waiting: Vec<(TypedName, Arc<dyn DataProducer>)> = self
-            .instances
-            .iter()
-            .filter_map(|i| Some((i.name.clone(), i.roles.producer.clone()?)))
-            .collect();
-        let mut ordered = Vec::new();
-        while !waiting.is_empty() {
-            let depends = |name: &str| {
-                let reads = self.keys.all().filter(move |k| {
-                    k.required_by
-                        .iter()
-                        .chain(&k.optional_for)
-                        .any(|consumer| consumer == name)
-                });
-                let names: Vec<&String> = reads
-                    .flat_map(|k| &k.produced_by)
-                    .filter(|p| *p != name)
-                    .collect();
-                waiting
-                    .iter()
-                    .any(|(other, _)| names.contains(&&other.name))
-            };
-            let Some(next) = waiting.iter().position(|(name, _)| !depends(&name.name)) else {
-                return Err(Problem::Invalid(CYCLE.to_owned()).at("plugins"));
-            };
-            ordered.push(waiting.remove(next));
-        }
-        Ok(ordered)
     }
 
     fn check_maturity(&self, options: LoadOptions) -> Result<(), ConfigError> {
@@ -1029,20 +684,4 @@ fn at_parameter(error: ConfigError, entry: &str) -> ConfigError {
         _ => format!("{entry}.type"),
     };
     error.at(field)
-}
-
-/// When in a request an instance has written its data, and when it first reads data of others.
-fn layer(roles: &Roles) -> (u8, u8) {
-    let hooks = [
-        (roles.header_processor.is_some(), 1),
-        (roles.screener.is_some(), 2),
-        (roles.producer.is_some(), 3),
-        (roles.admitter.is_some(), 4),
-    ];
-    let own = hooks
-        .iter()
-        .filter(|(has, _)| *has)
-        .map(|(_, layer)| *layer);
-    // Data sources and the like are ready before any request; profiles run last.
-    (own.clone().max().unwrap_or(0), own.max().unwrap_or(u8::MAX))
 }

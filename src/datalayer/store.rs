@@ -10,6 +10,10 @@ use super::endpoint::{Endpoint, EndpointIndex, EndpointSpec};
 
 /// Told about endpoints as they come and go, on the discovery task, one call at a time.
 pub trait EndpointListener: Send + Sync + std::fmt::Debug {
+    /// `endpoint` is about to join the pool and no request can see it yet: the time to set attributes
+    /// that follow from its description.
+    fn joining(&self, _endpoint: &Arc<Endpoint>) {}
+
     /// `endpoint` joined the pool; requests may already see it.
     fn added(&self, endpoint: &Arc<Endpoint>);
 
@@ -43,6 +47,7 @@ impl EndpointStore {
     pub fn subscribe(&self, listener: Arc<dyn EndpointListener>) {
         let mut writer = self.writer.lock();
         for endpoint in self.snapshot.load().iter() {
+            listener.joining(endpoint);
             listener.added(endpoint);
         }
         writer.listeners.push(listener);
@@ -96,6 +101,9 @@ impl EndpointStore {
                 }
                 let index = writer.take_index();
                 let endpoint = Arc::new(Endpoint::new(spec, index));
+                for listener in &writer.listeners {
+                    listener.joining(&endpoint);
+                }
                 added.push(Arc::clone(&endpoint));
                 endpoint
             })

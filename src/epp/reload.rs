@@ -16,12 +16,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::options::ScrapeFlags;
-use crate::config::{self, ConfigLoader, ResolvedConfig};
+use crate::config::{self, ConfigLoader, ResolvedConfig, ResolvedSource};
 use crate::control::Director;
-use crate::datalayer::discovery::file::FileDiscovery;
-use crate::datalayer::discovery::list;
-use crate::datalayer::scrape::{CoreMetricsExtractor, MetricsDataSource, Scraper};
+use crate::datalayer::discovery::{self, list};
+use crate::datalayer::extractors::Extractor;
+use crate::datalayer::scrape::{Poll, Scraper, base_tick};
+use crate::datalayer::sources::{DataSource, HttpSource, MetricsDataSource};
 use crate::datalayer::{EndpointListener, EndpointStore};
+use crate::plugin::Plugin;
 use crate::telemetry::metrics::ConfigReloads;
 
 /// How often the file is read. Reading it finds any kind of change: a write, a rename over it, or the
@@ -55,14 +57,15 @@ pub(super) struct Live {
 /// A scraper and what it was made from.
 #[derive(Debug, Clone)]
 struct Poller {
-    source: Arc<MetricsDataSource>,
-    extractor: Arc<CoreMetricsExtractor>,
+    source: Arc<dyn DataSource>,
+    extractors: Vec<Arc<dyn Extractor>>,
+    tick: Duration,
     scraper: Arc<dyn EndpointListener>,
 }
 
 #[derive(Debug)]
 struct Discovery {
-    plugin: Arc<FileDiscovery>,
+    plugin: Arc<dyn discovery::Discovery>,
     stop: CancellationToken,
     watch: JoinHandle<()>,
 }
@@ -125,28 +128,47 @@ impl Live {
     /// The scrapers of `config`: running ones where nothing changed, else new ones.
     fn pollers(&self, config: &ResolvedConfig) -> anyhow::Result<Vec<Poller>> {
         let sources = config.sources.iter();
-        let pollers = sources.map(|(name, source, extractor)| {
-            let same = self
-                .pollers
-                .iter()
-                .find(|p| Arc::ptr_eq(&p.source, source) && Arc::ptr_eq(&p.extractor, extractor));
-            if let Some(same) = same {
-                return Ok(same.clone());
+        let polled: Vec<(&ResolvedSource, &HttpSource)> = sources
+            .filter_map(|s| Some((s, s.source.http()?)))
+            .collect();
+        let own = polled.iter().map(|(_, http)| http.interval);
+        let tick = base_tick(self.flags.refresh_metrics_interval, own);
+        let poller = |(source, http): &(&ResolvedSource, &HttpSource)| {
+            let running = self.pollers.iter().find(|p| p.serves(source, tick));
+            match running {
+                Some(running) => Ok(running.clone()),
+                None => self.poller(source, http, tick),
             }
-            let scraper = Scraper::new(
-                Arc::new(overridden(source, &self.flags.scrape)),
-                Arc::clone(extractor),
-                self.flags.refresh_metrics_interval,
-                tokio::runtime::Handle::current(),
-            )
-            .with_context(|| format!("plugin '{}'", name.name))?;
-            Ok(Poller {
-                source: Arc::clone(source),
-                extractor: Arc::clone(extractor),
-                scraper: Arc::new(scraper),
-            })
-        });
-        pollers.collect()
+        };
+        polled.iter().map(poller).collect()
+    }
+
+    fn poller(
+        &self,
+        source: &ResolvedSource,
+        http: &HttpSource,
+        tick: Duration,
+    ) -> anyhow::Result<Poller> {
+        let http = if source.name.type_name == MetricsDataSource::TYPE {
+            overridden(http.clone(), &self.flags.scrape)?
+        } else {
+            http.clone()
+        };
+        let poll = Poll {
+            name: source.name.clone(),
+            http,
+            payload: source.source.payload(),
+            extractors: source.extractors.clone(),
+        };
+        let scraper = Scraper::new(poll, tick, tokio::runtime::Handle::current())
+            .with_context(|| format!("plugin '{}'", source.name.name))?;
+        let extractors = source.extractors.iter();
+        Ok(Poller {
+            source: Arc::clone(&source.source),
+            extractors: extractors.map(|(_, e)| Arc::clone(e)).collect(),
+            tick,
+            scraper: Arc::new(scraper),
+        })
     }
 
     /// Fills the pool from the configured discovery and follows it.
@@ -166,7 +188,7 @@ impl Live {
             );
         };
         let running = self.discovery.as_ref().map(|d| &d.plugin);
-        if running.is_some_and(|running| Arc::ptr_eq(running, &plugin)) {
+        if running.is_some_and(|running| is(running, &plugin)) {
             return Ok(());
         }
         // Two may not write to the pool at once, so the former one stops first.
@@ -176,14 +198,15 @@ impl Live {
         };
         let loaded = plugin
             .load(&self.store)
+            .await
             .map_err(anyhow::Error::msg)
-            .context("file-discovery");
+            .context("endpoint discovery");
         let next = if loaded.is_ok() { Some(plugin) } else { former };
         self.discovery = next.map(|plugin| self.watch(plugin));
         loaded
     }
 
-    fn watch(&self, plugin: Arc<FileDiscovery>) -> Discovery {
+    fn watch(&self, plugin: Arc<dyn discovery::Discovery>) -> Discovery {
         let stop = self.shutdown.child_token();
         let (store, watched, stopped) =
             (Arc::clone(&self.store), Arc::clone(&plugin), stop.clone());
@@ -198,9 +221,28 @@ impl Live {
     }
 }
 
+impl Poller {
+    /// True when it fetches the same thing for the same readers as often.
+    fn serves(&self, source: &ResolvedSource, tick: Duration) -> bool {
+        self.tick == tick
+            && is(&self.source, &source.source)
+            && self.extractors.len() == source.extractors.len()
+            && self
+                .extractors
+                .iter()
+                .zip(&source.extractors)
+                .all(|(own, (_, other))| is(own, other))
+    }
+}
+
+/// True for the same instance.
+fn is<T: ?Sized>(one: &Arc<T>, other: &Arc<T>) -> bool {
+    std::ptr::addr_eq(Arc::as_ptr(one), Arc::as_ptr(other))
+}
+
 impl Discovery {
     /// Returns once nothing writes to the pool any more.
-    async fn stop(self) -> Arc<FileDiscovery> {
+    async fn stop(self) -> Arc<dyn discovery::Discovery> {
         self.stop.cancel();
         if self.watch.await.is_err() {
             tracing::error!("watching the endpoints failed");
@@ -216,28 +258,25 @@ fn without(
 ) -> Vec<Arc<dyn EndpointListener>> {
     let among = |one: &Arc<dyn EndpointListener>| {
         let mut others = others.iter();
-        others.any(|other| std::ptr::addr_eq(Arc::as_ptr(one), Arc::as_ptr(other)))
+        others.any(|other| is(one, other))
     };
     all.iter().filter(|one| !among(one)).cloned().collect()
 }
 
 /// A metrics source as the flags of earlier releases want it.
-fn overridden(source: &MetricsDataSource, flags: &ScrapeFlags) -> MetricsDataSource {
-    let mut source = source.clone();
+fn overridden(mut source: HttpSource, flags: &ScrapeFlags) -> anyhow::Result<HttpSource> {
     if let Some(scheme) = &flags.scheme {
         source.tls = scheme == "https";
     }
     if let Some(path) = &flags.path {
-        source.path = if path.starts_with('/') {
-            path.clone()
-        } else {
-            format!("/{path}")
-        };
+        source
+            .set_path(path)
+            .context("--model-server-metrics-path")?;
     }
     if let Some(skip) = flags.insecure_skip_verify {
         source.insecure_skip_verify = skip;
     }
-    source
+    Ok(source)
 }
 
 /// Follows `--config-file`.

@@ -71,7 +71,8 @@ impl ParamDoc {
             "int" => text.parse::<i64>().ok().map(Into::into),
             "float" => text.parse::<f64>().ok().map(Into::into),
             "bool" => text.parse::<bool>().ok().map(Into::into),
-            "string" => Some(text.into()),
+            // Several words describe a value.
+            "string" => (!text.contains(' ')).then(|| text.into()),
             "duration" => text
                 .parse::<duration::GoDuration>()
                 .ok()

@@ -7,7 +7,17 @@ use pinpod::plugin::{Build, DataKeys, Parameters};
 use serde_json::{Map, Value, json};
 
 /// Parameters without which a type cannot be built.
-const REQUIRED: &[(&str, &str)] = &[("file-discovery", r#"{"path": "/endpoints.yaml"}"#)];
+const REQUIRED: &[(&str, &str)] = &[
+    ("file-discovery", r#"{"path": "/endpoints.yaml"}"#),
+    (
+        "multicluster-file-discovery",
+        r#"{"path": "/clusters.yaml"}"#,
+    ),
+    (
+        "k8s-notification-source",
+        r#"{"version": "v1", "kind": "Pod"}"#,
+    ),
+];
 
 #[test]
 fn the_reference_page_is_current() {

@@ -1,319 +1,380 @@
 //! One kept-alive HTTP/1.1 connection that fetches one path.
+//!
+//! Scraping is most of what an idle picker does, so an answer is read straight into the buffer in
+//! which it is searched: no task per connection, no copy of the body.
 
-use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use http::{Request, StatusCode, header};
-use http_body_util::{BodyExt, Empty};
-use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use httparse::Status;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::client::danger::{
-    HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier,
-};
-use tokio_rustls::rustls::crypto::{
-    CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature,
-};
-use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use tokio_rustls::rustls::{
-    ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore, SignatureScheme,
-};
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::ClientConfig;
+use tokio_rustls::rustls::pki_types::ServerName;
 
-use super::MetricsDataSource;
+/// Longest body that is read; recorded expositions are some 60 KB.
+pub const MAX_BODY_BYTES: usize = 8 << 20;
+/// Longest head, and longest trailer section.
+const MAX_HEAD_BYTES: usize = 16 << 10;
+/// Most header lines.
+const MAX_HEADERS: usize = 64;
+/// Longest line with a chunk's size.
+const MAX_CHUNK_LINE_BYTES: usize = 256;
+/// Room offered to the first read, so that a usual exposition takes few of them.
+const FIRST_READ_BYTES: usize = 64 << 10;
+/// Least room offered to each later read.
+const READ_BYTES: usize = 16 << 10;
 
-/// Longest exposition that is read; the recorded ones are some 60 KB.
-pub const MAX_EXPOSITION_BYTES: usize = 8 << 20;
-
-/// Why a scrape failed.
+/// Why a fetch failed.
 #[derive(Debug, thiserror::Error)]
-pub enum ScrapeError {
-    /// Connecting, TLS or reading failed.
+pub enum FetchError {
+    /// Resolving, connecting, TLS or reading failed.
     #[error("{0}")]
     Io(#[from] std::io::Error),
-    /// The peer does not speak HTTP/1.1.
-    #[error("{0}")]
-    Http(#[from] hyper::Error),
+    /// The peer hung up before the answer was complete.
+    #[error("connection closed early")]
+    Closed,
+    /// The answer is not HTTP/1.1 as we asked for it.
+    #[error("not a usable HTTP/1.1 answer: {0}")]
+    Protocol(&'static str),
     /// Another status than 200; redirects are not followed.
     #[error("status {0}")]
-    Status(StatusCode),
-    /// More than [`MAX_EXPOSITION_BYTES`].
-    #[error("exposition over {MAX_EXPOSITION_BYTES} bytes")]
+    Status(u16),
+    /// More than [`MAX_BODY_BYTES`].
+    #[error("answer over {MAX_BODY_BYTES} bytes")]
     TooLong,
-    /// Path or host cannot be put into a request.
-    #[error("{0}")]
-    Request(#[from] http::Error),
-    /// Certificates of the source cannot be used.
-    #[error("{0}")]
-    Tls(String),
-}
-
-/// TLS settings of a source, made once.
-pub fn tls_config(source: &MetricsDataSource) -> Result<Option<Arc<ClientConfig>>, ScrapeError> {
-    if !source.tls {
-        return Ok(None);
-    }
-    let tls = |error: &dyn std::fmt::Display| ScrapeError::Tls(error.to_string());
-    let provider = Arc::new(ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
-        .map_err(|e| tls(&e))?;
-    let builder = match (&source.ca_cert_path, source.insecure_skip_verify) {
-        (Some(path), _) => {
-            let mut roots = RootCertStore::empty();
-            for certificate in CertificateDer::pem_file_iter(path).map_err(|e| tls(&e))? {
-                roots
-                    .add(certificate.map_err(|e| tls(&e))?)
-                    .map_err(|e| tls(&e))?;
-            }
-            builder.with_root_certificates(roots)
-        }
-        (None, true) => builder
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(AcceptAny(provider))),
-        (None, false) => {
-            return Err(ScrapeError::Tls(
-                "insecureSkipVerify: false needs caCertPath".to_owned(),
-            ));
-        }
-    };
-    let config = match &source.client_pair {
-        None => builder.with_no_client_auth(),
-        Some((certificate, key)) => {
-            let chain = CertificateDer::pem_file_iter(certificate).map_err(|e| tls(&e))?;
-            let chain = chain.collect::<Result<_, _>>().map_err(|e| tls(&e))?;
-            let key = PrivateKeyDer::from_pem_file(key).map_err(|e| tls(&e))?;
-            builder
-                .with_client_auth_cert(chain, key)
-                .map_err(|e| tls(&e))?
-        }
-    };
-    Ok(Some(Arc::new(config)))
-}
-
-/// Accepts any certificate, as every published setup of engine metrics over TLS does.
-#[derive(Debug)]
-struct AcceptAny(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for AcceptAny {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, TlsError> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, TlsError> {
-        verify_tls12_signature(
-            message,
-            certificate,
-            signature,
-            &self.0.signature_verification_algorithms,
-        )
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, TlsError> {
-        verify_tls13_signature(
-            message,
-            certificate,
-            signature,
-            &self.0.signature_verification_algorithms,
-        )
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
+    /// The host is no name that a certificate could be for.
+    #[error("{0:?} is not a host name")]
+    Host(String),
 }
 
 /// A connection to one endpoint, opened when needed and kept.
 #[derive(Debug)]
 pub struct Connection {
-    address: SocketAddr,
-    path: String,
+    host: String,
+    port: u16,
+    /// The whole request, the same each time.
+    request: Vec<u8>,
     tls: Option<Arc<ClientConfig>>,
-    sender: Option<SendRequest<Empty<Bytes>>>,
+    stream: Option<Stream>,
+}
+
+#[derive(Debug)]
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// An answer that was read.
+struct Answer {
+    /// Where in the buffer the body is.
+    body: Range<usize>,
+    /// Another request may follow on the connection.
+    reusable: bool,
+}
+
+/// What the head says.
+struct Head {
+    bytes: usize,
+    framing: Framing,
+    keep_alive: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Framing {
+    Length(usize),
+    Chunked,
+    UntilClose,
 }
 
 impl Connection {
-    /// A closed connection to fetch `path` from `address`.
-    pub fn new(address: SocketAddr, path: String, tls: Option<Arc<ClientConfig>>) -> Self {
-        Self {
-            address,
-            path,
-            tls,
-            sender: None,
-        }
-    }
-
-    /// Fetches into `body`, whose memory is reused. After an error the connection is closed.
-    pub async fn fetch(&mut self, body: &mut Vec<u8>) -> Result<(), ScrapeError> {
-        // Taken out, so that an error or a cancelled call leaves no half-used connection behind.
-        let mut sender = match self.sender.take() {
-            Some(sender) if !sender.is_closed() => sender,
-            _ => self.open().await?,
+    /// A closed connection to fetch `path` from `host`, an address or a name that is resolved whenever
+    /// the connection is opened. `path` must be fit for a request line.
+    pub fn new(
+        host: String,
+        port: u16,
+        path: &str,
+        accept: &str,
+        tls: Option<Arc<ClientConfig>>,
+    ) -> Self {
+        let bracketed = if host.contains(':') {
+            format!("[{host}]")
+        } else {
+            host.clone()
         };
-        sender.ready().await?;
-        let request = Request::get(&self.path)
-            .header(header::HOST, self.address.to_string())
-            .header(header::ACCEPT, "text/plain")
-            .body(Empty::new())?;
-        let response = sender.send_request(request).await?;
-        if response.status() != StatusCode::OK {
-            return Err(ScrapeError::Status(response.status()));
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nhost: {bracketed}:{port}\r\naccept: {accept}\r\nuser-agent: pinpod\r\n\r\n"
+        );
+        Self {
+            host,
+            port,
+            request: request.into_bytes(),
+            tls,
+            stream: None,
         }
-        body.clear();
-        let mut incoming = response.into_body();
-        while let Some(frame) = incoming.frame().await {
-            if let Ok(data) = frame?.into_data() {
-                if body.len() + data.len() > MAX_EXPOSITION_BYTES {
-                    return Err(ScrapeError::TooLong);
-                }
-                body.extend_from_slice(&data);
-            }
-        }
-        self.sender = Some(sender);
-        Ok(())
     }
 
-    async fn open(&self) -> Result<SendRequest<Empty<Bytes>>, ScrapeError> {
-        let stream = TcpStream::connect(self.address).await?;
+    /// Fetches into `buffer`, whose memory is reused, and returns the body in it. After an error, or
+    /// when the call is dropped midway, the connection is closed.
+    pub async fn fetch<'b>(&mut self, buffer: &'b mut Vec<u8>) -> Result<&'b [u8], FetchError> {
+        // Taken out, so that an error or a dropped call leaves no half-used connection behind.
+        let body = match self.stream.take() {
+            None => self.fetch_anew(buffer).await?,
+            Some(kept) => match self.exchange(kept, buffer).await {
+                // The peer closed the idle connection; it has not seen this request.
+                Err(FetchError::Io(_) | FetchError::Closed) if buffer.is_empty() => {
+                    self.fetch_anew(buffer).await?
+                }
+                answered => answered?,
+            },
+        };
+        buffer.get(body).ok_or(FetchError::Closed)
+    }
+
+    async fn fetch_anew(&mut self, buffer: &mut Vec<u8>) -> Result<Range<usize>, FetchError> {
+        let stream = self.open().await?;
+        self.exchange(stream, buffer).await
+    }
+
+    async fn exchange(
+        &mut self,
+        mut stream: Stream,
+        buffer: &mut Vec<u8>,
+    ) -> Result<Range<usize>, FetchError> {
+        buffer.clear();
+        let answer = match &mut stream {
+            Stream::Plain(stream) => exchange(stream, &self.request, buffer).await?,
+            Stream::Tls(stream) => exchange(stream, &self.request, buffer).await?,
+        };
+        if answer.reusable {
+            self.stream = Some(stream);
+        }
+        Ok(answer.body)
+    }
+
+    async fn open(&self) -> Result<Stream, FetchError> {
+        let stream = TcpStream::connect((self.host.as_str(), self.port)).await?;
         stream.set_nodelay(true)?;
-        match &self.tls {
-            None => start(stream).await,
-            Some(config) => {
-                let connector = TlsConnector::from(Arc::clone(config));
-                let name = ServerName::from(self.address.ip());
-                start(connector.connect(name, stream).await?).await
+        let Some(config) = &self.tls else {
+            return Ok(Stream::Plain(stream));
+        };
+        let name = ServerName::try_from(self.host.clone())
+            .map_err(|_| FetchError::Host(self.host.clone()))?;
+        let connector = TlsConnector::from(Arc::clone(config));
+        let stream = connector.connect(name, stream).await?;
+        Ok(Stream::Tls(Box::new(stream)))
+    }
+}
+
+/// One request and its answer.
+async fn exchange(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    request: &[u8],
+    buffer: &mut Vec<u8>,
+) -> Result<Answer, FetchError> {
+    stream.write_all(request).await?;
+    stream.flush().await?;
+    buffer.reserve(FIRST_READ_BYTES);
+    let head = loop {
+        read_more(stream, buffer).await?;
+        if let Some(head) = parse_head(buffer)? {
+            break head;
+        }
+        if buffer.len() > MAX_HEAD_BYTES {
+            return Err(FetchError::Protocol("head too long"));
+        }
+    };
+    match head.framing {
+        Framing::Length(bytes) => {
+            let end = head.bytes + bytes;
+            buffer.reserve(end.saturating_sub(buffer.len()));
+            while buffer.len() < end {
+                read_more(stream, buffer).await?;
             }
+            Ok(Answer {
+                body: head.bytes..end,
+                // Bytes behind the answer belong to nothing we asked for.
+                reusable: head.keep_alive && buffer.len() == end,
+            })
+        }
+        Framing::Chunked => {
+            let mut answer = read_chunks(stream, buffer, head.bytes).await?;
+            answer.reusable &= head.keep_alive;
+            Ok(answer)
+        }
+        Framing::UntilClose => loop {
+            match read_more(stream, buffer).await {
+                Ok(()) if buffer.len() - head.bytes > MAX_BODY_BYTES => {
+                    return Err(FetchError::TooLong);
+                }
+                Ok(()) => {}
+                Err(FetchError::Closed) => {
+                    return Ok(Answer {
+                        body: head.bytes..buffer.len(),
+                        reusable: false,
+                    });
+                }
+                Err(error) => return Err(error),
+            }
+        },
+    }
+}
+
+/// Appends what is there. The end of the stream is an error: nobody asks without expecting more.
+async fn read_more(
+    stream: &mut (impl AsyncRead + Unpin),
+    buffer: &mut Vec<u8>,
+) -> Result<(), FetchError> {
+    // Chunk sizes come on top of the body; beyond twice its limit they are no answer either.
+    if buffer.len() > 2 * MAX_BODY_BYTES {
+        return Err(FetchError::TooLong);
+    }
+    if buffer.len() == buffer.capacity() {
+        // `reserve` at least doubles.
+        buffer.reserve(READ_BYTES);
+    }
+    match stream.read_buf(buffer).await? {
+        0 => Err(FetchError::Closed),
+        _ => Ok(()),
+    }
+}
+
+/// Reads the head; `None` while it is incomplete.
+fn parse_head(bytes: &[u8]) -> Result<Option<Head>, FetchError> {
+    let mut lines = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut response = httparse::Response::new(&mut lines);
+    let head_bytes = match response.parse(bytes) {
+        Ok(Status::Complete(head_bytes)) => head_bytes,
+        Ok(Status::Partial) => return Ok(None),
+        Err(_) => return Err(FetchError::Protocol("malformed head")),
+    };
+    match response.code {
+        Some(200) => {}
+        code => return Err(FetchError::Status(code.unwrap_or_default())),
+    }
+    let mut length = None;
+    let mut chunked = false;
+    let mut keep_alive = response.version == Some(1);
+    for line in response.headers.iter() {
+        let name = |wanted: &str| line.name.eq_ignore_ascii_case(wanted);
+        let value = line.value.trim_ascii();
+        if name("content-length") {
+            let own = std::str::from_utf8(value).ok().and_then(|v| v.parse().ok());
+            let own: usize = own.ok_or(FetchError::Protocol("bad content-length"))?;
+            if length.is_some_and(|before| before != own) {
+                return Err(FetchError::Protocol("two content-lengths"));
+            }
+            length = Some(own);
+        } else if name("transfer-encoding") {
+            if chunked || !value.eq_ignore_ascii_case(b"chunked") {
+                return Err(FetchError::Protocol("unknown transfer-encoding"));
+            }
+            chunked = true;
+        } else if name("content-encoding") && !value.eq_ignore_ascii_case(b"identity") {
+            return Err(FetchError::Protocol("compressed, which was not asked for"));
+        } else if name("connection") {
+            let mut options = value.split(|b| *b == b',');
+            keep_alive &= !options.any(|o| o.trim_ascii().eq_ignore_ascii_case(b"close"));
+        }
+    }
+    let framing = match (chunked, length) {
+        (true, Some(_)) => return Err(FetchError::Protocol("chunked with a content-length")),
+        (true, None) => Framing::Chunked,
+        (false, Some(length)) if length > MAX_BODY_BYTES => return Err(FetchError::TooLong),
+        (false, Some(length)) => Framing::Length(length),
+        (false, None) => Framing::UntilClose,
+    };
+    Ok(Some(Head {
+        bytes: head_bytes,
+        framing,
+        keep_alive,
+    }))
+}
+
+/// Reads chunks from `start` on and moves their data together there.
+async fn read_chunks(
+    stream: &mut (impl AsyncRead + Unpin),
+    buffer: &mut Vec<u8>,
+    start: usize,
+) -> Result<Answer, FetchError> {
+    let mut next = start;
+    let mut end = start;
+    loop {
+        let (line_bytes, size) = read_chunk_size(stream, buffer, next).await?;
+        next += line_bytes;
+        if size == 0 {
+            break;
+        }
+        if size > MAX_BODY_BYTES - (end - start) {
+            return Err(FetchError::TooLong);
+        }
+        let behind = next + size;
+        while buffer.len() < behind + 2 {
+            read_more(stream, buffer).await?;
+        }
+        if buffer.get(behind..behind + 2) != Some(b"\r\n") {
+            return Err(FetchError::Protocol("chunk without end"));
+        }
+        buffer.copy_within(next..behind, end);
+        end += size;
+        next = behind + 2;
+    }
+    next = skip_trailers(stream, buffer, next).await?;
+    Ok(Answer {
+        body: start..end,
+        reusable: buffer.len() == next,
+    })
+}
+
+/// Length of the line at `from`, and the size it states.
+async fn read_chunk_size(
+    stream: &mut (impl AsyncRead + Unpin),
+    buffer: &mut Vec<u8>,
+    from: usize,
+) -> Result<(usize, usize), FetchError> {
+    loop {
+        let line = buffer.get(from..).unwrap_or_default();
+        match httparse::parse_chunk_size(line) {
+            Ok(Status::Complete((line_bytes, size))) => {
+                let size = usize::try_from(size).map_err(|_| FetchError::TooLong)?;
+                return Ok((line_bytes, size));
+            }
+            Ok(Status::Partial) if line.len() <= MAX_CHUNK_LINE_BYTES => {
+                read_more(stream, buffer).await?;
+            }
+            _ => return Err(FetchError::Protocol("bad chunk size")),
         }
     }
 }
 
-async fn start(
-    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-) -> Result<SendRequest<Empty<Bytes>>, ScrapeError> {
-    let (sender, connection) = handshake(TokioIo::new(stream)).await?;
-    // Ends by itself when the sender is dropped or the peer hangs up.
-    tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::trace!(%error, "scrape connection ended");
+/// Where the answer ends: behind the empty line that follows the trailers.
+async fn skip_trailers(
+    stream: &mut (impl AsyncRead + Unpin),
+    buffer: &mut Vec<u8>,
+    from: usize,
+) -> Result<usize, FetchError> {
+    let mut line_start = from;
+    loop {
+        let rest = buffer.get(line_start..).unwrap_or_default();
+        match memchr::memchr(b'\n', rest) {
+            Some(at) => {
+                line_start += at + 1;
+                if rest
+                    .get(..at)
+                    .is_some_and(|line| line == b"\r" || line.is_empty())
+                {
+                    return Ok(line_start);
+                }
+            }
+            None if buffer.len() - from > MAX_HEAD_BYTES => {
+                return Err(FetchError::Protocol("trailers too long"));
+            }
+            None => read_more(stream, buffer).await?,
         }
-    });
-    Ok(sender)
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::TcpListener;
-
-    /// Answers each request of each connection with `reply`; counts connections.
-    async fn server(reply: Vec<u8>) -> (SocketAddr, Arc<std::sync::atomic::AtomicUsize>) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let connections = Arc::new(std::sync::atomic::AtomicUsize::new(0));
-        let count = Arc::clone(&connections);
-        tokio::spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
-                count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-                let reply = reply.clone();
-                tokio::spawn(async move {
-                    let mut seen = Vec::new();
-                    let mut buffer = [0; 1024];
-                    while let Ok(n @ 1..) = stream.read(&mut buffer).await {
-                        seen.extend_from_slice(&buffer[..n]);
-                        if seen.ends_with(b"\r\n\r\n") {
-                            seen.clear();
-                            if stream.write_all(&reply).await.is_err() {
-                                return;
-                            }
-                        }
-                    }
-                });
-            }
-        });
-        (address, connections)
-    }
-
-    async fn fetch(reply: &[u8]) -> Result<Vec<u8>, ScrapeError> {
-        let (address, _) = server(reply.to_vec()).await;
-        let mut body = Vec::new();
-        Connection::new(address, "/metrics".to_owned(), None)
-            .fetch(&mut body)
-            .await
-            .map(|()| body)
-    }
-
-    #[tokio::test]
-    async fn one_connection_serves_many_scrapes() {
-        let (address, connections) =
-            server(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\na 1".to_vec()).await;
-        let mut connection = Connection::new(address, "/metrics".to_owned(), None);
-        let mut body = Vec::new();
-        for _ in 0..5 {
-            connection.fetch(&mut body).await.unwrap();
-            assert_eq!(body, b"a 1");
-        }
-        assert_eq!(connections.load(std::sync::atomic::Ordering::SeqCst), 1);
-    }
-
-    #[tokio::test]
-    async fn chunked_bodies_are_put_together() {
-        let reply =
-            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\na \r\n1\r\n1\r\n0\r\n\r\n";
-        assert_eq!(fetch(reply).await.unwrap(), b"a 1");
-    }
-
-    #[tokio::test]
-    async fn errors_redirects_and_floods_are_refused() {
-        for status in ["500 Oops", "302 Found", "404 No"] {
-            let reply = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n");
-            assert!(
-                matches!(fetch(reply.as_bytes()).await, Err(ScrapeError::Status(_))),
-                "{status}"
-            );
-        }
-        assert!(matches!(
-            fetch(b"hello\r\n\r\n").await,
-            Err(ScrapeError::Http(_))
-        ));
-        let mut flood = format!(
-            "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n",
-            MAX_EXPOSITION_BYTES + 1
-        )
-        .into_bytes();
-        flood.resize(flood.len() + MAX_EXPOSITION_BYTES + 1, b'x');
-        assert!(matches!(fetch(&flood).await, Err(ScrapeError::TooLong)));
-    }
-
-    #[tokio::test]
-    async fn a_dead_endpoint_is_an_error() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        drop(listener);
-        let mut connection = Connection::new(address, "/metrics".to_owned(), None);
-        assert!(matches!(
-            connection.fetch(&mut Vec::new()).await,
-            Err(ScrapeError::Io(_))
-        ));
-    }
-}
+mod tests;

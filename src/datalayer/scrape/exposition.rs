@@ -1,13 +1,24 @@
 //! The Prometheus text format, as far as it has to be read: lines of wanted families, the rest is
 //! stepped over.
 
-use memchr::memchr;
+use memchr::{memchr, memchr_iter};
+use smallvec::SmallVec;
 
 /// Which series of a family: `name` or `name{label=value,other="value"}`; equality only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MetricSpec {
     name: String,
     labels: Vec<(String, String)>,
+    signed: bool,
+}
+
+impl MetricSpec {
+    /// Takes negative values for true. Counts and shares have none, other numbers may.
+    #[must_use]
+    pub fn signed(mut self) -> Self {
+        self.signed = true;
+        self
+    }
 }
 
 impl std::str::FromStr for MetricSpec {
@@ -39,6 +50,7 @@ impl std::str::FromStr for MetricSpec {
         Ok(Self {
             name: name.to_owned(),
             labels: pairs.collect::<Result<_, _>>()?,
+            signed: false,
         })
     }
 }
@@ -75,56 +87,128 @@ pub struct Found {
     pub sum: f64,
     /// The family is announced by a `# TYPE` line, even if it has no sample yet.
     pub declared: bool,
-    /// Samples whose value cannot be true: not a number, infinite or negative.
+    /// Samples whose value cannot be true: not a number, infinite or, unless allowed, negative.
     pub rejected: u32,
 }
 
-/// Walks the exposition once. For each sample of a family in `specs` calls `on_sample` with the
-/// spec's position; a lying value is counted in `found` and not handed on.
-pub fn scan(
-    text: &[u8],
-    specs: &[MetricSpec],
-    found: &mut Vec<Found>,
-    mut on_sample: impl FnMut(usize, Sample<'_>),
-) {
-    found.clear();
-    found.resize(specs.len(), Found::default());
-    let mut rest = text;
-    while !rest.is_empty() {
-        let end = memchr(b'\n', rest).unwrap_or(rest.len());
-        let (line, tail) = rest.split_at(end);
-        rest = tail.get(1..).unwrap_or_default();
-        if let Some(declared) = line.strip_prefix(b"# TYPE ") {
-            for (spec, found) in specs.iter().zip(found.iter_mut()) {
-                let behind = declared.strip_prefix(spec.name.as_bytes());
-                found.declared |= behind.is_some_and(|b| b.first() == Some(&b' '));
+impl Found {
+    /// Mean of the samples; `None` without any.
+    pub fn mean(&self) -> Option<f64> {
+        (self.samples > 0).then(|| self.sum / f64::from(self.samples))
+    }
+}
+
+/// One [`Found`] for each spec, in their order.
+pub type Findings = SmallVec<[Found; 12]>;
+
+/// The specs one reader looks for, arranged so that a line is compared with each name once.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    specs: Vec<MetricSpec>,
+    names: Vec<Name>,
+}
+
+#[derive(Debug, Clone)]
+struct Name {
+    text: Box<[u8]>,
+    /// Specs of this family.
+    specs: SmallVec<[usize; 4]>,
+}
+
+impl Name {
+    /// What follows the name, when `line` is of this family. The byte behind the name is looked at
+    /// first: it rules out nearly every line without comparing texts.
+    fn strip<'t>(&self, line: &'t [u8]) -> Option<&'t [u8]> {
+        match line.get(self.text.len()) {
+            Some(b'{' | b' ' | b'\t') => line.strip_prefix(&*self.text),
+            _ => None,
+        }
+    }
+}
+
+impl Wanted {
+    /// Looks for `specs`; positions in what [`Self::scan`] reports are theirs.
+    pub fn new(specs: Vec<MetricSpec>) -> Self {
+        let mut names: Vec<Name> = Vec::new();
+        for (position, spec) in specs.iter().enumerate() {
+            match names.iter_mut().find(|n| *n.text == *spec.name.as_bytes()) {
+                Some(name) => name.specs.push(position),
+                None => names.push(Name {
+                    text: spec.name.as_bytes().into(),
+                    specs: SmallVec::from_slice(&[position]),
+                }),
             }
-            continue;
         }
-        if line.first() == Some(&b'#') {
-            continue;
+        Self { specs, names }
+    }
+
+    /// Walks the exposition once. For each sample that a spec matches calls `on_sample` with the
+    /// spec's position; a lying value is counted in `found` and not handed on. No allocation for up to
+    /// twelve specs.
+    pub fn scan<'t>(
+        &self,
+        text: &'t [u8],
+        found: &mut Findings,
+        mut on_sample: impl FnMut(usize, Sample<'t>),
+    ) {
+        found.clear();
+        found.resize(self.specs.len(), Found::default());
+        let mut start = 0;
+        for end in memchr_iter(b'\n', text).chain([text.len()]) {
+            let line = text.get(start..end).unwrap_or_default();
+            start = end + 1;
+            if let Some(comment) = line.strip_prefix(b"#") {
+                if let Some(declared) = comment.strip_prefix(b" TYPE ") {
+                    self.declare(declared, found);
+                }
+                continue;
+            }
+            for name in &self.names {
+                if let Some(behind) = name.strip(line) {
+                    self.sample(name, behind, found, &mut on_sample);
+                }
+            }
         }
-        for (position, (spec, found)) in specs.iter().zip(found.iter_mut()).enumerate() {
-            let Some(behind) = line.strip_prefix(spec.name.as_bytes()) else {
+    }
+
+    fn declare(&self, declared: &[u8], found: &mut Findings) {
+        let matching = self.names.iter().filter(|n| n.strip(declared).is_some());
+        for &position in matching.flat_map(|name| &name.specs) {
+            if let Some(found) = found.get_mut(position) {
+                found.declared = true;
+            }
+        }
+    }
+
+    fn sample<'t>(
+        &self,
+        name: &Name,
+        behind_name: &'t [u8],
+        found: &mut Findings,
+        on_sample: &mut impl FnMut(usize, Sample<'t>),
+    ) {
+        let Some((labels, value)) = split_sample(behind_name) else {
+            return;
+        };
+        let sample = Sample {
+            labels,
+            value: parse_value(value).unwrap_or(f64::NAN),
+        };
+        for &position in &name.specs {
+            let (Some(spec), Some(found)) = (self.specs.get(position), found.get_mut(position))
+            else {
                 continue;
-            };
-            let Some((labels, value)) = split_sample(behind) else {
-                continue;
-            };
-            let value = parse_value(value);
-            let sample = Sample {
-                labels,
-                value: value.unwrap_or(f64::NAN),
             };
             if !sample.matches(spec) {
                 continue;
             }
-            if !sample.value.is_finite() || sample.value < 0.0 {
+            let sum = found.sum + sample.value;
+            if !sum.is_finite() || (sample.value < 0.0 && !spec.signed) {
                 found.rejected += 1;
                 continue;
             }
             found.samples += 1;
-            found.sum += sample.value;
+            found.sum = sum;
             on_sample(position, sample);
         }
     }
@@ -203,13 +287,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn found(text: &str, spec: &str) -> Found {
-        let mut found = Vec::new();
-        scan(
-            text.as_bytes(),
-            &[spec.parse().unwrap()],
-            &mut found,
-            |_, _| {},
-        );
+        let mut found = Findings::new();
+        Wanted::new(vec![spec.parse().unwrap()]).scan(text.as_bytes(), &mut found, |_, _| {});
         found[0]
     }
 
@@ -252,6 +331,35 @@ mod tests {
     }
 
     #[test]
+    fn negative_numbers_are_true_where_they_may_be() {
+        let spec = "t".parse::<MetricSpec>().unwrap().signed();
+        let mut found = Findings::new();
+        Wanted::new(vec![spec]).scan(b"t -3\nt 1\nt NaN\n", &mut found, |_, _| {});
+        assert_eq!((found[0].sum, found[0].rejected), (-2.0, 1));
+        // Two finite values whose sum is not.
+        let huge = self::found("q 1e308\nq 1e308\n", "q");
+        assert_eq!((huge.samples, huge.rejected), (1, 1));
+    }
+
+    #[test]
+    fn specs_of_one_family_share_its_samples() {
+        let wanted = Wanted::new(vec![
+            "q{t=a}".parse().unwrap(),
+            "other".parse().unwrap(),
+            "q{t=b}".parse().unwrap(),
+        ]);
+        let mut found = Findings::new();
+        let mut seen = Vec::new();
+        let text = b"# TYPE q gauge\nq{t=\"b\"} 2\nq{t=\"a\"} 1\nother 7";
+        wanted.scan(text, &mut found, |position, sample| {
+            seen.push((position, sample.value));
+        });
+        assert_eq!(seen, [(2, 2.0), (0, 1.0), (1, 7.0)]);
+        let declared: Vec<bool> = found.iter().map(|f| f.declared).collect();
+        assert_eq!(declared, [true, false, true]);
+    }
+
+    #[test]
     fn a_label_is_found_wherever_it_stands() {
         let sample = Sample {
             labels: br#"a="1",running_lora_adapters="x,y", b ="z""#,
@@ -265,8 +373,8 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_never_panics(text in prop::collection::vec(prop::sample::select(b"q{}=\"\\,# \n\t1.eN+-".to_vec()), 0..80)) {
-            let mut found = Vec::new();
-            scan(&text, &["q".parse().unwrap(), "q{e=1}".parse().unwrap()], &mut found, |_, sample| {
+            let wanted = Wanted::new(vec!["q".parse().unwrap(), "q{e=1}".parse().unwrap()]);
+            wanted.scan(&text, &mut Findings::new(), |_, sample| {
                 sample.label("q");
             });
         }

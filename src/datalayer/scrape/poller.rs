@@ -1,8 +1,8 @@
-//! When endpoints are scraped: one task each, ticks spread over the interval, backing off from the
-//! dead.
+//! When endpoints are fetched from: one task per endpoint and source, ticks spread over the interval,
+//! backing off from the dead.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,23 +13,37 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_rustls::rustls::ClientConfig;
 use tokio_util::sync::CancellationToken;
 
-use super::client::{Connection, ScrapeError, tls_config};
-use super::extractor::Scratch;
-use super::{CoreMetricsExtractor, MetricsDataSource};
+use super::client::{Connection, FetchError};
+use super::tls::{TlsSettingsError, client_config};
+use crate::datalayer::extractors::Extractor;
+use crate::datalayer::sources::{HttpSource, Payload};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
-use crate::plugin::Plugin;
+use crate::plugin::TypedName;
 use crate::telemetry::metrics::{Pair, labels};
 
 /// Shortest interval; shorter ones are raised to it.
 pub const MIN_INTERVAL: Duration = Duration::from_millis(50);
-/// Longest a scrape may take, connecting included.
+/// Longest a fetch may take, connecting included.
 const TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest pause between attempts at an endpoint that fails.
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 /// Slots over which first ticks are spread.
 const STAGGER_SLOTS: u32 = 64;
+/// Idle buffers that are kept; more fetches may run at once, each with a buffer of its own.
+const MAX_IDLE_BUFFERS: usize = 32;
+/// Largest buffer that is kept for the next fetch.
+const MAX_IDLE_BUFFER_BYTES: usize = 1 << 20;
 
-/// Scrapes the endpoints it is told about.
+/// The tick all sources share: the flag's, or the smallest interval a source asks for, whichever is
+/// shorter; at least [`MIN_INTERVAL`].
+pub fn base_tick(flag: Duration, own: impl IntoIterator<Item = Option<Duration>>) -> Duration {
+    own.into_iter()
+        .flatten()
+        .fold(flag, Duration::min)
+        .max(MIN_INTERVAL)
+}
+
+/// Polls one source of every endpoint it is told about.
 #[derive(Debug)]
 pub struct Scraper {
     shared: Arc<Shared>,
@@ -37,43 +51,72 @@ pub struct Scraper {
     tasks: Mutex<HashMap<EndpointIndex, CancellationToken>>,
 }
 
+/// A polling source and who reads it.
+#[derive(Debug)]
+pub struct Poll {
+    /// The source.
+    pub name: TypedName,
+    /// Where it is fetched.
+    pub http: HttpSource,
+    /// What it delivers.
+    pub payload: Payload,
+    /// Each gets every body.
+    pub extractors: Vec<(TypedName, Arc<dyn Extractor>)>,
+}
+
 #[derive(Debug)]
 struct Shared {
-    source: Arc<MetricsDataSource>,
-    extractor: Arc<CoreMetricsExtractor>,
+    name: String,
+    http: HttpSource,
+    accept: &'static str,
     interval: Duration,
     tls: Option<Arc<ClientConfig>>,
+    readers: Vec<Reader>,
     poll_errors: Pair<Counter>,
-    extract_errors: Pair<Counter>,
+    buffers: Buffers,
+}
+
+#[derive(Debug)]
+struct Reader {
+    name: String,
+    extractor: Arc<dyn Extractor>,
+    errors: Pair<Counter>,
 }
 
 impl Scraper {
     /// A scraper whose tasks run on `handle`. The interval is the source's own, rounded to a multiple
-    /// of `base_tick`, or the base tick; at least [`MIN_INTERVAL`].
-    pub fn new(
-        source: Arc<MetricsDataSource>,
-        extractor: Arc<CoreMetricsExtractor>,
-        base_tick: Duration,
-        handle: Handle,
-    ) -> Result<Self, ScrapeError> {
-        let source_type = labels(&[("source_type", MetricsDataSource::TYPE)]);
-        let mut both = source_type.clone();
-        both.extend(labels(&[("extractor_type", CoreMetricsExtractor::TYPE)]));
+    /// of `base_tick`, or the base tick.
+    pub fn new(poll: Poll, base_tick: Duration, handle: Handle) -> Result<Self, TlsSettingsError> {
+        let source_type = labels(&[("source_type", poll.name.type_name)]);
+        let reader = |(name, extractor): (TypedName, Arc<dyn Extractor>)| {
+            let mut both = source_type.clone();
+            both.extend(labels(&[("extractor_type", name.type_name)]));
+            Reader {
+                name: name.name,
+                extractor,
+                errors: Pair::counter(
+                    "llm_d_epp_datalayer_extract_errors_total",
+                    both.clone(),
+                    both,
+                ),
+            }
+        };
         let shared = Shared {
-            interval: interval(source.interval, base_tick),
-            tls: tls_config(&source)?,
-            source,
-            extractor,
+            name: poll.name.name,
+            accept: match poll.payload {
+                Payload::Models => "application/json",
+                _ => "text/plain",
+            },
+            interval: interval(poll.http.interval, base_tick),
+            tls: client_config(&poll.http)?,
+            http: poll.http,
+            readers: poll.extractors.into_iter().map(reader).collect(),
             poll_errors: Pair::counter(
                 "llm_d_epp_datalayer_poll_errors_total",
                 source_type.clone(),
                 source_type,
             ),
-            extract_errors: Pair::counter(
-                "llm_d_epp_datalayer_extract_errors_total",
-                both.clone(),
-                both,
-            ),
+            buffers: Buffers::default(),
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -93,8 +136,11 @@ fn interval(own: Option<Duration>, base_tick: Duration) -> Duration {
 impl EndpointListener for Scraper {
     fn added(&self, endpoint: &Arc<Endpoint>) {
         let stop = CancellationToken::new();
-        let task = poll(Arc::clone(&self.shared), Arc::clone(endpoint), stop.clone());
-        self.handle.spawn(task);
+        let (shared, own, stopped) = (Arc::clone(&self.shared), Arc::clone(endpoint), stop.clone());
+        self.handle.spawn(async move {
+            // Dropping the poll closes its connection, wherever it is.
+            stopped.run_until_cancelled(shared.poll(&own)).await;
+        });
         if let Some(previous) = self.tasks.lock().insert(endpoint.index, stop) {
             previous.cancel();
         }
@@ -116,51 +162,97 @@ impl Drop for Scraper {
     }
 }
 
-async fn poll(shared: Arc<Shared>, endpoint: Arc<Endpoint>, stop: CancellationToken) {
-    let port = shared.source.port.unwrap_or(endpoint.spec.address.port());
-    let address = SocketAddr::new(endpoint.spec.address.ip(), port);
-    let mut connection = Connection::new(address, shared.source.path.clone(), shared.tls.clone());
-    let mut body = Vec::new();
-    let mut scratch = Scratch::default();
-    let phase = shared.interval * (endpoint.index.0 % STAGGER_SLOTS) / STAGGER_SLOTS;
-    let mut ticks = tokio::time::interval_at(Instant::now() + phase, shared.interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut failures = 0u32;
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = ticks.tick() => {}
-        }
-        // A timeout drops the request and, with it, the connection.
-        let fetched = tokio::select! {
-            () = stop.cancelled() => return,
-            fetched = tokio::time::timeout(TIMEOUT, connection.fetch(&mut body)) => fetched,
+impl Shared {
+    /// Fetches and reads at every tick, forever.
+    async fn poll(&self, endpoint: &Endpoint) {
+        let Some((host, port)) = self.http.target(&endpoint.spec) else {
+            tracing::warn!(
+                source = self.name,
+                endpoint = endpoint.spec.name,
+                "not polled: the address of its node is not known"
+            );
+            return;
         };
-        match fetched {
-            Ok(Ok(())) => {
-                failures = 0;
-                let outcome =
-                    shared
-                        .extractor
-                        .extract(&endpoint, &body, Instant::now(), &mut scratch);
-                if outcome.errors > 0 {
-                    shared.extract_errors.increment();
+        let mut connection =
+            Connection::new(host, port, &self.http.path, self.accept, self.tls.clone());
+        let phase = self.interval * (endpoint.index.0 % STAGGER_SLOTS) / STAGGER_SLOTS;
+        let mut ticks = tokio::time::interval_at(Instant::now() + phase, self.interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut failures = 0u32;
+        loop {
+            ticks.tick().await;
+            match self.poll_once(endpoint, &mut connection).await {
+                Ok(()) => failures = 0,
+                Err(reason) => {
+                    self.poll_errors.increment();
+                    tracing::trace!(
+                        source = self.name,
+                        endpoint = endpoint.spec.name,
+                        %reason,
+                        "fetch failed, the last values stay"
+                    );
+                    failures += 1;
+                    ticks.reset_after(backoff(self.interval, failures));
                 }
             }
-            failed => {
-                shared.poll_errors.increment();
-                let reason = failed.map_or_else(
-                    |_| "timed out".to_owned(),
-                    |f| f.err().map(|e| e.to_string()).unwrap_or_default(),
-                );
-                tracing::trace!(
+        }
+    }
+
+    async fn poll_once(
+        &self,
+        endpoint: &Endpoint,
+        connection: &mut Connection,
+    ) -> Result<(), FetchError> {
+        let mut buffer = self.buffers.take();
+        // A timeout drops the request and, with it, the connection.
+        let fetched = tokio::time::timeout(TIMEOUT, connection.fetch(&mut buffer)).await;
+        let timed_out = |_| std::io::Error::from(std::io::ErrorKind::TimedOut);
+        let body = fetched.map_err(timed_out)??;
+        let now = Instant::now();
+        for reader in &self.readers {
+            reader.read(endpoint, body, now);
+        }
+        self.buffers.put(buffer);
+        Ok(())
+    }
+}
+
+impl Reader {
+    /// Runs the extractor; what it gets wrong, a panic included, costs this reading only.
+    fn read(&self, endpoint: &Endpoint, body: &[u8], now: Instant) {
+        // Attributes and metrics are replaced whole, so a panic leaves none half written.
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            self.extractor.extract(endpoint, body, now)
+        }));
+        match outcome {
+            Ok(outcome) if outcome.errors == 0 => {}
+            Ok(_) => self.errors.increment(),
+            Err(_) => {
+                self.errors.increment();
+                tracing::error!(
+                    extractor = self.name,
                     endpoint = endpoint.spec.name,
-                    reason,
-                    "scrape failed, the last metrics stay"
+                    "an extractor panicked, the last values stay"
                 );
-                failures += 1;
-                ticks.reset_after(backoff(shared.interval, failures));
             }
+        }
+    }
+}
+
+/// Buffers between fetches. The one used last is used first: a few stay warm in the cache, instead of
+/// one for each endpoint.
+#[derive(Debug, Default)]
+struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    fn take(&self) -> Vec<u8> {
+        self.0.lock().pop().unwrap_or_default()
+    }
+
+    fn put(&self, buffer: Vec<u8>) {
+        let mut idle = self.0.lock();
+        if idle.len() < MAX_IDLE_BUFFERS && buffer.capacity() <= MAX_IDLE_BUFFER_BYTES {
+            idle.push(buffer);
         }
     }
 }
@@ -173,85 +265,4 @@ fn backoff(interval: Duration, failures: u32) -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::datalayer::{EndpointSpec, EndpointStore};
-    use crate::plugin::{Build, DataKeys, Parameters};
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::TcpListener;
-
-    fn plugin<P: Plugin>() -> Arc<P> {
-        let mut keys = DataKeys::default();
-        Arc::new(
-            P::build(&mut Build {
-                name: "p",
-                parameters: &Parameters::default(),
-                keys: &mut keys,
-            })
-            .unwrap(),
-        )
-    }
-
-    fn spec(address: SocketAddr) -> EndpointSpec {
-        EndpointSpec {
-            name: address.to_string(),
-            namespace: "default".to_owned(),
-            address,
-            labels: std::collections::BTreeMap::new(),
-            rank: 0,
-            details: crate::datalayer::EndpointDetails::default(),
-        }
-    }
-
-    #[test]
-    fn intervals_are_multiples_of_the_tick() {
-        let ms = Duration::from_millis;
-        assert_eq!(interval(None, ms(10)), ms(50));
-        assert_eq!(interval(Some(ms(120)), ms(50)), ms(100));
-        assert_eq!(interval(Some(ms(1)), ms(50)), ms(50));
-        assert_eq!(backoff(ms(50), 1), ms(100));
-        assert_eq!(backoff(ms(50), 60), MAX_BACKOFF);
-        assert_eq!(backoff(ms(5000), 3), ms(5000));
-    }
-
-    #[tokio::test]
-    async fn live_endpoints_are_read_beside_dead_and_silent_ones() {
-        let live = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let dead = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addresses = [&live, &silent, &dead].map(|l| l.local_addr().unwrap());
-        drop(dead);
-        tokio::spawn(async move {
-            while let Ok((mut stream, _)) = live.accept().await {
-                tokio::spawn(async move {
-                    let mut waiting = 0;
-                    let mut buffer = [0; 2048];
-                    while let Ok(1..) = stream.read(&mut buffer).await {
-                        waiting += 1;
-                        let body = format!("vllm:num_requests_waiting {waiting}\n");
-                        let reply = format!(
-                            "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}",
-                            body.len()
-                        );
-                        stream.write_all(reply.as_bytes()).await.unwrap();
-                    }
-                });
-            }
-        });
-        let store = EndpointStore::default();
-        let scraper = Scraper::new(plugin(), plugin(), MIN_INTERVAL, Handle::current()).unwrap();
-        store.subscribe(Arc::new(scraper));
-        store.replace(addresses.map(spec).to_vec());
-        let pool = store.snapshot();
-        let read_twice = async {
-            while pool[0].metrics().waiting_requests < 2 {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(10), read_twice)
-            .await
-            .unwrap();
-        assert!(pool[1].metrics().updated_at.is_none() && pool[2].metrics().updated_at.is_none());
-        drop(silent);
-    }
-}
+mod tests;

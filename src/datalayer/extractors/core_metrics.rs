@@ -6,11 +6,13 @@ use std::sync::Arc;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::exposition::{Found, MetricSpec, Sample, scan};
+use super::{Extraction, Extractor};
 use crate::datalayer::attributes::{
     ACTIVE_MODELS, CORE_METRICS_PRODUCER, KV_CACHE_USAGE, RUNNING_REQUESTS_SIZE, WAITING_MODELS,
     WAITING_QUEUE_SIZE,
 };
+use crate::datalayer::scrape::exposition::{Findings, Found, MetricSpec, Sample, Wanted};
+use crate::datalayer::sources::Payload;
 use crate::datalayer::{Endpoint, EndpointSpec, EngineMetrics, LoraState};
 use crate::plugin::{
     Build, DataKeys, EndpointColumn, Maturity, ParamDoc, ParamError, Plugin, PluginError,
@@ -19,6 +21,8 @@ use crate::plugin::{
 /// Label that names an endpoint's engine, current and legacy spelling.
 const ENGINE_LABEL: &str = "llm-d.ai/engine-type";
 const LEGACY_ENGINE_LABEL: &str = "inference.networking.k8s.io/engine-type";
+const RUNNING_ADAPTERS: &str = "running_lora_adapters";
+const WAITING_ADAPTERS: &str = "waiting_lora_adapters";
 /// Adapters that are read of one series; further ones are ignored.
 const MAX_ADAPTERS: usize = 1024;
 
@@ -92,25 +96,11 @@ enum Use {
 /// A resolved engine.
 #[derive(Debug, Clone)]
 struct Mapping {
-    specs: Vec<MetricSpec>,
+    wanted: Wanted,
+    /// What each of the specs is for.
     uses: Vec<Use>,
     block_size_label: String,
     blocks_label: String,
-}
-
-/// Buffers of one endpoint's reader.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    found: Vec<Found>,
-}
-
-/// What went wrong while reading, for the error counter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Extraction {
-    /// Configured families that are missing or whose values cannot be true.
-    pub errors: u32,
-    /// A core field was refreshed.
-    pub refreshed: bool,
 }
 
 fn built_in() -> Vec<EngineConfig> {
@@ -248,31 +238,6 @@ impl CoreMetricsExtractor {
         })
     }
 
-    /// Reads `text` into the endpoint; what has no sample keeps its value.
-    pub fn extract(
-        &self,
-        endpoint: &Endpoint,
-        text: &[u8],
-        now: Instant,
-        scratch: &mut Scratch,
-    ) -> Extraction {
-        let Some(mapping) = self.mapping(&endpoint.spec) else {
-            return Extraction::default();
-        };
-        let mut metrics = (*endpoint.metrics()).clone();
-        let outcome = mapping.extract(text, now, &mut metrics, scratch);
-        endpoint.set_metrics(metrics);
-        for (purpose, found) in mapping.uses.iter().zip(&scratch.found) {
-            if let Use::Custom(column) = purpose
-                && found.samples > 0
-                && endpoint.attribute_value(*column) != Some(found.sum)
-            {
-                endpoint.set_attribute(*column, Arc::new(found.sum));
-            }
-        }
-        outcome
-    }
-
     fn mapping(&self, endpoint: &EndpointSpec) -> Option<&Mapping> {
         let label = endpoint
             .labels
@@ -284,6 +249,18 @@ impl CoreMetricsExtractor {
     }
 }
 
+impl Extractor for CoreMetricsExtractor {
+    fn reads(&self) -> Payload {
+        Payload::Exposition
+    }
+
+    fn extract(&self, endpoint: &Endpoint, body: &[u8], now: Instant) -> Extraction {
+        self.mapping(&endpoint.spec)
+            .map(|mapping| mapping.extract(endpoint, body, now))
+            .unwrap_or_default()
+    }
+}
+
 impl Mapping {
     fn new(engine: &EngineConfig, keys: &mut DataKeys) -> Result<Self, PluginError> {
         let label = |name: &str, default: &str| {
@@ -292,12 +269,6 @@ impl Mapping {
             } else {
                 name.to_owned()
             }
-        };
-        let mut mapping = Self {
-            specs: Vec::new(),
-            uses: Vec::new(),
-            block_size_label: label(&engine.cache_block_size_label_name, "block_size"),
-            blocks_label: label(&engine.cache_num_blocks_label_name, "num_gpu_blocks"),
         };
         let core = [
             (
@@ -324,8 +295,11 @@ impl Mapping {
                 &engine.cache_num_blocks_spec,
             ),
         ];
+        let mut specs = Vec::new();
+        let mut uses = Vec::new();
         for (purpose, field, spec) in core.into_iter().filter(|(_, _, spec)| !spec.is_empty()) {
-            mapping.add(purpose, field, spec)?;
+            specs.push(parse_spec(field, spec)?);
+            uses.push(purpose);
         }
         for metric in &engine.custom_metrics {
             if metric.attribute_key.is_empty() {
@@ -333,87 +307,112 @@ impl Mapping {
             }
             let column =
                 keys.endpoint_produce_as(metric.attribute_key.clone(), CORE_METRICS_PRODUCER)?;
-            mapping.add(Use::Custom(column), "customMetrics", &metric.metric_spec)?;
+            specs.push(parse_spec("customMetrics", &metric.metric_spec)?.signed());
+            uses.push(Use::Custom(column));
         }
-        Ok(mapping)
+        Ok(Self {
+            wanted: Wanted::new(specs),
+            uses,
+            block_size_label: label(&engine.cache_block_size_label_name, "block_size"),
+            blocks_label: label(&engine.cache_num_blocks_label_name, "num_gpu_blocks"),
+        })
     }
 
-    fn add(&mut self, purpose: Use, field: &str, spec: &str) -> Result<(), ParamError> {
-        let spec = spec
-            .parse()
-            .map_err(|text| ParamError(format!("{field}: {text}")))?;
-        self.specs.push(spec);
-        self.uses.push(purpose);
-        Ok(())
-    }
-
-    fn extract(
-        &self,
-        text: &[u8],
-        now: Instant,
-        metrics: &mut EngineMetrics,
-        scratch: &mut Scratch,
-    ) -> Extraction {
-        let mut newest_lora: Option<(f64, LoraState)> = None;
-        let mut blocks: Option<u64> = None;
-        let mut block_size = None;
-        scan(
-            text,
-            &self.specs,
-            &mut scratch.found,
-            |position, sample| match self.uses.get(position) {
-                Some(Use::Lora)
-                    if newest_lora
-                        .as_ref()
-                        .is_none_or(|(at, _)| sample.value > *at) =>
-                {
-                    newest_lora = Some((sample.value, lora_state(&sample)));
+    fn extract(&self, endpoint: &Endpoint, body: &[u8], now: Instant) -> Extraction {
+        let mut cache = CacheInfo::default();
+        let mut newest_lora: Option<Sample<'_>> = None;
+        let mut findings = Findings::new();
+        self.wanted.scan(body, &mut findings, |position, sample| {
+            match self.uses.get(position) {
+                // vLLM stores the time in the value.
+                Some(Use::Lora) if newest_lora.is_none_or(|n| sample.value > n.value) => {
+                    newest_lora = Some(sample);
                 }
-                Some(Use::CacheInfo) => {
-                    block_size =
-                        block_size.or_else(|| integer_label(&sample, &self.block_size_label));
-                    if let Some(own) = integer_label(&sample, &self.blocks_label) {
-                        blocks = Some(blocks.unwrap_or(0) + own);
-                    }
+                Some(Use::CacheInfo) => cache.add(&sample, self),
+                _ => {}
+            }
+        });
+        let mut metrics = EngineMetrics::clone(&endpoint.metrics());
+        let mut outcome = Extraction::default();
+        for (purpose, found) in self.uses.iter().zip(&findings) {
+            let known = found.samples > 0 || (found.declared && found.rejected == 0);
+            // Engines without adapters have no LoRA family at all.
+            let may_be_missing = matches!(purpose, Use::Lora);
+            outcome.errors += u32::from(found.rejected > 0 || !(known || may_be_missing));
+            match purpose {
+                Use::Custom(column) => set_number(endpoint, *column, found),
+                _ if known => {
+                    outcome.refreshed = true;
+                    apply(*purpose, found, &mut metrics, &mut cache);
                 }
                 _ => {}
-            },
-        );
-        let mut outcome = Extraction::default();
-        for (purpose, found) in self.uses.iter().zip(&scratch.found) {
-            outcome.errors += found.rejected.min(1);
-            if found.samples == 0 && !(found.declared && found.rejected == 0) {
-                // Engines without adapters have no LoRA family at all.
-                outcome.errors += u32::from(!matches!(purpose, Use::Lora) && found.rejected == 0);
-                continue;
-            }
-            outcome.refreshed = true;
-            let mean = if found.samples > 0 {
-                found.sum / f64::from(found.samples)
-            } else {
-                0.0
-            };
-            match purpose {
-                Use::Waiting => metrics.waiting_requests = saturating_u32(found.sum),
-                Use::Running => metrics.running_requests = saturating_u32(found.sum),
-                Use::KvUsage => metrics.kv_cache_usage = mean.min(1.0),
-                Use::BlockSize => block_size = Some(u64::from(saturating_u32(mean))),
-                Use::Blocks => blocks = Some(u64::from(saturating_u32(found.sum))),
-                Use::Lora | Use::CacheInfo | Use::Custom(_) => {}
             }
         }
-        let narrow = |n: u64| u32::try_from(n).ok().filter(|n| *n > 0);
-        metrics.block_size_tokens = block_size.and_then(narrow).or(metrics.block_size_tokens);
-        metrics.kv_blocks = blocks.and_then(narrow).or(metrics.kv_blocks);
-        if let Some((_, lora)) = newest_lora
-            && metrics.lora.as_deref() != Some(&lora)
+        cache.store(&mut metrics);
+        if let Some(sample) = newest_lora
+            && !metrics
+                .lora
+                .as_deref()
+                .is_some_and(|old| is_same(&sample, old))
         {
-            metrics.lora = Some(Arc::new(lora));
+            metrics.lora = Some(Arc::new(lora_state(&sample)));
         }
         if outcome.refreshed {
             metrics.updated_at = Some(now);
+            endpoint.set_metrics(metrics);
         }
         outcome
+    }
+}
+
+fn parse_spec(field: &str, spec: &str) -> Result<MetricSpec, ParamError> {
+    spec.parse()
+        .map_err(|text| ParamError(format!("{field}: {text}")))
+}
+
+fn apply(purpose: Use, found: &Found, metrics: &mut EngineMetrics, cache: &mut CacheInfo) {
+    // Announced without a sample: not counted yet, so 0.
+    let mean = found.mean().unwrap_or(0.0);
+    match purpose {
+        Use::Waiting => metrics.waiting_requests = saturating_u32(found.sum),
+        Use::Running => metrics.running_requests = saturating_u32(found.sum),
+        Use::KvUsage => metrics.kv_cache_usage = mean.min(1.0),
+        Use::BlockSize => cache.block_size = Some(u64::from(saturating_u32(mean))),
+        Use::Blocks => cache.blocks = Some(u64::from(saturating_u32(found.sum))),
+        Use::Lora | Use::CacheInfo | Use::Custom(_) => {}
+    }
+}
+
+/// A number of the user's choice; kept while it has no sample.
+fn set_number(endpoint: &Endpoint, column: EndpointColumn<f64>, found: &Found) {
+    if found.samples > 0 && endpoint.attribute_value(column) != Some(found.sum) {
+        endpoint.set_attribute(column, Arc::new(found.sum));
+    }
+}
+
+/// KV cache size, summed over the engines of one endpoint.
+#[derive(Debug, Default)]
+struct CacheInfo {
+    block_size: Option<u64>,
+    blocks: Option<u64>,
+}
+
+impl CacheInfo {
+    fn add(&mut self, sample: &Sample<'_>, mapping: &Mapping) {
+        if self.block_size.is_none() {
+            self.block_size = integer_label(sample, &mapping.block_size_label);
+        }
+        if let Some(own) = integer_label(sample, &mapping.blocks_label) {
+            self.blocks = Some(self.blocks.unwrap_or(0).saturating_add(own));
+        }
+    }
+
+    /// What is unknown, 0 or absurd keeps the last value.
+    fn store(&self, metrics: &mut EngineMetrics) {
+        let narrow = |n: u64| u32::try_from(n).ok().filter(|n| *n > 0);
+        let block_size = self.block_size.and_then(narrow);
+        metrics.block_size_tokens = block_size.or(metrics.block_size_tokens);
+        metrics.kv_blocks = self.blocks.and_then(narrow).or(metrics.kv_blocks);
     }
 }
 
@@ -434,24 +433,47 @@ fn integer_label(sample: &Sample<'_>, name: &str) -> Option<u64> {
         .ok()
 }
 
+/// Names of a comma list.
+fn adapters<'t>(sample: &Sample<'t>, label: &str) -> impl Iterator<Item = &'t [u8]> {
+    let list = sample.label(label).unwrap_or_default();
+    list.split(|b| *b == b',')
+        .map(<[u8]>::trim_ascii)
+        .filter(|name| !name.is_empty())
+        .take(MAX_ADAPTERS)
+}
+
+fn max_adapters(sample: &Sample<'_>) -> u32 {
+    integer_label(sample, "max_lora")
+        .and_then(|n| u32::try_from(n).ok())
+        .unwrap_or(0)
+}
+
 fn lora_state(sample: &Sample<'_>) -> LoraState {
-    let list = |name| -> Vec<String> {
-        let text = String::from_utf8_lossy(sample.label(name).unwrap_or_default());
-        let names = text.split(',').map(str::trim).filter(|n| !n.is_empty());
-        names.take(MAX_ADAPTERS).map(str::to_owned).collect()
+    let list = |label| -> Vec<String> {
+        adapters(sample, label)
+            .map(|name| String::from_utf8_lossy(name).into_owned())
+            .collect()
     };
     LoraState {
-        active: list("running_lora_adapters"),
-        waiting: list("waiting_lora_adapters"),
-        max_active: integer_label(sample, "max_lora")
-            .and_then(|n| u32::try_from(n).ok())
-            .unwrap_or(0),
+        active: list(RUNNING_ADAPTERS),
+        waiting: list(WAITING_ADAPTERS),
+        max_active: max_adapters(sample),
     }
+}
+
+/// Whether the sample says what is already known; nearly every scrape does.
+fn is_same(sample: &Sample<'_>, known: &LoraState) -> bool {
+    let same =
+        |label, names: &[String]| adapters(sample, label).eq(names.iter().map(String::as_bytes));
+    same(RUNNING_ADAPTERS, &known.active)
+        && same(WAITING_ADAPTERS, &known.waiting)
+        && max_adapters(sample) == known.max_active
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::datalayer::extractors::test_support::endpoint;
 
     const UNDER_LOAD: &[u8] =
         include_bytes!("../../../tests/data/vllm-0.32/metrics/3-under-load-1.txt");
@@ -464,33 +486,15 @@ mod tests {
         CoreMetricsExtractor::new(settings, &mut DataKeys::default())
     }
 
-    fn endpoint(labels: &[(&str, &str)]) -> Endpoint {
-        let spec = EndpointSpec {
-            name: "e".to_owned(),
-            namespace: "default".to_owned(),
-            address: ([10, 0, 0, 1], 8000).into(),
-            labels: labels
-                .iter()
-                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-                .collect(),
-            rank: 0,
-            details: crate::datalayer::EndpointDetails::default(),
-        };
-        Endpoint::new(spec, crate::datalayer::EndpointIndex(0))
-    }
-
     fn extract(
         settings: &str,
         labels: &[(&str, &str)],
         text: &[u8],
     ) -> (EngineMetrics, Extraction) {
-        let endpoint = endpoint(labels);
-        let outcome = extractor(settings).unwrap().extract(
-            &endpoint,
-            text,
-            Instant::now(),
-            &mut Scratch::default(),
-        );
+        let endpoint = endpoint("e", labels);
+        let outcome = extractor(settings)
+            .unwrap()
+            .extract(&endpoint, text, Instant::now());
         ((*endpoint.metrics()).clone(), outcome)
     }
 
@@ -604,10 +608,8 @@ mod tests {
                 .unwrap()
         };
         let (k, absent) = (column("k"), column("absent"));
-        let endpoint = endpoint(&[]);
-        let read = |text: &[u8]| {
-            extractor.extract(&endpoint, text, Instant::now(), &mut Scratch::default())
-        };
+        let endpoint = endpoint("e", &[]);
+        let read = |text: &[u8]| extractor.extract(&endpoint, text, Instant::now());
         let outcome = read(b"tgi_queue_size 8\nm{x=\"1\"} 2.5\nm{x=\"2\"} 9\n");
         assert_eq!(endpoint.metrics().waiting_requests, 8);
         assert_eq!(endpoint.attribute_value(k), Some(2.5));
@@ -616,5 +618,44 @@ mod tests {
         // What is gone from the exposition keeps its last value.
         assert_eq!(read(b"tgi_queue_size 9\n").errors, 2);
         assert_eq!(endpoint.attribute_value(k), Some(2.5));
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_true_change_nothing() {
+        let endpoint = endpoint("e", &[]);
+        let extractor = extractor("{}").unwrap();
+        let read = |text: &str| extractor.extract(&endpoint, text.as_bytes(), Instant::now());
+        let true_ones = "vllm:num_requests_waiting 3\nvllm:num_requests_running 2\nvllm:kv_cache_usage_perc 0.5\nvllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"100\"} 1\n";
+        assert_eq!(read(true_ones).errors, 0);
+        let before = endpoint.metrics();
+        let lies = "vllm:num_requests_waiting NaN\nvllm:num_requests_running -4\nvllm:kv_cache_usage_perc +Inf\nvllm:cache_config_info{block_size=\"0\",num_gpu_blocks=\"18446744073709551615\"} 1\nvllm:cache_config_info{block_size=\"0\",num_gpu_blocks=\"9\"} 1\n";
+        assert_eq!(read(lies).errors, 3, "waiting, running, use");
+        let after = endpoint.metrics();
+        assert_eq!(
+            (
+                after.waiting_requests,
+                after.running_requests,
+                after.kv_cache_usage
+            ),
+            (3, 2, 0.5)
+        );
+        assert_eq!(
+            (after.block_size_tokens, after.kv_blocks),
+            (before.block_size_tokens, before.kv_blocks)
+        );
+        // Too large to be meant, still a number: the largest that fits, and a full cache.
+        read("vllm:num_requests_waiting 1e300\nvllm:kv_cache_usage_perc 97\n");
+        let after = endpoint.metrics();
+        assert_eq!(
+            (after.waiting_requests, after.kv_cache_usage),
+            (u32::MAX, 1.0)
+        );
+        let wholly_wrong = read("vllm:num_requests_waiting x\n");
+        assert!(!wholly_wrong.refreshed);
+        assert_eq!(
+            endpoint.metrics().updated_at,
+            after.updated_at,
+            "no news, not fresher"
+        );
     }
 }
