@@ -4,7 +4,13 @@ use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let files = protox::compile(["proto/ext_proc.proto", "proto/health.proto"], ["proto"])?;
+    let protos = [
+        "proto/ext_proc.proto",
+        "proto/health.proto",
+        "proto/vertex_ai.proto",
+        "proto/vllm_engine.proto",
+    ];
+    let files = protox::compile(protos, ["proto"])?;
     let mut prost = prost_build::Config::new();
     // Bodies and header values stay slices of the received HTTP/2 frames.
     prost.bytes(["."]);

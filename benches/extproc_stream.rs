@@ -4,7 +4,8 @@
 //! sends them. The servers are child processes; their CPU is read from `/proc`, so the generator's
 //! own does not count.
 //!
-//! `cargo bench --bench extproc_stream -- [--address HOST:PORT] [--seconds N] [--json] [--idle]`
+//! `cargo bench --bench extproc_stream -- [--address HOST:PORT] [--case TEXT] [--streams N]
+//! [--seconds N] [--rounds N] [--json] [--idle]`
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -34,6 +35,8 @@ use tokio::time::Instant;
 
 /// Body pieces as Envoy cuts them with its usual buffer.
 const PIECE_BYTES: usize = 65_536;
+/// Longest DATA frame that Envoy 1.40 was seen to send, whatever our settings allow.
+const FRAME_BYTES: usize = 16_384;
 /// Endpoints behind the picker.
 const ENDPOINTS: u16 = 64;
 /// Distinct prompts, in groups that share three quarters.
@@ -93,7 +96,15 @@ fn main() -> anyhow::Result<()> {
         arguments.get(at + 1).cloned()
     };
     let has = |name: &str| arguments.iter().any(|a| a == name);
-    let seconds: f64 = value("--seconds").map_or(Ok(2.0), |s| s.parse())?;
+    let plan = Plan {
+        seconds: value("--seconds").map_or(Ok(2.0), |s| s.parse())?,
+        rounds: value("--rounds").map_or(Ok(3), |s| s.parse())?,
+        case: value("--case").unwrap_or_default(),
+        streams: match value("--streams") {
+            Some(streams) => vec![streams.parse()?],
+            None => vec![1, 32, 256],
+        },
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -105,7 +116,7 @@ fn main() -> anyhow::Result<()> {
                 address: address.parse()?,
                 pid: None,
             };
-            return report(&measure_all(&[server], seconds).await?, has("--json"));
+            return report(&measure_all(&[server], &plan).await?, has("--json"));
         }
         let directory = tempfile::tempdir()?;
         let program = program()?;
@@ -131,7 +142,7 @@ fn main() -> anyhow::Result<()> {
                 pid: Some(picker.process.id()),
             },
         ];
-        let results = measure_all(&servers, seconds).await?;
+        let results = measure_all(&servers, &plan).await?;
         report(&results, has("--json"))?;
         show(&format!(
             "resident memory of pinpod after the run: {} MB",
@@ -232,23 +243,34 @@ struct Server {
     pid: Option<u32>,
 }
 
-/// Every case and stream count, servers in turn, two rounds; the better round of each counts.
-async fn measure_all(servers: &[Server], seconds: f64) -> anyhow::Result<Vec<Measured>> {
+/// What to measure.
+struct Plan {
+    /// Of load, each time.
+    seconds: f64,
+    /// Times each measurement is made.
+    rounds: usize,
+    /// Part of the names of the cases wanted.
+    case: String,
+    /// Concurrent exchanges.
+    streams: Vec<usize>,
+}
+
+/// Every case and stream count, servers in turn; of the rounds the one with the median CPU counts.
+async fn measure_all(servers: &[Server], plan: &Plan) -> anyhow::Result<Vec<Measured>> {
     let mut results: Vec<Measured> = Vec::new();
-    for case in &CASES {
+    for case in CASES.iter().filter(|c| c.name.contains(&plan.case)) {
         let messages = Arc::new(Script::prompts(case));
-        for streams in [1, 32, 256] {
+        for &streams in &plan.streams {
             let mut rounds: Vec<Vec<Measured>> = vec![Vec::new(); servers.len()];
-            for _ in 0..2 {
+            for _ in 0..plan.rounds {
                 for (server, rounds) in servers.iter().zip(&mut rounds) {
-                    rounds.push(measure(server, case, streams, seconds, &messages).await?);
+                    rounds.push(measure(server, case, streams, plan.seconds, &messages).await?);
                 }
             }
-            for rounds in rounds {
-                let best = rounds
-                    .into_iter()
-                    .min_by(|a, b| a.cpu_us_per_request.total_cmp(&b.cpu_us_per_request));
-                results.extend(best);
+            for mut rounds in rounds {
+                rounds.sort_by(|a, b| a.cpu_us_per_request.total_cmp(&b.cpu_us_per_request));
+                let median = rounds.len() / 2;
+                results.extend(rounds.into_iter().nth(median));
             }
         }
     }
@@ -510,10 +532,16 @@ async fn exchange(
     Ok(decided)
 }
 
-async fn send(out: &Outbound, frame: &Bytes) -> anyhow::Result<()> {
-    out.send(Ok(Frame::data(frame.clone())))
-        .await
-        .map_err(|_| anyhow::anyhow!("the server hung up"))
+/// Sends a message in DATA frames as Envoy cuts them.
+async fn send(out: &Outbound, message: &Bytes) -> anyhow::Result<()> {
+    let mut rest = message.clone();
+    while !rest.is_empty() {
+        let frame = rest.split_to(rest.len().min(FRAME_BYTES));
+        out.send(Ok(Frame::data(frame)))
+            .await
+            .map_err(|_| anyhow::anyhow!("the server hung up"))?;
+    }
+    Ok(())
 }
 
 struct Replies {

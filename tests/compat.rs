@@ -94,6 +94,23 @@ fn published_samples_load() {
             "no kubernetes",
             "plugins:\n- {name: list, type: file-discovery, parameters: {path: /srv/endpoints.yaml, watchFile: true}}\n- {name: scrape, type: metrics-data-source, parameters: {scheme: http, path: /metrics, interval: 100ms}}\n- {name: parse, type: core-metrics-extractor, parameters: {defaultEngine: sglang}}\n- {type: queue-scorer}\n- {type: openai-parser}\n- {type: sglanghttp-parser}\n- {type: passthrough-parser}\ndataLayer:\n  injectDefaults: false\n  discovery: {pluginRef: list}\n  sources: [{pluginRef: scrape, extractors: [{pluginRef: parse}]}]\nrequestHandler: {parsers: [{pluginRef: openai-parser}, {pluginRef: sglanghttp-parser}, {pluginRef: passthrough-parser}]}\n",
         ),
+        // The router part of the multimodal serving guide, and a model with fixed frame costs.
+        (
+            "multimodal",
+            "plugins:\n- type: token-producer\n  parameters:\n    estimate:\n      image: {mode: dynamic, dynamic: {factor: 1024}, defaultResolution: {width: 1280, height: 720}}\n      video:\n        defaultResolution: {width: 1280, height: 720}\n        defaultDuration: 30\n        tokensPerFrame: {mode: dynamic, dynamic: {factor: 1024}}\n        frames: {mode: sampled, minFrames: 4, maxFrames: 768, sampled: {sampleFPS: 2, temporalPatchSize: 2}}\n        maxVideoTokens: 16384\n- {type: approx-prefix-cache-producer}\n- {type: inflight-load-producer}\n- {type: prefix-cache-affinity-filter, parameters: {affinityThreshold: 0.6, maxTTFTPenaltyMs: 36000}}\n- {type: token-load-scorer}\nschedulingProfiles:\n- {name: default, plugins: [{pluginRef: prefix-cache-affinity-filter}, {pluginRef: token-load-scorer}]}\n",
+        ),
+        (
+            "fixed frames",
+            "plugins:\n- type: token-producer\n  parameters: {estimate: {image: {mode: static, static: {staticToken: 280}}, video: {tokensPerFrame: {mode: static, static: {numTokensPerFrame: 70}}, frames: {mode: strided, maxFrames: 32, strided: {defaultSourceFPS: 24, frameStride: 24}}}}}\n",
+        ),
+        (
+            "embeddings cache",
+            "plugins:\n- {type: token-producer}\n- {type: endpoint-notification-source}\n- {type: mm-embeddings-cache-producer, parameters: {cacheSizeInMBPerServer: 2048}}\n- {type: mm-embeddings-cache-scorer}\n- {type: queue-scorer}\n- {type: decode-filter}\nschedulingProfiles:\n- {name: default, plugins: [{pluginRef: decode-filter}, {pluginRef: mm-embeddings-cache-scorer, weight: 4}, {pluginRef: queue-scorer, weight: 1}]}\ndataLayer:\n  sources: [{pluginRef: endpoint-notification-source, extractors: [{pluginRef: mm-embeddings-cache-producer}]}]\n",
+        ),
+        (
+            "long context",
+            "plugins:\n- {type: token-producer}\n- {type: decode-filter}\n- {type: context-length-aware, parameters: {enableFiltering: true}}\nschedulingProfiles:\n- {name: default, plugins: [{pluginRef: token-producer}, {pluginRef: decode-filter}, {pluginRef: context-length-aware, weight: 3}]}\n",
+        ),
         ("json", "{\"plugins\": [{\"type\": \"random-picker\"}]}"),
     ] {
         let text = match text.strip_prefix('{') {
@@ -218,6 +235,14 @@ fn errors_name_what_is_wrong() {
         (
             "plugins: [{type: max-score-picker, parameters: {wrong: 3}}]",
             "unknown field `wrong`",
+        ),
+        (
+            "plugins: [{type: mm-embeddings-cache-producer, parameters: {cacheSizeInMB: 2048}}]",
+            "unknown field `cacheSizeInMB`",
+        ),
+        (
+            "plugins: [{type: token-producer, parameters: {estimate: {image: {mode: static}}}}]",
+            "estimate.image.static.staticToken: must be above 0",
         ),
         ("surprise: 1", "failed to decode configuration"),
         ("Plugins: []", "failed to decode configuration"),
@@ -401,4 +426,18 @@ fn every_metric_scorer_needs_the_extractor() {
             "{scorer}: {error}"
         );
     }
+}
+
+#[test]
+fn a_media_scorer_brings_its_producers() {
+    let text = "plugins: [{type: mm-embeddings-cache-scorer}]\n";
+    let config = resolve(&format!("{HEAD}{text}")).unwrap();
+    let order: Vec<_> = config
+        .producers
+        .iter()
+        .map(|(n, _)| n.name.as_str())
+        .filter(|name| !name.starts_with("inflight"))
+        .collect();
+    assert_eq!(order, ["token-producer", "mm-embeddings-cache-producer"]);
+    assert_eq!(config.listeners.len(), 1);
 }

@@ -7,6 +7,8 @@
     reason = "a test fails by panicking, and its tables are long"
 )]
 
+#[path = "envoy_grpc.rs"]
+mod grpc;
 mod support;
 
 use std::io::Write;

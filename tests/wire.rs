@@ -7,6 +7,9 @@
     reason = "a test fails by panicking, and its tables are long"
 )]
 
+#[path = "wire_grpc.rs"]
+mod grpc;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,7 +41,11 @@ struct Picker {
 }
 
 fn picker(endpoints: &str) -> Picker {
-    let config = load(None, &LoadOptions::default(), &builtin::registry()).unwrap();
+    picker_with(None, endpoints)
+}
+
+fn picker_with(config: Option<&str>, endpoints: &str) -> Picker {
+    let config = load(config, &LoadOptions::default(), &builtin::registry()).unwrap();
     let store = Arc::new(EndpointStore::default());
     store.replace(list::parse(endpoints).unwrap());
     let options = DirectorOptions {
@@ -142,7 +149,7 @@ fn response_body(piece: &[u8], end: bool) -> ProcessingRequest {
 }
 
 fn drain(exchange: &mut Exchange) -> Vec<ProcessingResponse> {
-    std::iter::from_fn(|| exchange.pop()).collect()
+    std::iter::from_fn(|| exchange.pop().map(ProcessingResponse::from)).collect()
 }
 
 /// Feeds messages and returns all replies.
@@ -152,7 +159,7 @@ fn run(
 ) -> Vec<ProcessingResponse> {
     let mut replies = Vec::new();
     for message in messages {
-        exchange.on_message(message).unwrap();
+        exchange.on_message(message.into()).unwrap();
         replies.extend(drain(exchange));
     }
     replies
@@ -441,12 +448,12 @@ fn messages_out_of_order_end_the_stream_with_an_error() {
     assert!(
         picker
             .exchange()
-            .on_message(request_body(BODY, true))
+            .on_message(request_body(BODY, true).into())
             .is_err()
     );
     let mut exchange = picker.exchange();
-    exchange.on_message(request_headers(false)).unwrap();
-    assert!(exchange.on_message(request_headers(false)).is_err());
+    exchange.on_message(request_headers(false).into()).unwrap();
+    assert!(exchange.on_message(request_headers(false).into()).is_err());
     assert_eq!(picker.in_flight(), 0);
 }
 
@@ -481,11 +488,11 @@ fn observability_mode_gets_no_replies() {
 #[tokio::test(start_paused = true)]
 async fn an_upload_that_never_ends_is_refused_at_the_deadline() {
     let picker = picker("10.0.0.7:8000");
-    let never = futures_util::stream::iter([Ok(request_headers(false))])
+    let never = futures_util::stream::iter([Ok(request_headers(false).into())])
         .chain(futures_util::stream::pending());
     let mut replies = ReplyStream::new(Box::pin(never), picker.exchange(), None);
     let started = tokio::time::Instant::now();
-    let reply = replies.next().await.unwrap().unwrap();
+    let reply = replies.next().await.unwrap().unwrap().into();
     assert_eq!(started.elapsed().as_secs(), 120);
     assert_eq!(
         immediate(&reply),

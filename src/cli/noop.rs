@@ -1,5 +1,5 @@
-//! `pinpod noop`: the floor of what an ext_proc picker costs. It shares our HTTP/2 server, codec and
-//! messages, keeps nothing and decides nothing.
+//! `pinpod noop`: what an ext_proc picker costs that decides nothing. It shares our HTTP/2 server and
+//! messages and uses tonic's generated service, as anyone would write one.
 
 use std::net::Ipv4Addr;
 use std::pin::Pin;
@@ -20,6 +20,7 @@ use crate::extproc::proto::processing_request::Request as Message;
 use crate::extproc::proto::{CommonResponse, ProcessingRequest, ProcessingResponse};
 use crate::extproc::server::{Routes, Server, ServerConfigs};
 use crate::extproc::stream::DESTINATION;
+use crate::extproc::wire::Reply;
 
 /// Flags of `noop`.
 #[derive(Debug, clap::Args)]
@@ -98,15 +99,15 @@ struct Echo {
 impl Echo {
     fn answer(&mut self, message: ProcessingRequest) {
         let out = &mut self.out;
-        let mut emit = |reply| out.push_back(reply);
+        let mut emit = |reply: Reply| out.push_back(reply.into());
         match message.request {
             Some(Message::RequestHeaders(headers)) if headers.end_of_stream => {
-                emit(routed(&self.endpoint));
+                emit(routed(&self.endpoint).into());
             }
             Some(Message::RequestBody(body)) => {
                 self.held.push(body.body);
                 if body.end_of_stream {
-                    emit(routed(&self.endpoint));
+                    emit(routed(&self.endpoint).into());
                     mutation::stream_pieces(
                         Direction::Request,
                         self.held.drain(..),
@@ -117,17 +118,17 @@ impl Echo {
                 }
             }
             Some(Message::ResponseHeaders(_)) => {
-                emit(mutation::headers(
-                    Direction::Response,
-                    CommonResponse::default(),
-                    None,
-                ));
+                let unchanged =
+                    mutation::headers(Direction::Response, CommonResponse::default(), None);
+                emit(unchanged.into());
             }
             Some(Message::ResponseBody(body)) => {
                 let end = body.end_of_stream;
                 mutation::stream_pieces(Direction::Response, [body.body], 62_000, end, &mut emit);
             }
-            Some(Message::ResponseTrailers(_)) => emit(mutation::trailers(Direction::Response)),
+            Some(Message::ResponseTrailers(_)) => {
+                emit(mutation::trailers(Direction::Response).into());
+            }
             _ => {}
         }
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
+use crate::control::producers::mm_embeddings_cache::MmEmbeddingsCacheProducer;
 use crate::control::producers::token::TokenProducer;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::{Discovery, FileDiscovery, MulticlusterFileDiscovery};
@@ -22,17 +23,20 @@ use crate::request::anthropic::AnthropicParser;
 use crate::request::openai::OpenAiParser;
 use crate::request::passthrough::PassthroughParser;
 use crate::request::sglang_http::SglangHttpParser;
+use crate::request::vertexai::VertexAiParser;
+use crate::request::vllm_grpc::VllmGrpcParser;
 use crate::request::vllm_http::VllmHttpParser;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
-    DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter, PrefixCacheAffinityFilter,
-    UtilizationDetector,
+    ContextLengthAware, DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter,
+    PrefixCacheAffinityFilter, UtilizationDetector,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
 use crate::scheduling::profile_handlers::SingleProfileHandler;
 use crate::scheduling::scorers::{
     ActiveRequestScorer, KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
-    NoHitLruScorer, PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
+    MmEmbeddingsCacheScorer, NoHitLruScorer, PrefixCacheScorer, QueueScorer,
+    RunningRequestsSizeScorer, TokenLoadScorer,
 };
 use crate::scheduling::{
     Admitter, DataProducer, Filter, Picker, PreRequest, ProfileHandler, RequestHeaderProcessor,
@@ -292,14 +296,12 @@ fn catalogue_to_come() -> Vec<PluginType> {
         ),
         later("header-based-testing-filter", &["filter"], Beta),
         later("slo-headroom-tier-filter", &["filter"], Beta),
-        later("context-length-aware", &["filter", "scorer"], Beta),
         later("utilization-filter", &["filter"], Alpha),
         later("endpoint-attribute-filter", &["filter"], Alpha),
         later("session-affinity-filter", &["filter"], Alpha),
         later("topology-affinity-filter", &["filter"], Alpha),
         later("multicluster-session-affinity-filter", &["filter"], Alpha),
         later("latency-scorer", &["scorer"], Beta),
-        later("mm-embeddings-cache-scorer", &["scorer"], Beta),
         later("session-affinity-scorer", &["scorer"], Alpha),
         later("header-label-affinity-scorer", &["scorer"], Alpha),
         later("endpoint-attribute-scorer", &["scorer"], Alpha),
@@ -320,7 +322,6 @@ fn catalogue_to_come() -> Vec<PluginType> {
         later("always-disagg-multimodal-decider", &["decider"], Beta),
         later("precise-prefix-cache-producer", &["data producer"], Beta),
         later("predicted-latency-producer", &["data producer"], Beta),
-        later("mm-embeddings-cache-producer", &["data producer"], Beta),
         later("session-id-producer", &["data producer"], Beta),
         later("burst-prefix-cache-producer", &["data producer"], Alpha),
         later("p2p-source-producer", &["data producer"], Alpha),
@@ -329,8 +330,6 @@ fn catalogue_to_come() -> Vec<PluginType> {
             &["data producer"],
             Alpha,
         ),
-        later("vllmgrpc-parser", &["parser"], Beta),
-        later("vertexai-parser", &["parser"], Beta),
         later("latency-slo-admitter", &["admitter"], Beta),
         later("probabilistic-admitter", &["admitter"], Beta),
         later("disaggregatedset-rollout-screener", &["screener"], Alpha),
@@ -370,6 +369,7 @@ pub fn registry() -> Registry {
             .deprecated("by-label-selector", "label-selector-filter"),
         plugin!(PrefixCacheAffinityFilter, ["filter" => filter]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
+        plugin!(ContextLengthAware, ["filter" => filter, "scorer" => scorer]),
         plugin!(QueueScorer, ["scorer" => scorer]),
         plugin!(KvCacheUtilizationScorer, ["scorer" => scorer]),
         plugin!(RunningRequestsSizeScorer, ["scorer" => scorer]),
@@ -379,6 +379,7 @@ pub fn registry() -> Registry {
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),
+        plugin!(MmEmbeddingsCacheScorer, ["scorer" => scorer]),
         plugin!(MaxScorePicker, ["picker" => picker]),
         plugin!(RandomPicker, ["picker" => picker]),
         plugin!(WeightedRandomPicker, ["picker" => picker]),
@@ -386,11 +387,14 @@ pub fn registry() -> Registry {
         plugin!(TokenProducer, ["data producer" => producer])
             .deprecated("tokenizer", "token-producer"),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
+        plugin!(MmEmbeddingsCacheProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
         plugin!(OpenAiParser, ["parser" => parser]),
         plugin!(AnthropicParser, ["parser" => parser]),
         plugin!(VllmHttpParser, ["parser" => parser]),
         plugin!(SglangHttpParser, ["parser" => parser]),
+        plugin!(VllmGrpcParser, ["parser" => parser]),
+        plugin!(VertexAiParser, ["parser" => parser]),
         plugin!(PassthroughParser, ["parser" => parser]),
         plugin!(MetricsDataSource, ["data source" => data_source]),
         plugin!(ModelsDataSource, ["data source" => data_source]),

@@ -10,16 +10,18 @@ use crate::plugin::data::KeyUse;
 use crate::plugin::{MAX_COLUMNS, TypedName};
 use crate::scheduling::DataProducer;
 use crate::scheduling::attributes::{
-    APPROX_PREFIX_PRODUCER, IN_FLIGHT, IN_FLIGHT_PRODUCER, PREFIX_MATCH, TOKEN_PRODUCER,
-    TOKENIZED_PROMPT, UNCACHED_TOKENS,
+    APPROX_PREFIX_PRODUCER, ENCODER_CACHE_MATCH, IN_FLIGHT, IN_FLIGHT_PRODUCER, MEDIA_FEATURES,
+    MM_EMBEDDINGS_PRODUCER, PREFIX_MATCH, TOKEN_PRODUCER, TOKENIZED_PROMPT, UNCACHED_TOKENS,
 };
 
 /// Producer that is made for a required key nobody publishes: (data type, producer name, plugin type).
 const DEFAULT_PRODUCERS: &[(&str, &str)] = &[
     (TOKENIZED_PROMPT, TOKEN_PRODUCER),
+    (MEDIA_FEATURES, TOKEN_PRODUCER),
     (PREFIX_MATCH, APPROX_PREFIX_PRODUCER),
     (IN_FLIGHT, IN_FLIGHT_PRODUCER),
     (UNCACHED_TOKENS, IN_FLIGHT_PRODUCER),
+    (ENCODER_CACHE_MATCH, MM_EMBEDDINGS_PRODUCER),
 ];
 
 impl Loader<'_> {

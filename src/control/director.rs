@@ -806,6 +806,9 @@ fn usage_format(payload: &Payload) -> Option<UsageFormat> {
         ApiKind::Raw => None,
         ApiKind::Messages => Some(UsageFormat::Anthropic),
         ApiKind::SglangGenerate => Some(UsageFormat::Sglang),
+        ApiKind::GrpcGenerate => Some(UsageFormat::VllmGenerate),
+        ApiKind::GrpcEmbed => Some(UsageFormat::VllmEmbed),
+        ApiKind::VertexAi => Some(UsageFormat::VertexAi),
         _ => Some(UsageFormat::OpenAi),
     }
 }

@@ -22,10 +22,9 @@ use crate::control::director::DirectorOptions;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::datalayer::EndpointStore;
 use crate::datalayer::pool_gauges::PoolGauges;
-use crate::extproc::proto::external_processor_server::ExternalProcessorServer;
 use crate::extproc::proto::health::health_server::HealthServer;
 use crate::extproc::server::{Routes, Server, ServerConfigs};
-use crate::extproc::service::Processor;
+use crate::extproc::service::{MessageLimits, Processor};
 use crate::extproc::stream::StreamSettings;
 use crate::plugin::{InFlightSlot, Plugin};
 use crate::telemetry::metrics::{ConfigReloads, ExtProcStreams, Metrics};
@@ -140,13 +139,13 @@ fn start_servers(
         .enable_grpc_stream_metrics
         .then(|| Arc::new(ExtProcStreams::default()));
     // A body may arrive as one message when a buffering filter stands before us.
-    let receive = options
-        .grpc_max_recv_msg_size
-        .unwrap_or(options.max_request_body_bytes + MESSAGE_OVERHEAD_BYTES);
-    let processor = ExternalProcessorServer::new(Processor::new(director, settings, streams))
-        .max_decoding_message_size(receive)
-        .max_encoding_message_size(options.grpc_max_send_msg_size.unwrap_or(usize::MAX))
-        .accept_compressed(tonic::codec::CompressionEncoding::Gzip);
+    let limits = MessageLimits {
+        receive: options
+            .grpc_max_recv_msg_size
+            .unwrap_or(options.max_request_body_bytes + MESSAGE_OVERHEAD_BYTES),
+        send: options.grpc_max_send_msg_size.unwrap_or(usize::MAX),
+    };
+    let processor = Processor::new(director, settings, limits, streams);
     let health_service = HealthServer::new(HealthService(Arc::clone(health)));
     let routes = Routes {
         processor,

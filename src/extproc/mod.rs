@@ -1,6 +1,6 @@
 //! Envoy's dialect: ext_proc messages in, ext_proc messages out.
 //!
-//! [`service`] is the gRPC face, [`stream`] the state machine of one HTTP request, [`mutation`] and
+//! [`service`] is the gRPC face over [`wire`], [`stream`] the state machine of one HTTP request, [`mutation`] and
 //! [`immediate`] build messages and decide nothing. What to answer is decided by
 //! [`crate::control::Director`]; this room knows no endpoints, plugins or prompts.
 
@@ -10,3 +10,4 @@ pub mod proto;
 pub mod server;
 pub mod service;
 pub mod stream;
+pub mod wire;

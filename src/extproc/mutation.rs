@@ -11,6 +11,7 @@ use super::proto::{
     BodyMutation, BodyResponse, CommonResponse, HeaderMutation, HeaderValue, HeaderValueOption,
     HeadersResponse, ProcessingResponse, StreamedBodyResponse, Struct, TrailersResponse, Value,
 };
+use super::wire::{Piece, Reply, Slices};
 
 /// Which half of the exchange a message belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,28 +123,38 @@ pub fn with_headers(
     }
 }
 
-/// Cuts `pieces` to at most `limit` bytes each and hands them to `emit` as full-duplex replies. The
+/// Groups `slices` into full-duplex replies of at most `limit` bytes and hands them to `emit`. The
 /// last one carries `end_of_stream`; an empty body yields one empty reply if it has to end.
 pub fn stream_pieces(
     direction: Direction,
-    pieces: impl IntoIterator<Item = Bytes>,
+    slices: impl IntoIterator<Item = Bytes>,
     limit: usize,
     end_of_stream: bool,
-    emit: &mut impl FnMut(ProcessingResponse),
+    emit: &mut impl FnMut(Reply),
 ) {
-    let mut held: Option<Bytes> = None;
-    for mut piece in pieces {
-        while !piece.is_empty() {
-            let cut = piece.split_to(piece.len().min(limit));
-            if let Some(previous) = held.replace(cut) {
-                emit(streamed_body(direction, previous, false));
+    let mut piece = |slices: Slices, end_of_stream| {
+        emit(Reply::Piece(Piece {
+            direction,
+            slices,
+            end_of_stream,
+            metadata: None,
+        }));
+    };
+    let mut group = Slices::new();
+    let mut room = limit;
+    for mut slice in slices {
+        while !slice.is_empty() {
+            if room == 0 {
+                piece(std::mem::take(&mut group), false);
+                room = limit;
             }
+            let cut = slice.split_to(slice.len().min(room));
+            room -= cut.len();
+            group.push(cut);
         }
     }
-    match held {
-        Some(last) => emit(streamed_body(direction, last, end_of_stream)),
-        None if end_of_stream => emit(streamed_body(direction, Bytes::new(), true)),
-        None => {}
+    if !group.is_empty() || end_of_stream {
+        piece(group, end_of_stream);
     }
 }
 
@@ -177,32 +188,30 @@ pub fn number_value(number: f64) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use super::super::wire::join;
     use super::*;
 
     fn cut(pieces: &[&'static [u8]], limit: usize, end: bool) -> Vec<(Bytes, bool)> {
         let mut out = Vec::new();
         let pieces = pieces.iter().map(|p| Bytes::from_static(p));
-        stream_pieces(Direction::Request, pieces, limit, end, &mut |message| {
-            let Some(Response::RequestBody(body)) = message.response else {
-                panic!("not a body")
+        stream_pieces(Direction::Request, pieces, limit, end, &mut |reply| {
+            let Reply::Piece(piece) = reply else {
+                panic!("not a piece: {reply:?}")
             };
-            let mutation = body.response.unwrap().body_mutation.unwrap().mutation;
-            let Some(Mutation::StreamedResponse(piece)) = mutation else {
-                panic!("not streamed")
-            };
-            out.push((piece.body, piece.end_of_stream));
+            assert!(piece.slices.iter().all(|slice| !slice.is_empty()));
+            out.push((join(&piece.slices), piece.end_of_stream));
         });
         out
     }
 
     #[test]
     fn only_the_last_piece_ends_the_stream() {
-        let out = cut(&[b"abcde", b"", b"fg"], 2, true);
+        let out = cut(&[b"abcde", b"", b"fgh"], 3, true);
         let texts: Vec<&[u8]> = out.iter().map(|(b, _)| b.as_ref()).collect();
-        assert_eq!(texts, [&b"ab"[..], b"cd", b"e", b"fg"]);
+        assert_eq!(texts, [&b"abc"[..], b"def", b"gh"]);
         assert_eq!(
             out.iter().map(|(_, end)| *end).collect::<Vec<_>>(),
-            [false, false, false, true]
+            [false, false, true]
         );
     }
 

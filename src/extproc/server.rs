@@ -6,12 +6,19 @@
 //! work-stealing runtime.
 
 use std::convert::Infallible;
+use std::io::IoSlice;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use bytes::Buf;
+use futures_util::TryFutureExt;
+use futures_util::future::{Either, MapOk};
 use http::{Request, Response};
+use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -23,8 +30,9 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::body::Body;
 use tower_service::Service;
+
+use super::service;
 
 /// Streams are requests in flight, so the limit is far above what one connection sees: Envoy opens a
 /// further connection at its own limit of 1,024.
@@ -63,13 +71,14 @@ pub struct ServerConfigs {
 
 impl Server {
     /// Binds and serves on threads of its own. `service` handles every request of every connection.
-    pub fn start<S>(config: &ServerConfigs, service: &S) -> std::io::Result<Self>
+    pub fn start<S, B>(config: &ServerConfigs, service: &S) -> std::io::Result<Self>
     where
-        S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
             + Clone
             + Send
             + 'static,
         S::Future: Send,
+        B: Served,
     {
         let listener = std::net::TcpListener::bind(config.address)?;
         listener.set_nonblocking(true)?;
@@ -188,15 +197,16 @@ struct Worker<S> {
     force: CancellationToken,
 }
 
-impl<S> Worker<S>
-where
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>
-        + Clone
-        + Send
-        + 'static,
-    S::Future: Send,
-{
-    async fn run(self, mut connections: mpsc::Receiver<TcpStream>) {
+impl<S> Worker<S> {
+    async fn run<B>(self, mut connections: mpsc::Receiver<TcpStream>)
+    where
+        S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
+            + Clone
+            + Send
+            + 'static,
+        S::Future: Send,
+        B: Served,
+    {
         let open = TaskTracker::new();
         loop {
             let stream = tokio::select! {
@@ -220,17 +230,18 @@ where
     }
 }
 
-async fn serve_connection<S>(
+async fn serve_connection<S, B>(
     stream: TcpStream,
     tls: Option<Arc<ServerConfig>>,
     service: S,
     shutdown: CancellationToken,
 ) where
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
         + Clone
         + Send
         + 'static,
     S::Future: Send,
+    B: Served,
 {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "connection lost before its first byte");
@@ -250,16 +261,17 @@ async fn serve_connection<S>(
     }
 }
 
-async fn serve_http2<S>(
+async fn serve_http2<S, B>(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     service: S,
     shutdown: CancellationToken,
 ) where
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>
+    S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
         + Clone
         + Send
         + 'static,
     S::Future: Send,
+    B: Served,
 {
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
@@ -283,6 +295,13 @@ async fn serve_http2<S>(
     }
 }
 
+/// A response body that can be served.
+pub trait Served: Body<Data: Send, Error: Into<BoxError>> + Send + 'static {}
+
+impl<B> Served for B where B: Body<Data: Send, Error: Into<BoxError>> + Send + 'static {}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
 /// Sends each request to the gRPC service its path names.
 #[derive(Debug, Clone)]
 pub struct Routes<P, H> {
@@ -292,32 +311,117 @@ pub struct Routes<P, H> {
     pub health: H,
 }
 
-impl<P, H> Service<Request<Incoming>> for Routes<P, H>
+impl<P, H, X, Y> Service<Request<Incoming>> for Routes<P, H>
 where
-    P: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>,
-    H: Service<Request<Incoming>, Response = Response<Body>, Error = Infallible>,
+    P: Service<Request<Incoming>, Response = Response<X>, Error = Infallible>,
+    H: Service<Request<Incoming>, Response = Response<Y>, Error = Infallible>,
 {
-    type Response = Response<Body>;
+    type Response = Response<EitherBody<X, Y>>;
     type Error = Infallible;
-    type Future = futures_util::future::Either<P::Future, H::Future>;
+    type Future = Either<
+        MapOk<P::Future, fn(Response<X>) -> Self::Response>,
+        MapOk<H::Future, fn(Response<Y>) -> Self::Response>,
+    >;
 
-    fn poll_ready(
-        &mut self,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Result<(), Infallible>> {
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         self.processor.poll_ready(cx)
     }
 
     /// An unknown path is left to the health service, which answers UNIMPLEMENTED.
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
-        if request
-            .uri()
-            .path()
-            .starts_with("/envoy.service.ext_proc.v3.ExternalProcessor/")
-        {
-            futures_util::future::Either::Left(self.processor.call(request))
+        if request.uri().path() == service::PATH {
+            Either::Left(
+                self.processor
+                    .call(request)
+                    .map_ok(|r| r.map(EitherBody::Left)),
+            )
         } else {
-            futures_util::future::Either::Right(self.health.call(request))
+            Either::Right(
+                self.health
+                    .call(request)
+                    .map_ok(|r| r.map(EitherBody::Right)),
+            )
+        }
+    }
+}
+
+/// The body of one of two services.
+#[derive(Debug)]
+pub enum EitherBody<X, Y> {
+    /// Of the first.
+    Left(X),
+    /// Of the second.
+    Right(Y),
+}
+
+impl<X, Y> Body for EitherBody<X, Y>
+where
+    X: Body<Error: Into<BoxError>> + Unpin,
+    Y: Body<Error: Into<BoxError>> + Unpin,
+{
+    type Data = EitherData<X::Data, Y::Data>;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, BoxError>>> {
+        let polled = match self.get_mut() {
+            Self::Left(body) => {
+                let frame = ready!(Pin::new(body).poll_frame(cx));
+                frame.map(|f| f.map(|f| f.map_data(EitherData::Left)).map_err(Into::into))
+            }
+            Self::Right(body) => {
+                let frame = ready!(Pin::new(body).poll_frame(cx));
+                frame.map(|f| f.map(|f| f.map_data(EitherData::Right)).map_err(Into::into))
+            }
+        };
+        Poll::Ready(polled)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Left(body) => body.is_end_stream(),
+            Self::Right(body) => body.is_end_stream(),
+        }
+    }
+}
+
+/// Data of one of two bodies.
+#[derive(Debug)]
+pub enum EitherData<X, Y> {
+    /// Of the first.
+    Left(X),
+    /// Of the second.
+    Right(Y),
+}
+
+impl<X: Buf, Y: Buf> Buf for EitherData<X, Y> {
+    fn remaining(&self) -> usize {
+        match self {
+            Self::Left(data) => data.remaining(),
+            Self::Right(data) => data.remaining(),
+        }
+    }
+
+    fn chunk(&self) -> &[u8] {
+        match self {
+            Self::Left(data) => data.chunk(),
+            Self::Right(data) => data.chunk(),
+        }
+    }
+
+    fn chunks_vectored<'a>(&'a self, out: &mut [IoSlice<'a>]) -> usize {
+        match self {
+            Self::Left(data) => data.chunks_vectored(out),
+            Self::Right(data) => data.chunks_vectored(out),
+        }
+    }
+
+    fn advance(&mut self, count: usize) {
+        match self {
+            Self::Left(data) => data.advance(count),
+            Self::Right(data) => data.advance(count),
         }
     }
 }

@@ -22,9 +22,10 @@ use super::proto::body_mutation::Mutation;
 use super::proto::processing_request::Request;
 use super::proto::value::Kind;
 use super::proto::{
-    BodySendMode, CommonResponse, HeaderMap, HttpBody, HttpHeaders, Metadata, ProcessingRequest,
-    ProcessingResponse, ProtocolConfiguration, Struct, Value,
+    BodySendMode, CommonResponse, HeaderMap, HttpHeaders, Metadata, ProtocolConfiguration, Struct,
+    Value,
 };
+use super::wire::{Incoming, Reply, Slices, join};
 use crate::control::{
     BodyKnowledge, Decision, Director, Intake, RequestError, Step, Subset, Waiting,
 };
@@ -119,7 +120,7 @@ pub struct Exchange {
     waiting: Option<Box<Waiting>>,
     account: Option<Accounting>,
     model_names: Option<ModelNameRewriter>,
-    out: VecDeque<ProcessingResponse>,
+    out: VecDeque<Reply>,
     closed: bool,
 }
 
@@ -148,7 +149,7 @@ impl Exchange {
     }
 
     /// The next reply, if one is ready.
-    pub fn pop(&mut self) -> Option<ProcessingResponse> {
+    pub fn pop(&mut self) -> Option<Reply> {
         self.out.pop_front()
     }
 
@@ -196,7 +197,8 @@ impl Exchange {
     }
 
     /// Handles one message. An error ends the RPC; Envoy then applies its failure mode.
-    pub fn on_message(&mut self, message: ProcessingRequest) -> Result<(), Status> {
+    pub fn on_message(&mut self, incoming: Incoming) -> Result<(), Status> {
+        let Incoming { message, body } = incoming;
         if self.phase == Phase::Start {
             if message.observability_mode {
                 self.phase = Phase::Passive;
@@ -211,14 +213,16 @@ impl Exchange {
             Some(Request::RequestHeaders(headers)) => {
                 self.on_request_headers(headers, metadata.as_ref())
             }
-            Some(Request::RequestBody(body)) => self.on_request_body(body, metadata.as_ref()),
+            Some(Request::RequestBody(piece)) => {
+                self.on_request_body(body, piece.end_of_stream, metadata.as_ref())
+            }
             Some(Request::RequestTrailers(_)) => self.on_request_trailers(metadata.as_ref()),
             Some(Request::ResponseHeaders(headers)) => {
                 self.on_response_headers(headers, metadata.as_ref(), &message.attributes);
                 Ok(())
             }
-            Some(Request::ResponseBody(body)) => {
-                self.on_response_body(body);
+            Some(Request::ResponseBody(piece)) => {
+                self.on_response_body(body, piece.end_of_stream);
                 Ok(())
             }
             Some(Request::ResponseTrailers(_)) => {
@@ -265,7 +269,7 @@ impl Exchange {
             BodySendMode::FullDuplexStreamed => {}
             BodySendMode::Streamed if self.headers_may_wait => {}
             BodySendMode::Buffered | BodySendMode::BufferedPartial => {
-                self.out.push_back(mutation::headers(
+                self.send(mutation::headers(
                     Direction::Request,
                     CommonResponse::default(),
                     None,
@@ -281,7 +285,8 @@ impl Exchange {
 
     fn on_request_body(
         &mut self,
-        message: HttpBody,
+        slices: Slices,
+        end_of_stream: bool,
         metadata: Option<&Metadata>,
     ) -> Result<(), Status> {
         match self.phase {
@@ -290,30 +295,33 @@ impl Exchange {
                     "request body arrived before its headers",
                 ));
             }
-            Phase::Undecided if self.waiting.is_some() => return self.hold_request_piece(&message),
+            Phase::Undecided if self.waiting.is_some() => {
+                return self.hold_request_piece(end_of_stream);
+            }
             Phase::Undecided => {}
             _ => {
-                self.pass_request_piece(message);
+                self.pass_request_piece(slices, end_of_stream);
                 return Ok(());
             }
         }
         self.read_subset(metadata);
-        if self.body.len() + message.body.len() > self.settings.max_body_bytes {
+        let received: usize = slices.iter().map(Bytes::len).sum();
+        if self.body.len() + received > self.settings.max_body_bytes {
             self.refuse_too_large();
             return Ok(());
         }
-        self.body.push(message.body);
+        slices.into_iter().for_each(|slice| self.body.push(slice));
         self.unanswered.pieces += 1;
-        self.request_ended = message.end_of_stream;
+        self.request_ended = end_of_stream;
         match self.request_mode {
             BodySendMode::Buffered => self.decide(BodyKnowledge::Complete),
             BodySendMode::BufferedPartial => self.decide(BodyKnowledge::MaybeCut),
             BodySendMode::Streamed
-                if !message.end_of_stream && self.body.len() >= STREAMED_DECISION_BYTES =>
+                if !end_of_stream && self.body.len() >= STREAMED_DECISION_BYTES =>
             {
                 self.decide(BodyKnowledge::Unseen);
             }
-            _ if message.end_of_stream => self.decide(BodyKnowledge::Complete),
+            _ if end_of_stream => self.decide(BodyKnowledge::Complete),
             _ => {}
         }
         Ok(())
@@ -333,31 +341,31 @@ impl Exchange {
         if self.waiting.is_some() {
             self.unanswered.trailers = true;
         } else if !self.closed {
-            self.out.push_back(mutation::trailers(Direction::Request));
+            self.send(mutation::trailers(Direction::Request));
         }
         Ok(())
     }
 
     /// A piece that arrives while the decision waits. Only STREAMED decides before the end of the
     /// body; there Envoy keeps the piece and wants nothing but a reply.
-    fn hold_request_piece(&mut self, message: &HttpBody) -> Result<(), Status> {
+    fn hold_request_piece(&mut self, end_of_stream: bool) -> Result<(), Status> {
         if self.request_mode == BodySendMode::FullDuplexStreamed {
             return Err(Status::invalid_argument(
                 "request body arrived after its end",
             ));
         }
         self.unanswered.pieces += 1;
-        self.request_ended |= message.end_of_stream;
+        self.request_ended |= end_of_stream;
         Ok(())
     }
 
     /// A piece that arrives after the decision goes back as it is.
-    fn pass_request_piece(&mut self, message: HttpBody) {
+    fn pass_request_piece(&mut self, slices: Slices, end_of_stream: bool) {
         match self.request_mode {
             BodySendMode::FullDuplexStreamed => {
-                self.stream_back(Direction::Request, [message.body], message.end_of_stream);
+                self.stream_back(Direction::Request, slices, end_of_stream);
             }
-            _ => self.out.push_back(mutation::body(
+            _ => self.send(mutation::body(
                 Direction::Request,
                 CommonResponse::default(),
                 None,
@@ -410,7 +418,7 @@ impl Exchange {
                     set.push(content_length(body.len()));
                 }
                 let common = mutation::with_headers(set, remove_headers, true);
-                self.out.push_back(mutation::headers(
+                self.send(mutation::headers(
                     Direction::Request,
                     common,
                     Some(metadata),
@@ -431,18 +439,17 @@ impl Exchange {
                     let whole = Bytes::from(body.copy_range(0..body.len()));
                     common.body_mutation = mutation::with_body(Mutation::Body(whole)).body_mutation;
                 }
-                self.out
-                    .push_back(mutation::body(Direction::Request, common, Some(metadata)));
+                self.send(mutation::body(Direction::Request, common, Some(metadata)));
             }
             _ => {
                 let common = mutation::with_headers(set, remove_headers, true);
-                self.out.push_back(mutation::headers(
+                self.send(mutation::headers(
                     Direction::Request,
                     common,
                     Some(metadata),
                 ));
                 for _ in 0..self.unanswered.pieces {
-                    self.out.push_back(mutation::body(
+                    self.send(mutation::body(
                         Direction::Request,
                         CommonResponse::default(),
                         None,
@@ -452,7 +459,7 @@ impl Exchange {
         }
         self.unanswered.pieces = 0;
         if std::mem::take(&mut self.unanswered.trailers) {
-            self.out.push_back(mutation::trailers(Direction::Request));
+            self.send(mutation::trailers(Direction::Request));
         }
         // Leaving is safe only once the whole request was given back and before the response starts.
         if skip_response && self.request_ended {
@@ -460,7 +467,9 @@ impl Exchange {
             self.closed = true;
             return;
         }
-        self.model_names = account.model_name_rewriter();
+        // A body that kept its model name gets that name back from the engine. In a gRPC response
+        // another name would also make the lengths around it wrong.
+        self.model_names = rewritten.then(|| account.model_name_rewriter()).flatten();
         self.account = Some(account);
     }
 
@@ -483,7 +492,7 @@ impl Exchange {
     }
 
     fn refuse(&mut self, error: &RequestError) {
-        self.out.push_back(immediate(error));
+        self.send(immediate(error));
         self.phase = Phase::Ended;
         self.closed = true;
         self.body = Body::default();
@@ -524,34 +533,30 @@ impl Exchange {
             );
         }
         let common = mutation::with_headers(set, Vec::new(), false);
-        self.out
-            .push_back(mutation::headers(Direction::Response, common, None));
+        self.send(mutation::headers(Direction::Response, common, None));
         self.phase = Phase::Responding;
         if message.end_of_stream {
             self.end_response();
         }
     }
 
-    fn on_response_body(&mut self, message: HttpBody) {
+    fn on_response_body(&mut self, slices: Slices, end_of_stream: bool) {
         if let Some(account) = &mut self.account {
-            account.on_response_piece(&message.body);
+            account.on_response_piece(&slices);
         }
         if self.response_mode == BodySendMode::FullDuplexStreamed {
             match &mut self.model_names {
-                None => {
-                    self.stream_back(Direction::Response, [message.body], message.end_of_stream);
-                }
+                None => self.stream_back(Direction::Response, slices, end_of_stream),
                 Some(rewriter) => {
-                    let pieces = rewriter.push(message.body, message.end_of_stream);
-                    self.stream_back(Direction::Response, pieces, message.end_of_stream);
+                    let pieces = rewriter.push(join(&slices), end_of_stream);
+                    self.stream_back(Direction::Response, pieces, end_of_stream);
                 }
             }
         } else {
-            let common = self.rewritten_piece(&message.body, message.end_of_stream);
-            self.out
-                .push_back(mutation::body(Direction::Response, common, None));
+            let common = self.rewritten_piece(&join(&slices), end_of_stream);
+            self.send(mutation::body(Direction::Response, common, None));
         }
-        if message.end_of_stream {
+        if end_of_stream {
             self.end_response();
         }
     }
@@ -584,7 +589,7 @@ impl Exchange {
             let rest = rewriter.push(Bytes::new(), true);
             self.stream_back(Direction::Response, rest, false);
         }
-        self.out.push_back(mutation::trailers(Direction::Response));
+        self.send(mutation::trailers(Direction::Response));
         self.end_response();
     }
 
@@ -594,12 +599,16 @@ impl Exchange {
         if let (Some(numbers), Some(last)) = (metadata, self.out.back_mut())
             && !numbers.is_empty()
         {
-            last.dynamic_metadata = Some(response_metadata(numbers));
+            last.set_metadata(response_metadata(numbers));
         }
         self.phase = Phase::Ended;
     }
 
     // -- shared -------------------------------------------------------------------------------
+
+    fn send(&mut self, reply: impl Into<Reply>) {
+        self.out.push_back(reply.into());
+    }
 
     fn stream_back(
         &mut self,

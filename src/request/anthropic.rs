@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use super::fields::{Common, raw_segment, text_of};
+use super::fields::{Common, Text, raw_segment, text_of};
 use super::keys::Key;
+use super::media::{image_base64, image_url};
 use super::scan::{Event, Step, Visitor, scan};
 use super::{ApiKind, AppProtocol, Body, ParseError, Parser, Payload, Prompt, Segment};
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
@@ -72,7 +73,15 @@ struct Reader<'a> {
     messages: Vec<Segment>,
     role: Option<Segment>,
     content: Vec<Segment>,
+    source: Source,
     count: u32,
+}
+
+/// The `source` object of an image while it is read.
+#[derive(Default)]
+struct Source {
+    url: Option<Text>,
+    data: Option<Text>,
 }
 
 impl<'a> Reader<'a> {
@@ -85,6 +94,7 @@ impl<'a> Reader<'a> {
             messages: Vec::new(),
             role: None,
             content: Vec::new(),
+            source: Source::default(),
             count: 0,
         }
     }
@@ -134,8 +144,23 @@ impl<'a> Reader<'a> {
 
     /// Text, thinking, tool use and tool results in the order of the body; images by hash.
     fn block(&mut self, path: &[Step], event: &Event<'_>) {
-        if let ([Step::Key(Key::Input)], Event::End(range)) = (path, event) {
-            self.content.push(raw_segment(range.clone()));
+        match (path, event) {
+            ([Step::Key(Key::Input)], Event::End(range)) => {
+                self.content.push(raw_segment(range.clone()));
+            }
+            (
+                [Step::Key(Key::Source)]
+                | [
+                    Step::Key(Key::Content),
+                    Step::Index(_),
+                    Step::Key(Key::Source),
+                ],
+                Event::End(_),
+            ) => {
+                let image = std::mem::take(&mut self.source).image(self.body);
+                self.content.extend(image);
+            }
+            _ => {}
         }
         let Some(text) = text_of(event) else { return };
         match path {
@@ -149,11 +174,32 @@ impl<'a> Reader<'a> {
                 Step::Index(_),
                 Step::Key(Key::Text),
             ] => self.content.push(text.segment()),
-            [.., Step::Key(Key::Source), Step::Key(Key::Data | Key::Url)] => {
-                self.content.push(text.media("image", self.body));
-            }
+            [Step::Key(Key::Source), Step::Key(field)]
+            | [
+                Step::Key(Key::Content),
+                Step::Index(_),
+                Step::Key(Key::Source),
+                Step::Key(field),
+            ] => match field {
+                Key::Url => self.source.url = Some(text),
+                Key::Data => self.source.data = Some(text),
+                _ => {}
+            },
             _ => {}
         }
+    }
+}
+
+impl Source {
+    /// The image by URL or, without one, by its data; an empty string is none.
+    fn image(self, body: &Body) -> Option<Segment> {
+        let given = |text: &Text| !text.range.is_empty();
+        let item = match (self.url.filter(given), self.data.filter(given)) {
+            (Some(url), _) => image_url(&url, body),
+            (None, Some(data)) => image_base64(&data, body),
+            (None, None) => return None,
+        };
+        Some(Segment::Media(item))
     }
 }
 
@@ -177,6 +223,7 @@ impl Visitor for Reader<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Extent;
     use super::super::text::{Piece, for_each_piece};
     use super::*;
 
@@ -201,6 +248,40 @@ mod tests {
         assert_eq!(out, "[0]suserqassistanttin{\"a\":1}useririmage");
         assert_eq!(payload.max_output_tokens, Some(9));
         assert!(payload.rewritable);
+    }
+
+    #[test]
+    fn an_image_is_its_url_or_its_data() {
+        let body = r#"{"messages":[{"role":"user","content":[
+            {"type":"image","source":{"type":"base64","media_type":"image/png","data":"iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJ"}},
+            {"type":"image","source":{"type":"url","url":"http://x/i.png","data":""}},
+            {"type":"image","source":{"type":"file","file_id":"f"}},
+            {"type":"tool_use","id":"i","name":"n","input":{"source":{"data":"no image"}}},
+            {"type":"tool_result","tool_use_id":"i","content":[{"type":"image","source":{"type":"url","url":"http://x/j.png"}}]}]}]}"#;
+        let payload = parse("/v1/messages", body).unwrap();
+        let Prompt::Text(segments) = &payload.prompts[0] else {
+            panic!("tokens")
+        };
+        let found: Vec<_> = segments
+            .iter()
+            .filter_map(|segment| match segment {
+                Segment::Media(item) => Some((item.hash, item.extent)),
+                Segment::Body { .. } => None,
+            })
+            .collect();
+        let hash = |text: &str| xxhash_rust::xxh64::xxh64(text.as_bytes(), 0);
+        let pixels = Extent::Pixels {
+            width: 64,
+            height: 64,
+        };
+        assert_eq!(
+            found,
+            [
+                (hash("iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJ"), pixels),
+                (hash("http://x/i.png"), Extent::Unknown),
+                (hash("http://x/j.png"), Extent::Unknown),
+            ]
+        );
     }
 
     #[test]

@@ -5,9 +5,10 @@ use std::ops::Range;
 use xxhash_rust::xxh64::Xxh64;
 
 use super::keys::Key;
+use super::media;
 use super::scan::{Event, Step};
 use super::text::decode_json_string;
-use super::{ApiKind, Body, MediaItem, ModelField, Payload, Prompt, Segment, TextEncoding};
+use super::{ApiKind, Body, Extent, MediaItem, ModelField, Payload, Prompt, Segment, TextEncoding};
 
 /// Longest model name or salt that is read, in bytes; a longer one counts as absent.
 const MAX_NAME_BYTES: usize = 4096;
@@ -54,13 +55,47 @@ impl Text {
     }
 
     /// As a media item of `modality`.
-    pub(super) fn media(&self, modality: &'static str, body: &Body) -> Segment {
-        Segment::Media(MediaItem {
+    pub(super) fn media(&self, modality: &'static str, extent: Extent, body: &Body) -> MediaItem {
+        MediaItem {
             modality,
             hash: self.hash(body),
             token_offset: None,
             tokens: None,
-        })
+            extent,
+        }
+    }
+}
+
+/// An `input_audio` object while it is read.
+#[derive(Debug, Default)]
+pub(super) struct Audio {
+    data: Option<Text>,
+    format_bytes: u64,
+}
+
+impl Audio {
+    /// Reads an event of the object, `path` being below it. At its end: where the data lie, and the
+    /// clip.
+    pub(super) fn visit(
+        &mut self,
+        path: &[Step],
+        event: &Event<'_>,
+        body: &Body,
+    ) -> Option<(Range<usize>, MediaItem)> {
+        match (path, event) {
+            ([Step::Key(Key::Data)], _) => self.data = text_of(event),
+            ([Step::Key(Key::Format)], _) => {
+                self.format_bytes =
+                    text_of(event).map_or(0, |text| media::decoded_len(&text, body));
+            }
+            ([], Event::End(_)) => {
+                let Self { data, format_bytes } = std::mem::take(self);
+                let data = data?;
+                return Some((data.range.clone(), media::audio(&data, format_bytes, body)));
+            }
+            _ => {}
+        }
+        None
     }
 }
 

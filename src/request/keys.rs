@@ -36,6 +36,7 @@ keys! {
     InputAudio = b"input_audio",
     Url = b"url",
     Data = b"data",
+    Format = b"format",
     Tools = b"tools",
     Prompt = b"prompt",
     Input = b"input",

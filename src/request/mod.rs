@@ -7,22 +7,27 @@
 pub mod anthropic;
 pub mod body;
 mod fields;
+pub mod grpc;
 pub mod headers;
 pub mod keys;
+mod media;
 pub mod openai;
 pub mod parsers;
 pub mod passthrough;
 pub mod payload;
+pub mod protobuf;
 pub mod rewrite;
 pub mod scan;
 pub mod sglang_http;
 pub mod text;
+pub mod vertexai;
+pub mod vllm_grpc;
 pub mod vllm_http;
 
 pub use body::Body;
 pub use headers::{Header, Headers};
 pub use payload::{
-    ApiKind, MediaItem, ModelField, ParseError, Payload, Prompt, Segment, TextEncoding,
+    ApiKind, Extent, MediaItem, ModelField, ParseError, Payload, Prompt, Segment, TextEncoding,
 };
 
 /// A parser turns the body of one API family into a [`Payload`]. Cost: one scan of the body.

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use super::fields::{Common, Text, raw_segment, text_of, token_id};
+use super::fields::{Audio, Common, Text, raw_segment, text_of, token_id};
 use super::keys::Key;
-use super::scan::{Event, Step, Visitor, scan};
-use super::{ApiKind, AppProtocol, Body, ParseError, Parser, Payload, Prompt, Segment};
+use super::media::{image_url, video_url};
+use super::scan::{Event, Step, Visitor, scan_range};
+use super::{ApiKind, AppProtocol, Body, MediaItem, ParseError, Parser, Payload, Prompt, Segment};
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
 
 /// Reads OpenAI bodies and their vLLM extensions. No parameters.
@@ -47,13 +48,21 @@ impl Parser for OpenAiParser {
     }
 
     fn parse(&self, path: &str, body: &Body) -> Result<Payload, ParseError> {
-        let api = api_of(path);
-        let mut reader = Reader::new(api, body);
-        scan(body, &mut reader).map_err(|error| {
-            ParseError::new(format!("error unmarshaling request bodyMap: {error}"))
-        })?;
-        reader.finish()
+        parse_range(api_of(path), body, 0..body.len())
     }
+}
+
+/// Reads the part of `body` at `range` as a request of `api`. Positions in the payload address the
+/// whole body.
+pub(super) fn parse_range(
+    api: ApiKind,
+    body: &Body,
+    range: Range<usize>,
+) -> Result<Payload, ParseError> {
+    let mut reader = Reader::new(api, body);
+    scan_range(body, range, &mut reader)
+        .map_err(|error| ParseError::new(format!("error unmarshaling request bodyMap: {error}")))?;
+    reader.finish()
 }
 
 /// The API by path, in the reference's order; anything else is read as completions.
@@ -79,6 +88,7 @@ struct Reader<'a> {
     tools: Option<Range<usize>>,
     instructions: Option<Segment>,
     raw_input: Option<Range<usize>>,
+    inline: Inline,
     messages: Messages,
     texts: Texts,
     items: u32,
@@ -102,6 +112,14 @@ struct Messages {
     segments: Vec<Segment>,
     role: Option<Segment>,
     content: Vec<Segment>,
+    audio: Audio,
+}
+
+/// Media inside a value that is otherwise taken as raw JSON: where each string lies, in order.
+#[derive(Default)]
+struct Inline {
+    items: Vec<(Range<usize>, MediaItem)>,
+    audio: Audio,
 }
 
 impl<'a> Reader<'a> {
@@ -113,6 +131,7 @@ impl<'a> Reader<'a> {
             tools: None,
             instructions: None,
             raw_input: None,
+            inline: Inline::default(),
             messages: Messages::default(),
             texts: Texts::default(),
             items: 0,
@@ -143,11 +162,13 @@ impl<'a> Reader<'a> {
                     .instructions
                     .into_iter()
                     .chain(tools)
-                    .chain([raw_segment(input)]);
+                    .chain(self.inline.cut(input));
                 vec![Prompt::Text(parts.collect())]
             }
             ApiKind::Conversations => match self.raw_input {
-                Some(items) if self.items > 0 => vec![Prompt::Text(vec![raw_segment(items)])],
+                Some(items) if self.items > 0 => {
+                    vec![Prompt::Text(self.inline.cut(items).collect())]
+                }
                 _ => return missing("conversations", "items"),
             },
             api => match self.texts.prompts() {
@@ -179,7 +200,8 @@ impl<'a> Reader<'a> {
 
     fn responses(&mut self, path: &[Step], event: &Event<'_>) {
         match path {
-            [Step::Key(Key::Input)] => self.raw_input = value_range(event, self.raw_input.take()),
+            [Step::Key(Key::Input)] => self.raw(event),
+            [Step::Key(Key::Input), part @ ..] => self.inline.visit(part, event, self.body),
             [Step::Key(Key::Instructions)] => {
                 if let Some(text) = text_of(event) {
                     self.instructions = Some(text.segment());
@@ -191,13 +213,23 @@ impl<'a> Reader<'a> {
 
     fn conversations(&mut self, path: &[Step], event: &Event<'_>) {
         match (path, event) {
-            ([Step::Key(Key::Items)], Event::ArrayStart) => self.items = 0,
-            ([Step::Key(Key::Items)], _) => {
-                self.raw_input = value_range(event, self.raw_input.take());
+            ([Step::Key(Key::Items)], Event::ArrayStart) => {
+                self.items = 0;
+                self.raw(event);
             }
+            ([Step::Key(Key::Items)], _) => self.raw(event),
             ([Step::Key(Key::Items), Step::Index(_)], Event::ObjectStart) => self.items += 1,
+            ([Step::Key(Key::Items), part @ ..], _) => self.inline.visit(part, event, self.body),
             _ => {}
         }
+    }
+
+    /// The value whose raw JSON is the prompt begins or ends; of duplicate keys the last counts.
+    fn raw(&mut self, event: &Event<'_>) {
+        if !matches!(event, Event::End(_)) {
+            self.inline = Inline::default();
+        }
+        self.raw_input = value_range(event, self.raw_input.take());
     }
 }
 
@@ -213,6 +245,36 @@ impl Visitor for Reader<'_> {
             ApiKind::Embeddings => self.texts.visit(path, &event, Key::Input),
             _ => self.texts.visit(path, &event, Key::Prompt),
         }
+    }
+}
+
+impl Inline {
+    /// `input_image` and `input_audio` parts, wherever an item carries them.
+    fn visit(&mut self, path: &[Step], event: &Event<'_>, body: &Body) {
+        let found = match path {
+            [.., Step::Key(Key::ImageUrl)] => text_of(event).map(|url| {
+                let item = image_url(&url, body);
+                (url.range, item)
+            }),
+            [.., Step::Key(Key::InputAudio)] => self.audio.visit(&[], event, body),
+            [.., Step::Key(Key::InputAudio), field] => {
+                self.audio.visit(std::slice::from_ref(field), event, body)
+            }
+            _ => None,
+        };
+        self.items.extend(found);
+    }
+
+    /// The raw JSON of `value` with the media in place of their strings.
+    fn cut(self, value: Range<usize>) -> impl Iterator<Item = Segment> {
+        let mut from = value.start;
+        let rest = self.items.last().map_or(from, |(range, _)| range.end);
+        let parts = self.items.into_iter().flat_map(move |(range, item)| {
+            let before = raw_segment(from..range.start);
+            from = range.end;
+            [before, Segment::Media(item)]
+        });
+        parts.chain([raw_segment(rest..value.end)])
     }
 }
 
@@ -315,16 +377,24 @@ impl Messages {
                 Step::Index(_),
                 block @ ..,
             ] => {
+                if let [Step::Key(Key::InputAudio), rest @ ..] = block {
+                    let clip = self.audio.visit(rest, event, body);
+                    self.content
+                        .extend(clip.map(|(_, item)| Segment::Media(item)));
+                    return;
+                }
                 let Some(text) = text_of(event) else { return };
-                let media = match block {
-                    [Step::Key(Key::Text)] => return self.content.push(text.segment()),
+                self.content.push(match block {
+                    [Step::Key(Key::Text)] => text.segment(),
                     [Step::Key(Key::ImageUrl)]
-                    | [Step::Key(Key::ImageUrl), Step::Key(Key::Url)] => "image",
-                    [Step::Key(Key::VideoUrl), Step::Key(Key::Url)] => "video",
-                    [Step::Key(Key::InputAudio), Step::Key(Key::Data)] => "audio",
+                    | [Step::Key(Key::ImageUrl), Step::Key(Key::Url)] => {
+                        Segment::Media(image_url(&text, body))
+                    }
+                    [Step::Key(Key::VideoUrl), Step::Key(Key::Url)] => {
+                        Segment::Media(video_url(&text, body))
+                    }
                     _ => return,
-                };
-                self.content.push(text.media(media, body));
+                });
             }
             _ => {}
         }
@@ -333,6 +403,7 @@ impl Messages {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Extent;
     use super::super::text::Piece;
     use super::super::text::for_each_piece;
     use super::*;
@@ -372,6 +443,80 @@ mod tests {
         assert!(payload.stream && payload.rewritable);
         assert_eq!(payload.max_output_tokens, Some(7));
         assert_eq!(payload.cache_salt.as_deref(), Some("s"));
+    }
+
+    /// The media of the only prompt, with their extents.
+    fn media(payload: &Payload) -> Vec<(&'static str, Extent)> {
+        let Prompt::Text(segments) = &payload.prompts[0] else {
+            panic!("token prompt")
+        };
+        let items = segments.iter().filter_map(|segment| match segment {
+            Segment::Media(item) => Some((item.modality, item.extent)),
+            Segment::Body { .. } => None,
+        });
+        items.collect()
+    }
+
+    /// The header of a 64 x 64 PNG.
+    const PNG: &str = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJ";
+
+    #[test]
+    fn chat_media_tell_what_they_can() {
+        let body = format!(
+            r#"{{"messages":[{{"role":"user","content":[
+                {{"type":"image_url","image_url":{{"url":"data:image/png;base64,{PNG}","detail":"low"}}}},
+                {{"type":"image_url","image_url":"http://x/i.png"}},
+                {{"type":"video_url","video_url":{{"url":"http://x/v.mp4"}}}},
+                {{"type":"input_audio","input_audio":{{"format":"mp3","data":"abcd"}}}},
+                {{"type":"input_audio","input_audio":{{"format":"mp3"}}}},
+                {{"type":"input_audio","input_audio":{{"data":"abcd"}}}}]}}]}}"#
+        );
+        let payload = parse("/v1/chat/completions", &body).unwrap();
+        let pixels = Extent::Pixels {
+            width: 64,
+            height: 64,
+        };
+        assert_eq!(
+            media(&payload),
+            [
+                ("image", pixels),
+                ("image", Extent::Unknown),
+                ("video", Extent::Unknown),
+                ("audio", Extent::Bytes(7)),
+                ("audio", Extent::Bytes(4)),
+            ]
+        );
+    }
+
+    #[test]
+    fn media_of_responses_stand_in_the_raw_input() {
+        let body = format!(
+            r#"{{"input":[{{"role":"user","content":[{{"type":"input_text","text":"a"}},{{"type":"input_image","image_url":"data:image/png;base64,{PNG}"}},{{"type":"input_audio","input_audio":{{"data":"AA","format":"wav"}}}}]}}]}}"#
+        );
+        let payload = parse("/v1/responses", &body).unwrap();
+        assert_eq!(
+            text(&payload, &body),
+            r#"[{"role":"user","content":[{"type":"input_text","text":"a"},{"type":"input_image","image_url":"<image>"},{"type":"input_audio","input_audio":{"data":"<audio>","format":"wav"}}]}]|"#
+        );
+        let pixels = Extent::Pixels {
+            width: 64,
+            height: 64,
+        };
+        assert_eq!(
+            media(&payload),
+            [("image", pixels), ("audio", Extent::Bytes(5))]
+        );
+        let body =
+            r#"{"items":[{"type":"message","content":[{"type":"input_image","image_url":"u"}]}]}"#;
+        let payload = parse("/v1/conversations", body).unwrap();
+        assert_eq!(media(&payload), [("image", Extent::Unknown)]);
+    }
+
+    #[test]
+    fn media_of_an_input_that_was_replaced_do_not_count() {
+        let body = r#"{"input":[{"image_url":"u"}],"input":"x"}"#;
+        let payload = parse("/v1/responses", body).unwrap();
+        assert_eq!(text(&payload, body), "\"x\"|");
     }
 
     #[test]

@@ -23,6 +23,12 @@ pub enum ApiKind {
     VllmGenerate,
     /// SGLang `/generate`.
     SglangGenerate,
+    /// vLLM gRPC `VllmEngine/Generate`.
+    GrpcGenerate,
+    /// vLLM gRPC `VllmEngine/Embed`.
+    GrpcEmbed,
+    /// Vertex AI gRPC: an OpenAI body inside a message.
+    VertexAi,
     /// Bytes that are forwarded without being read.
     Raw,
 }
@@ -124,6 +130,25 @@ pub struct MediaItem {
     pub token_offset: Option<u32>,
     /// Placeholder length in tokens, when the client gave one.
     pub tokens: Option<u32>,
+    /// What the body tells of the item's size.
+    pub extent: Extent,
+}
+
+/// How large a media item is, as far as its own bytes in the body tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Extent {
+    /// Nothing: it lies behind a URL, or nothing of its kind is read.
+    #[default]
+    Unknown,
+    /// Size of an image sent inline; both are above 0.
+    Pixels {
+        /// Columns.
+        width: u32,
+        /// Rows.
+        height: u32,
+    },
+    /// Bytes of audio as sent: data in base64 and the name of its format.
+    Bytes(u64),
 }
 
 /// Why a body was refused. The text reaches the client behind `inference error: BadRequest - `.

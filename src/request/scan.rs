@@ -82,9 +82,22 @@ pub enum ScanError {
 
 /// Scans a whole body whose root must be an object.
 pub fn scan(body: &Body, visitor: &mut impl Visitor) -> Result<(), ScanError> {
-    let mut scanner = Scanner::default();
-    for piece in body.pieces() {
-        scanner.feed(piece, visitor)?;
+    scan_range(body, 0..body.len(), visitor)
+}
+
+/// Scans the part of a body at `range`, whose root must be an object. Reported ranges address the
+/// whole body.
+pub fn scan_range(
+    body: &Body,
+    range: Range<usize>,
+    visitor: &mut impl Visitor,
+) -> Result<(), ScanError> {
+    let mut scanner = Scanner {
+        base: range.start,
+        ..Scanner::default()
+    };
+    for slice in body.slices(range) {
+        scanner.feed(slice, visitor)?;
     }
     scanner.finish()
 }
@@ -488,6 +501,29 @@ mod tests {
                 "[] End(0..43)",
             ]
         );
+    }
+
+    #[test]
+    fn a_range_is_scanned_with_the_bodys_offsets() {
+        // The object lies at 3..14, over three pieces.
+        let body: Body = ["\u{1}{x{", r#""model":"#, "1}{"]
+            .into_iter()
+            .map(Bytes::from)
+            .collect();
+        let mut log = Log::default();
+        scan_range(&body, 3..14, &mut log).unwrap();
+        assert_eq!(
+            log.0,
+            [
+                "[] ObjectStart",
+                "[Key(Model)] Scalar([49])",
+                "[] End(3..14)"
+            ]
+        );
+        let error = scan_range(&body, 3..12, &mut Log::default());
+        assert_eq!(error, Err(ScanError::Truncated));
+        let error = scan_range(&body, 0..14, &mut Log::default());
+        assert_eq!(error, Err(ScanError::NotAnObject));
     }
 
     #[test]

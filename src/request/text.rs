@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use super::{Body, Prompt, Segment, TextEncoding};
+use super::{Body, MediaItem, Prompt, Segment, TextEncoding};
 
 /// UTF-8 bytes that count as one token where no tokenizer is asked.
 pub const BYTES_PER_TOKEN: u64 = 4;
-/// Tokens of an image that names no size: 640 x 360 pixels, 1024 pixels a token.
-pub const DEFAULT_IMAGE_TOKENS: u64 = 640 * 360 / 1024;
+/// Tokens of a media item that nobody estimated: an image of 640 x 360 pixels, 1024 pixels a token.
+pub const DEFAULT_IMAGE_TOKENS: u32 = 640 * 360 / 1024;
 
 /// Decodes the inside of a JSON string. Bytes that are not UTF-8 become U+FFFD.
 pub fn decode_json_string(inside: &[u8], escaped: bool) -> String {
@@ -46,7 +46,7 @@ pub enum Piece<'a> {
     /// Decoded text.
     Text(&'a [u8]),
     /// A media item.
-    Media(&'a super::MediaItem),
+    Media(&'a MediaItem),
 }
 
 /// Hands the decoded content of a text prompt to `f`.
@@ -64,35 +64,40 @@ pub fn for_each_piece(segments: &[Segment], body: &Body, f: &mut impl FnMut(Piec
     }
 }
 
-/// Tokens of a prompt: its ids, or one per four decoded bytes (rounded up) and its media.
-pub fn token_count(prompt: &Prompt, body: &Body) -> u64 {
-    match prompt {
-        Prompt::Tokens { ids, .. } => ids.len() as u64,
-        Prompt::Text(segments) => {
-            let mut tokens = 0;
-            let mut bytes = 0u64;
-            for segment in segments {
-                match segment {
-                    Segment::Body {
-                        range,
-                        encoding: TextEncoding::Verbatim,
-                    } => bytes += range.len() as u64,
-                    Segment::Body { range, .. } => {
-                        for_each_decoded(body, range.clone(), true, &mut |b| {
-                            bytes += b.len() as u64;
-                        });
-                    }
-                    Segment::Media(item) => {
-                        // Media begin at a token border.
-                        tokens += bytes.div_ceil(BYTES_PER_TOKEN);
-                        bytes = 0;
-                        tokens += item.tokens.map_or(DEFAULT_IMAGE_TOKENS, u64::from);
-                    }
-                }
+/// Tokens of a prompt: its ids, or one per four decoded bytes (rounded up) and its media. `media` is
+/// asked for the tokens of each item of a text, and told at which token the item begins; the media of
+/// a token prompt are part of its ids.
+pub fn token_count(
+    prompt: &Prompt,
+    body: &Body,
+    media: &mut impl FnMut(&MediaItem, u64) -> u64,
+) -> u64 {
+    let segments = match prompt {
+        Prompt::Tokens { ids, .. } => return ids.len() as u64,
+        Prompt::Text(segments) => segments,
+    };
+    let mut tokens = 0;
+    let mut bytes = 0u64;
+    for segment in segments {
+        match segment {
+            Segment::Body {
+                range,
+                encoding: TextEncoding::Verbatim,
+            } => bytes += range.len() as u64,
+            Segment::Body { range, .. } => {
+                for_each_decoded(body, range.clone(), true, &mut |b| {
+                    bytes += b.len() as u64;
+                });
             }
-            tokens + bytes.div_ceil(BYTES_PER_TOKEN)
+            Segment::Media(item) => {
+                // Media begin at a token border.
+                tokens += bytes.div_ceil(BYTES_PER_TOKEN);
+                bytes = 0;
+                tokens += media(item, tokens);
+            }
         }
     }
+    tokens + bytes.div_ceil(BYTES_PER_TOKEN)
 }
 
 /// JSON string unescaping over pieces. The scanner has checked the syntax; what still cannot be
@@ -235,22 +240,31 @@ mod tests {
 
     #[test]
     fn tokens_are_four_decoded_bytes_each() {
-        // `a\nb` decodes to 3 bytes, `cde` is 3 more: 6 bytes are 2 tokens; the image adds 225.
+        // `a\nb` decodes to 3 bytes, `cde` is 3 more: 6 bytes are 2 tokens; an image of 7 tokens
+        // begins behind 1 token and leaves 3 bytes, which are another.
         let body = Body::from(r"a\nbcde");
         let text = |range, encoding| Segment::Body { range, encoding };
         let escaped = text(0..4, TextEncoding::JsonEscaped);
         let plain = text(4..7, TextEncoding::Verbatim);
-        let image = super::super::MediaItem {
+        let image = MediaItem {
             modality: "image",
             hash: 1,
             token_offset: None,
             tokens: None,
+            extent: crate::request::Extent::Unknown,
         };
-        let count = |segments| token_count(&Prompt::Text(segments), &body);
-        assert_eq!(count(vec![escaped.clone(), plain.clone()]), 2);
+        let count = |segments| {
+            let mut offsets = Vec::new();
+            let tokens = token_count(&Prompt::Text(segments), &body, &mut |_, at| {
+                offsets.push(at);
+                7
+            });
+            (tokens, offsets)
+        };
+        assert_eq!(count(vec![escaped.clone(), plain.clone()]), (2, vec![]));
         assert_eq!(
             count(vec![escaped, Segment::Media(image), plain]),
-            1 + 225 + 1
+            (1 + 7 + 1, vec![1])
         );
     }
 

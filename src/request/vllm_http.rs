@@ -5,11 +5,11 @@ use xxhash_rust::xxh64::xxh64;
 use super::fields::{Common, text_of, token_id, whole_number};
 use super::keys::Key;
 use super::scan::{Event, Step, Visitor, scan};
-use super::{ApiKind, AppProtocol, Body, MediaItem, ParseError, Parser, Payload, Prompt};
+use super::{ApiKind, AppProtocol, Body, Extent, MediaItem, ParseError, Parser, Payload, Prompt};
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
 
 /// Media items that are read of one request; further ones are ignored.
-const MAX_MEDIA: usize = 4096;
+pub(super) const MAX_MEDIA: usize = 4096;
 
 /// Reads pre-tokenized vLLM bodies. No parameters.
 #[derive(Debug, Default)]
@@ -138,6 +138,7 @@ impl Features {
                     hash: text.read(body).map_or(0, |hash| xxh64(hash.as_bytes(), 0)),
                     token_offset: place.and_then(|p| p.1),
                     tokens: place.and_then(|p| p.2),
+                    extent: Extent::Unknown,
                 });
             }
         }

@@ -141,9 +141,9 @@ impl Accounting {
         set
     }
 
-    /// A piece of the response body arrived.
-    pub fn on_response_piece(&mut self, piece: &[u8]) {
-        if piece.is_empty() {
+    /// A piece of the response body arrived, in slices none of which is empty.
+    pub fn on_response_piece(&mut self, slices: &[Bytes]) {
+        if slices.is_empty() {
             return;
         }
         let now = Instant::now();
@@ -160,9 +160,11 @@ impl Accounting {
             _ => {}
         }
         self.last_piece_at = Some(now);
-        self.response_bytes += piece.len() as u64;
-        if let Some(reader) = &mut self.reader {
-            reader.on_chunk(piece);
+        for slice in slices {
+            self.response_bytes += slice.len() as u64;
+            if let Some(reader) = &mut self.reader {
+                reader.on_chunk(slice);
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 //! decision to its end.
 
 pub mod accounting;
+mod grpc;
 pub mod hooks;
 pub mod model_name;
 pub mod sse;

@@ -3,6 +3,7 @@
 use memchr::memmem;
 use serde::{Deserialize, Deserializer};
 
+use super::grpc::{Method, VllmUsage, WrappedUsage};
 use super::sse::Lines;
 
 /// Bytes kept of the end of a non-streaming body. Engines write `usage` behind the choices, so it is
@@ -18,6 +19,12 @@ pub enum UsageFormat {
     Anthropic,
     /// `meta_info`, in a stream only once `finish_reason` is set.
     Sglang,
+    /// Counts in the gRPC messages of vLLM's `Generate`.
+    VllmGenerate,
+    /// Counts in the gRPC message of vLLM's `Embed`.
+    VllmEmbed,
+    /// An OpenAI body, JSON or event stream, in gRPC messages.
+    VertexAi,
 }
 
 /// Token counts of one response.
@@ -36,27 +43,30 @@ pub struct Usage {
 /// Reads the usage of one response while it passes.
 #[derive(Debug)]
 pub struct ResponseReader {
-    format: UsageFormat,
     source: Source,
     usage: Option<Usage>,
 }
 
 #[derive(Debug)]
 enum Source {
-    Stream(Lines),
-    Tail(Vec<u8>),
+    Text(TextUsage),
+    Vllm(VllmUsage),
+    Wrapped(WrappedUsage),
 }
 
 impl ResponseReader {
     /// A reader for `format`; `streaming` when the body is an event stream.
     pub fn new(format: UsageFormat, streaming: bool) -> Self {
-        let source = if streaming {
-            Source::Stream(Lines::default())
-        } else {
-            Source::Tail(Vec::new())
+        let text = |dialect| Source::Text(TextUsage::new(dialect, streaming));
+        let source = match format {
+            UsageFormat::OpenAi => text(Dialect::OpenAi),
+            UsageFormat::Anthropic => text(Dialect::Anthropic),
+            UsageFormat::Sglang => text(Dialect::Sglang),
+            UsageFormat::VllmGenerate => Source::Vllm(VllmUsage::new(Method::Generate)),
+            UsageFormat::VllmEmbed => Source::Vllm(VllmUsage::new(Method::Embed)),
+            UsageFormat::VertexAi => Source::Wrapped(WrappedUsage::default()),
         };
         Self {
-            format,
             source,
             usage: None,
         }
@@ -64,31 +74,79 @@ impl ResponseReader {
 
     /// Looks at one piece of the body.
     pub fn on_chunk(&mut self, piece: &[u8]) {
-        let Self {
-            format,
-            source,
-            usage,
-        } = self;
+        let Self { source, usage } = self;
         match source {
-            Source::Stream(lines) => lines.push(piece, format.marker(), &mut |line| {
-                format.read_line(line, usage);
-            }),
-            Source::Tail(tail) => keep_tail(tail, piece),
+            Source::Text(text) => text.push(piece, usage),
+            Source::Vllm(messages) => messages.push(piece, usage),
+            Source::Wrapped(messages) => messages.push(piece, usage),
         }
     }
 
     /// The usage, once the body ended.
     pub fn finish(&mut self) -> Option<Usage> {
-        let Self {
-            format,
-            source,
-            usage,
-        } = self;
+        let Self { source, usage } = self;
         match source {
-            Source::Stream(lines) => lines.finish(&mut |line| format.read_line(line, usage)),
-            Source::Tail(tail) => format.read_tail(tail, usage),
+            Source::Text(text) => text.finish(usage),
+            Source::Vllm(_) => {}
+            Source::Wrapped(messages) => messages.finish(usage),
         }
         *usage
+    }
+}
+
+/// How a text body writes usage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Dialect {
+    /// As [`UsageFormat::OpenAi`].
+    OpenAi,
+    /// As [`UsageFormat::Anthropic`].
+    Anthropic,
+    /// As [`UsageFormat::Sglang`].
+    Sglang,
+}
+
+/// Reads usage out of JSON or an event stream.
+#[derive(Debug)]
+pub(super) struct TextUsage {
+    dialect: Dialect,
+    text: Text,
+}
+
+#[derive(Debug)]
+enum Text {
+    Stream(Lines),
+    Tail(Vec<u8>),
+}
+
+impl TextUsage {
+    /// `streaming` when the text is an event stream.
+    pub(super) fn new(dialect: Dialect, streaming: bool) -> Self {
+        let text = if streaming {
+            Text::Stream(Lines::default())
+        } else {
+            Text::Tail(Vec::new())
+        };
+        Self { dialect, text }
+    }
+
+    /// Looks at one piece of the text.
+    pub(super) fn push(&mut self, piece: &[u8], usage: &mut Option<Usage>) {
+        let Self { dialect, text } = self;
+        match text {
+            Text::Stream(lines) => lines.push(piece, dialect.marker(), &mut |line| {
+                dialect.read_line(line, usage);
+            }),
+            Text::Tail(tail) => keep_tail(tail, piece),
+        }
+    }
+
+    /// The text ended.
+    pub(super) fn finish(&mut self, usage: &mut Option<Usage>) {
+        let Self { dialect, text } = self;
+        match text {
+            Text::Stream(lines) => lines.finish(&mut |line| dialect.read_line(line, usage)),
+            Text::Tail(tail) => dialect.read_tail(tail, usage),
+        }
     }
 }
 
@@ -106,7 +164,7 @@ fn keep_tail(tail: &mut Vec<u8>, piece: &[u8]) {
     tail.extend_from_slice(keep);
 }
 
-impl UsageFormat {
+impl Dialect {
     /// What a line or body with usage contains.
     fn marker(self) -> &'static [u8] {
         match self {
@@ -169,9 +227,10 @@ struct Nested {
     usage: Option<Block>,
 }
 
+/// One report of usage.
 #[derive(Deserialize, Default)]
 #[serde(default)]
-struct Block {
+pub(super) struct Block {
     #[serde(alias = "input_tokens", deserialize_with = "lenient")]
     prompt_tokens: u64,
     #[serde(alias = "output_tokens", deserialize_with = "lenient")]
@@ -206,8 +265,18 @@ fn lenient_option<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u
 }
 
 impl Block {
+    /// A report without a total.
+    pub(super) fn of_counts(prompt: u64, completion: u64, cached: Option<u64>) -> Self {
+        Self {
+            prompt_tokens: prompt,
+            completion_tokens: completion,
+            cached_tokens: cached,
+            ..Self::default()
+        }
+    }
+
     /// Non-zero fields overwrite what earlier blocks said.
-    fn merge_into(self, usage: &mut Option<Usage>) {
+    pub(super) fn merge_into(self, usage: &mut Option<Usage>) {
         let all = usage.get_or_insert_with(Usage::default);
         if self.prompt_tokens > 0 {
             all.prompt_tokens = self.prompt_tokens;
@@ -219,7 +288,7 @@ impl Block {
         all.total_tokens = if both {
             self.total_tokens
         } else {
-            all.prompt_tokens + all.completion_tokens
+            all.prompt_tokens.saturating_add(all.completion_tokens)
         };
         let cached = self
             .prompt_tokens_details
@@ -356,7 +425,11 @@ mod tests {
         let mut reader = ResponseReader::new(UsageFormat::OpenAi, false);
         for piece in body.chunks(1000) {
             reader.on_chunk(piece);
-            let Source::Tail(tail) = &reader.source else {
+            let Source::Text(TextUsage {
+                text: Text::Tail(tail),
+                ..
+            }) = &reader.source
+            else {
                 panic!("streaming")
             };
             assert!(tail.len() <= 2 * TAIL_BYTES);
@@ -382,7 +455,7 @@ mod tests {
         #[test]
         fn garbage_never_panics(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..64), 0..6)) {
             let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
-            for format in [UsageFormat::OpenAi, UsageFormat::Anthropic, UsageFormat::Sglang] {
+            for format in [UsageFormat::OpenAi, UsageFormat::Anthropic, UsageFormat::Sglang, UsageFormat::VllmGenerate, UsageFormat::VllmEmbed, UsageFormat::VertexAi] {
                 read(format, true, &pieces);
                 read(format, false, &pieces);
             }

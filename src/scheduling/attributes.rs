@@ -8,6 +8,11 @@ pub const UNCACHED_TOKENS: &str = "UncachedRequestTokensDataKey";
 pub const IN_FLIGHT: &str = "InFlightLoadDataKey";
 /// Prompt tokens of the request, one value for each prompt: `u64`.
 pub const TOKENIZED_PROMPT: &str = "TokenizedPrompt";
+/// Media of the request's prompts in order: [`MediaFeature`]. Published beside [`TOKENIZED_PROMPT`],
+/// and only when there are any: a request without media leaves the column unwritten.
+pub const MEDIA_FEATURES: &str = "TokenizedPrompt.features";
+/// How much of the request's media an endpoint has encoded: [`EncoderCacheMatch`].
+pub const ENCODER_CACHE_MATCH: &str = "MultiModalEncoderCacheMatchInfoKey";
 
 /// Who the calling agent is, one value: `String`. Used as fairness id.
 pub const AGENT_IDENTITY: &str = "agent-identity";
@@ -20,6 +25,8 @@ pub const APPROX_PREFIX_PRODUCER: &str = "approx-prefix-cache-producer";
 pub const IN_FLIGHT_PRODUCER: &str = "inflight-load-producer";
 /// See [`APPROX_PREFIX_PRODUCER`].
 pub const TOKEN_PRODUCER: &str = "token-producer";
+/// See [`APPROX_PREFIX_PRODUCER`].
+pub const MM_EMBEDDINGS_PRODUCER: &str = "mm-embeddings-cache-producer";
 /// Publishes the scraped core metrics under its type name, whatever the instance is called.
 pub use crate::datalayer::attributes::CORE_METRICS_PRODUCER;
 
@@ -41,6 +48,46 @@ impl PrefixMatch {
             0.0
         } else {
             f64::from(self.matched_blocks) / f64::from(self.total_blocks)
+        }
+    }
+}
+
+/// An image, video or audio clip of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MediaFeature {
+    /// Position of its prompt in the request.
+    pub prompt: u32,
+    /// `image`, `video` or `audio`.
+    pub modality: &'static str,
+    /// Equal for equal content; see [`crate::request::MediaItem::hash`].
+    pub hash: u64,
+    /// Token of the prompt at which its placeholders begin.
+    pub offset: u32,
+    /// Placeholder tokens, at least 1.
+    pub tokens: u32,
+}
+
+/// How much of the request's distinct media items an endpoint has encoded before. Sizes are in
+/// placeholder tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EncoderCacheMatch {
+    /// Items the endpoint was sent before.
+    pub matched_items: u32,
+    /// Items of the request.
+    pub request_items: u32,
+    /// Size of the matched items.
+    pub matched_size: u64,
+    /// Size of all items.
+    pub request_size: u64,
+}
+
+impl EncoderCacheMatch {
+    /// Share of the request's media, by size, that is held, `0..=1`; 0 without any.
+    pub fn ratio(&self) -> f64 {
+        if self.request_size == 0 {
+            0.0
+        } else {
+            self.matched_size as f64 / self.request_size as f64
         }
     }
 }

@@ -14,7 +14,8 @@ use crate::plugin::{
 };
 use crate::request::InferenceRequest;
 use crate::scheduling::attributes::{
-    APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_PRODUCER, TOKENIZED_PROMPT,
+    APPROX_PREFIX_PRODUCER, MEDIA_FEATURES, MediaFeature, PREFIX_MATCH, PrefixMatch,
+    TOKEN_PRODUCER, TOKENIZED_PROMPT,
 };
 use crate::scheduling::{
     Candidate, Cycle, DataProducer, Outcome, PreRequest, ProducerError, SchedulingResult,
@@ -40,6 +41,7 @@ pub struct ApproxPrefixProducer {
     /// Cap in tokens, or in blocks when only the deprecated parameter is set.
     cap: Cap,
     capacity: u32,
+    media: Column<MediaFeature>,
     matches: Column<PrefixMatch>,
     chain: Column<Chain>,
     size: Pair<Gauge>,
@@ -147,6 +149,7 @@ impl Plugin for ApproxPrefixProducer {
                 .ok()
                 .filter(|n| *n > 0)
                 .unwrap_or(DEFAULT_CAPACITY),
+            media: build.keys.require(MEDIA_FEATURES, TOKEN_PRODUCER),
             matches: build.keys.produce(PREFIX_MATCH),
             chain: build.keys.produce(CHAIN),
             size: Pair::gauge("llm_d_epp_prefix_indexer_size", own.clone(), Vec::new()),
@@ -218,7 +221,13 @@ impl ApproxPrefixProducer {
             .unwrap_or(self.capacity)
     }
 
-    fn hash(&self, request: &InferenceRequest, block_tokens: u32, chain: &mut Chain) {
+    fn hash(
+        &self,
+        request: &InferenceRequest,
+        media: &[MediaFeature],
+        block_tokens: u32,
+        chain: &mut Chain,
+    ) {
         let max_blocks = match self.cap {
             Cap::None => usize::MAX,
             Cap::Blocks(blocks) => blocks,
@@ -229,13 +238,15 @@ impl ApproxPrefixProducer {
         chain
             .hashes
             .reserve((request.body.len() / (block_tokens as usize * 4)).min(max_blocks) + 1);
-        for prompt in &request.payload.prompts {
+        for (prompt, index) in request.payload.prompts.iter().zip(0..) {
+            let own = media.iter().filter(|feature| feature.prompt == index);
             hash_prompt(
                 prompt,
                 &request.body,
                 seed,
                 block_tokens as usize,
                 max_blocks,
+                own.map(|feature| feature.tokens),
                 &mut chain.hashes,
             );
             chain.ends.push(chain.hashes.len());
@@ -261,7 +272,8 @@ impl DataProducer for ApproxPrefixProducer {
     ) -> Result<(), ProducerError> {
         let block_tokens = self.block_tokens(candidates);
         let mut chain = Chain::default();
-        self.hash(request, block_tokens, &mut chain);
+        let media = attributes.get(self.media).unwrap_or_default();
+        self.hash(request, media, block_tokens, &mut chain);
         let total_blocks = u32::try_from(chain.hashes.len()).unwrap_or(u32::MAX);
         let best = SCRATCH.with_borrow_mut(|(matched, walk)| {
             let largest = candidates
@@ -339,6 +351,7 @@ impl EndpointListener for ApproxPrefixProducer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::producers::token::TokenProducer;
     use crate::request::openai::OpenAiParser;
     use crate::request::{Body, Parser};
     use crate::scheduling::ProfilePicks;
@@ -410,6 +423,32 @@ mod tests {
         pool.request.payload.cache_salt = None;
         pool.request.target_model = "adapter".to_owned();
         assert_eq!(round(&producer, &pool, 0), [(0, 1)]);
+    }
+
+    #[test]
+    fn media_are_as_long_as_the_token_producer_says() {
+        let mut pool = Pool::new([endpoint("a")]);
+        let producer: ApproxPrefixProducer = pool.plugin("{}");
+        let body = r#"{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"u"}}]}]}"#;
+        let body = Body::from(body);
+        let payload = OpenAiParser.parse("/v1/chat/completions", &body).unwrap();
+        pool.request = InferenceRequest::new("r", payload, body);
+        let blocks = |pool: &mut Pool, tokens: &str| {
+            let estimate = format!(
+                r#"{{"estimate": {{"image": {{"mode": "static", "static": {{"staticToken": {tokens}}}}}}}}}"#
+            );
+            let counter: TokenProducer = pool.plugin(&estimate);
+            let mut attributes = pool.keys.new_attributes();
+            for step in [&counter as &dyn DataProducer, &producer] {
+                step.produce(&pool.request, &pool.candidates, &mut attributes)
+                    .unwrap();
+            }
+            attributes.get(producer.matches).unwrap()[0].total_blocks
+        };
+        // One token of role and the image, in blocks of 64.
+        assert_eq!(blocks(&mut pool, "63"), 1);
+        assert_eq!(blocks(&mut pool, "64"), 2);
+        assert_eq!(blocks(&mut pool, "1000"), 16);
     }
 
     #[test]

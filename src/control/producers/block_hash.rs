@@ -13,13 +13,18 @@ use crate::request::{Body, Prompt};
 /// Bytes of a token in the chain.
 const TOKEN_BYTES: usize = 4;
 
-/// Appends the hashes of `prompt` to `hashes`, at most `max_blocks` of them.
+/// Appends the hashes of `prompt` to `hashes`, at most `max_blocks` of them. `media` gives the tokens
+/// of each media item of a text, in order; an item past its end counts [`DEFAULT_IMAGE_TOKENS`].
+///
+/// A media item begins at a token border and is that many copies of the low half of its hash; the
+/// media of a token prompt are part of its ids.
 pub fn hash_prompt(
     prompt: &Prompt,
     body: &Body,
     seed: u64,
     block_tokens: usize,
     max_blocks: usize,
+    mut media: impl Iterator<Item = u32>,
     hashes: &mut Vec<u64>,
 ) {
     let mut hasher = BlockHasher::new(seed, block_tokens, max_blocks, hashes);
@@ -42,9 +47,7 @@ pub fn hash_prompt(
                     reason = "the low half stands for the item"
                 )]
                 let token = (item.hash as u32).to_le_bytes();
-                for _ in 0..item.tokens.map_or(DEFAULT_IMAGE_TOKENS, u64::from) {
-                    hasher.push(&token);
-                }
+                hasher.repeat(token, media.next().unwrap_or(DEFAULT_IMAGE_TOKENS));
             }
         }),
     }
@@ -101,6 +104,21 @@ impl<'a> BlockHasher<'a> {
             self.block(block);
         }
         self.partial.extend_from_slice(blocks.remainder());
+    }
+
+    /// Pushes `count` copies of one token.
+    fn repeat(&mut self, token: [u8; TOKEN_BYTES], count: u32) {
+        const RUN: usize = 64;
+        let mut run = [0; RUN * TOKEN_BYTES];
+        for bytes in run.chunks_exact_mut(TOKEN_BYTES) {
+            bytes.copy_from_slice(&token);
+        }
+        let mut left = count as usize;
+        while left > 0 && self.room > 0 {
+            let now = left.min(RUN);
+            self.push(run.get(..now * TOKEN_BYTES).unwrap_or_default());
+            left -= now;
+        }
     }
 
     /// Fills the current token up with zeros.
@@ -168,7 +186,16 @@ mod tests {
             let mut hashes = Vec::new();
             let block = usize::try_from(case["block_size_tokens"].as_u64().unwrap()).unwrap();
             let max = usize::try_from(case["max_blocks"].as_u64().unwrap()).unwrap();
-            hash_prompt(&payload.prompts[0], &body, seed, block, max, &mut hashes);
+            let media = std::iter::empty();
+            hash_prompt(
+                &payload.prompts[0],
+                &body,
+                seed,
+                block,
+                max,
+                media,
+                &mut hashes,
+            );
             let wanted: Vec<u64> = case["blocks"]
                 .as_array()
                 .unwrap()
@@ -189,7 +216,8 @@ mod tests {
         let prompt = Prompt::Text(segments);
         let hash = |body: &Body| {
             let mut hashes = Vec::new();
-            hash_prompt(&prompt, body, 1, 16, usize::MAX, &mut hashes);
+            let media = std::iter::empty();
+            hash_prompt(&prompt, body, 1, 16, usize::MAX, media, &mut hashes);
             hashes
         };
         let whole = hash(&Body::from(text.as_str()));

@@ -3,5 +3,7 @@
 pub mod approx_prefix;
 pub mod block_hash;
 pub mod inflight_load;
+mod media_tokens;
+pub mod mm_embeddings_cache;
 pub mod prefix_index;
 pub mod token;

@@ -1,10 +1,12 @@
 //! Filters: which candidates stay.
 
+mod context_length_aware;
 mod label_selector;
 mod prefix_cache_affinity;
 mod role;
 mod utilization_detector;
 
+pub use context_length_aware::ContextLengthAware;
 pub use label_selector::LabelSelectorFilter;
 pub use prefix_cache_affinity::PrefixCacheAffinityFilter;
 pub use role::{DecodeFilter, EncodeFilter, PrefillFilter};

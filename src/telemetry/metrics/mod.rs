@@ -2,6 +2,7 @@
 //! except one cached lookup per request.
 
 mod cache;
+mod encoder_cache;
 mod series;
 pub mod table;
 
@@ -14,6 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use cache::{HandleCache, NameCaps};
+pub use encoder_cache::EncoderCacheSeries;
 pub use series::{Completion, RequestSeries, RunningGuard};
 use table::{Kind, TABLE, twin_of};
 

@@ -188,6 +188,9 @@ series! {
     "llm_d_epp_prefix_indexer_hit_bytes" = "inference_extension_prefix_indexer_hit_bytes", Histogram(HIT), "Prompt bytes found on the best endpoint.";
     "llm_d_epp_inflight_requests", Gauge, "Requests booked on an endpoint.";
     "llm_d_epp_inflight_tokens", Gauge, "Uncached prompt tokens booked on an endpoint.";
+    "llm_d_epp_encoder_cache_queries_total", Counter, "Media items looked up, by modality.";
+    "llm_d_epp_encoder_cache_hits_total", Counter, "Media items that an endpoint was sent before, by endpoint and modality.";
+    "llm_d_epp_encoder_cache_hit_ratio", Histogram(RATIO), "Share of a request's media items that a candidate was sent before.";
     "pinpod_decision_duration_seconds", Histogram(DECISION), "Time from the complete request to its decision in seconds.";
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";
