@@ -7,8 +7,16 @@
     reason = "a test fails by panicking, and its tables are long"
 )]
 
+#[path = "compat/corpus.rs"]
+mod corpus;
+#[path = "compat/errors.rs"]
+mod errors;
+#[path = "compat/fuzz.rs"]
+mod fuzz;
 #[path = "compat/plugins.rs"]
 mod plugins;
+#[path = "compat/pool.rs"]
+mod pool;
 #[path = "tidy.rs"]
 mod tidy;
 

@@ -162,6 +162,12 @@ impl PluginType {
         self.build.is_some()
     }
 
+    /// Default of the parameter called `name`, when it is a value.
+    pub fn default_of(&self, name: &str) -> Option<serde_json::Value> {
+        let mut parameters = self.parameters.iter();
+        parameters.find(|p| p.name == name)?.default_value()
+    }
+
     /// Names of the instances that `parameters` refer to.
     pub fn references<'a>(&self, parameters: Option<&'a serde_json::Value>) -> Vec<&'a str> {
         let paths = REFERENCES.iter().find(|(name, _)| *name == self.type_name);

@@ -125,11 +125,8 @@ fn parameters(loaded: &Loaded<'_>, notes: &mut Notes) {
             continue;
         };
         let field = format!("plugins[{position}].parameters");
-        let lenient = loaded
-            .registry
-            .get(&entry.type_name)
-            .is_some_and(|t| t.lenient);
-        if lenient && !object.is_empty() {
+        let plugin_type = loaded.registry.get(&entry.type_name);
+        if plugin_type.is_some_and(|t| t.lenient) && !object.is_empty() {
             let text = format!("type {} ignores its parameters", entry.type_name);
             notes.add(field, text);
             continue;
@@ -143,7 +140,10 @@ fn parameters(loaded: &Loaded<'_>, notes: &mut Notes) {
         };
         for (types, name, text) in OLD_PARAMETERS {
             let applies = types.contains(&entry.type_name.as_str());
-            if let Some((key, _)) = given(name).filter(|_| applies) {
+            // To write the default down says nothing.
+            let default = plugin_type.and_then(|t| t.default_of(name));
+            let said = given(name).filter(|(_, value)| applies && default.as_ref() != Some(value));
+            if let Some((key, _)) = said {
                 notes.add(format!("{field}.{key}"), *text);
             }
         }
