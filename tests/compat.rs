@@ -17,6 +17,8 @@ mod fuzz;
 mod plugins;
 #[path = "compat/pool.rs"]
 mod pool;
+#[path = "compat/process.rs"]
+mod process;
 #[path = "tidy.rs"]
 mod tidy;
 

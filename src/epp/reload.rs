@@ -657,4 +657,38 @@ mod tests {
         assert_eq!(names(&running.store), ["c"]);
         running.shutdown.cancel();
     }
+
+    #[tokio::test]
+    async fn requests_go_on_while_configurations_change() {
+        let mut running = start(Path::new("unused"), &prefix(1), Some(POOL)).await;
+        let stop = CancellationToken::new();
+        let workers: Vec<_> = (0..3)
+            .map(|worker| {
+                let (director, stop) = (Arc::clone(&running.director), stop.clone());
+                tokio::task::spawn_blocking(move || {
+                    let mut decided = 0u32;
+                    while !stop.is_cancelled() {
+                        // Refused, or left behind by a swap, it would panic.
+                        drop(decide(&director, &format!("{worker}-{decided}")));
+                        decided += 1;
+                    }
+                    decided
+                })
+            })
+            .collect();
+        for round in 0..20 {
+            let text = if round % 2 == 0 {
+                prefix(-1)
+            } else {
+                format!("{HEAD}plugins: [{{type: random-picker}}]\n")
+            };
+            running.reloader.reload(&text).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        stop.cancel();
+        for worker in workers {
+            assert!(worker.await.unwrap() > 0);
+        }
+        assert_eq!(in_flight(&running.store), 0);
+    }
 }

@@ -139,8 +139,8 @@ fn errors_carry_line_and_field() {
             "no profile handler configured",
         ),
         (
-            "plugins: [{name: x, type: single-profile-handler}, {name: y, type: single-profile-handler}]",
-            "multiple profile handlers found ('x', 'y'); only one is allowed",
+            "plugins: [{name: h1, type: single-profile-handler}, {name: h2, type: single-profile-handler}]",
+            "multiple profile handlers found ('h1', 'h2'); only one is allowed",
         ),
         (
             "plugins: [{type: single-profile-handler}]\nschedulingProfiles: [{name: a}, {name: b}]",

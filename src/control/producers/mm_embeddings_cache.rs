@@ -409,6 +409,7 @@ mod tests {
             address: ([10, 0, 0, 9], 8000).into(),
             labels: std::collections::BTreeMap::new(),
             rank: 0,
+            details: crate::datalayer::EndpointDetails::default(),
         }]);
         let mut pool = Pool::new([endpoint("a")]);
         pool.candidates[0].endpoint = Arc::clone(&store.snapshot()[0]);
