@@ -9,6 +9,8 @@
 
 #[path = "wire_grpc.rs"]
 mod grpc;
+#[path = "wire_plugins.rs"]
+mod plugins;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -45,8 +47,14 @@ fn picker(endpoints: &str) -> Picker {
 }
 
 fn picker_with(config: Option<&str>, endpoints: &str) -> Picker {
-    let config = load(config, &LoadOptions::default(), &builtin::registry()).unwrap();
+    let allowed = LoadOptions {
+        allow_experimental: true,
+    };
+    let config = load(config, &allowed, &builtin::registry()).unwrap();
     let store = Arc::new(EndpointStore::default());
+    for listener in &config.listeners {
+        store.subscribe(Arc::clone(listener));
+    }
     store.replace(list::parse(endpoints).unwrap());
     let options = DirectorOptions {
         ignore_subset: false,

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tokio::signal::unix::SignalKind;
 
 /// Picks the endpoint that should serve each LLM request and tells Envoy over ext_proc.
 #[derive(Debug, Parser)]
@@ -100,10 +101,17 @@ fn acts_as_serve(arguments: &[OsString]) -> bool {
     }
 }
 
-/// The user ended the command.
+/// A signal ended the command.
 #[derive(Debug, thiserror::Error)]
-#[error("interrupted")]
-struct Interrupted;
+#[error("ended by signal {}", .0.as_raw_value())]
+struct Interrupted(SignalKind);
+
+impl Interrupted {
+    /// 128 and the signal's number, as shells report it.
+    fn exit_code(&self) -> u8 {
+        u8::try_from(128 + self.0.as_raw_value()).unwrap_or(u8::MAX)
+    }
+}
 
 /// Prints a failure and its causes.
 #[expect(
@@ -113,9 +121,11 @@ struct Interrupted;
 fn report(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // 128 + SIGINT, as shells report it.
-        Err(error) if error.is::<Interrupted>() => ExitCode::from(130),
         Err(error) => {
+            if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
+                eprintln!("{interrupted}");
+                return ExitCode::from(interrupted.exit_code());
+            }
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }

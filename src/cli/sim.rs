@@ -46,6 +46,12 @@ pub(super) struct SimArgs {
     /// Tokens of a KV block
     #[arg(long, default_value_t = 16)]
     block_size: usize,
+    /// Tokens of a request, prompt and output together [default: the KV cache]
+    #[arg(long)]
+    max_model_len: Option<usize>,
+    /// Do not tell in usage how many prompt tokens were cached
+    #[arg(long)]
+    no_enable_prompt_tokens_details: bool,
     /// Requests in a step
     #[arg(long, default_value_t = 1024)]
     max_num_seqs: usize,
@@ -76,22 +82,24 @@ pub(super) fn run(args: &SimArgs) -> anyhow::Result<()> {
         "--time-scale must be above 0"
     );
     anyhow::ensure!(
-        args.block_size > 0 && args.max_num_seqs > 0,
-        "--block-size and --max-num-seqs must be above 0"
+        args.block_size > 0 && args.max_num_seqs > 0 && args.max_loras > 0,
+        "--block-size, --max-num-seqs and --max-loras must be above 0"
     );
     anyhow::ensure!(
         args.max_num_batched_tokens > 0,
         "--max-num-batched-tokens must be above 0"
     );
+    let kv_tokens = args.kv_tokens.unwrap_or(profile.kv_tokens);
     let engine = EngineConfig {
         profile,
         time_scale: args.time_scale,
-        blocks: args.kv_tokens.unwrap_or(profile.kv_tokens) / args.block_size,
+        blocks: kv_tokens / args.block_size,
         block_tokens: args.block_size,
         max_num_seqs: args.max_num_seqs,
         max_num_batched_tokens: args.max_num_batched_tokens,
         steps_per_tick: args.steps_per_tick.max(1),
         max_loras: args.max_loras,
+        max_model_len: args.max_model_len.unwrap_or(kv_tokens),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -115,6 +123,7 @@ pub(super) fn run(args: &SimArgs) -> anyhow::Result<()> {
                 loras: args.lora.clone(),
                 engine: engine.clone(),
                 tokens_per_event: args.tokens_per_event,
+                prompt_tokens_details: !args.no_enable_prompt_tokens_details,
                 fault: args.fault,
             };
             pods.spawn(serve(config, listener, shutdown.clone()));

@@ -2,10 +2,16 @@
 
 use std::sync::Arc;
 
+use crate::control::admitters::ProbabilisticAdmitter;
+use crate::control::header_processors::AgentIdentity;
 use crate::control::producers::approx_prefix::ApproxPrefixProducer;
+use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::control::producers::mm_embeddings_cache::MmEmbeddingsCacheProducer;
+use crate::control::producers::session_id::SessionIdProducer;
 use crate::control::producers::token::TokenProducer;
+use crate::control::screeners::DisaggregatedSetRolloutScreener;
+use crate::control::session_affinity::{SessionAffinityFilter, SessionAffinityScorer};
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::{Discovery, FileDiscovery, MulticlusterFileDiscovery};
 use crate::datalayer::extractors::{
@@ -26,17 +32,22 @@ use crate::request::sglang_http::SglangHttpParser;
 use crate::request::vertexai::VertexAiParser;
 use crate::request::vllm_grpc::VllmGrpcParser;
 use crate::request::vllm_http::VllmHttpParser;
+use crate::response::request_attribute_reporter::RequestAttributeReporter;
+use crate::response::served_verifier::DestinationEndpointServedVerifier;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
 use crate::scheduling::filters::{
-    ContextLengthAware, DecodeFilter, EncodeFilter, LabelSelectorFilter, PrefillFilter,
-    PrefixCacheAffinityFilter, UtilizationDetector,
+    ByLabelFilter, ConcurrencyDetector, ContextLengthAware, DecodeFilter, EncodeFilter,
+    EndpointAttributeFilter, HeaderBasedTestingFilter, LabelSelectorFilter, PrefillFilter,
+    PrefixCacheAffinityFilter, TopologyAffinityFilter, UtilizationDetector, UtilizationFilter,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
-use crate::scheduling::profile_handlers::SingleProfileHandler;
+use crate::scheduling::profile_handlers::{HeaderProfileHandler, SingleProfileHandler};
 use crate::scheduling::scorers::{
-    ActiveRequestScorer, KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer,
-    MmEmbeddingsCacheScorer, NoHitLruScorer, PrefixCacheScorer, QueueScorer,
-    RunningRequestsSizeScorer, TokenLoadScorer,
+    ActiveRequestScorer, EndpointAttributeScorer, HeaderLabelAffinityScorer,
+    KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer, MmEmbeddingsCacheScorer,
+    MulticlusterKvCacheUtilizationScorer, MulticlusterQueueScorer, NoHitLruScorer,
+    PrefixCacheScorer, QueueScorer, RunningRequestsSizeScorer, TokenLoadScorer,
+    TopologyAffinityScorer,
 };
 use crate::scheduling::{
     Admitter, DataProducer, Filter, Picker, PreRequest, ProfileHandler, RequestHeaderProcessor,
@@ -194,6 +205,14 @@ impl PluginType {
         names
     }
 
+    /// The same plugin under the name it has where endpoints are whole clusters.
+    fn over_clusters(mut self, name: &'static str) -> Self {
+        self.type_name = name;
+        self.reported = name;
+        self.maturity = Maturity::Alpha;
+        self
+    }
+
     fn deprecated(mut self, name: &'static str, replacement: &'static str) -> Self {
         self.type_name = name;
         self.reported = name;
@@ -295,60 +314,24 @@ fn later(
 fn catalogue_to_come() -> Vec<PluginType> {
     use Maturity::{Alpha, Beta};
     vec![
-        later(
-            "concurrency-detector",
-            &["filter", "saturation detector"],
-            Beta,
-        ),
-        later("header-based-testing-filter", &["filter"], Beta),
         later("slo-headroom-tier-filter", &["filter"], Beta),
-        later("utilization-filter", &["filter"], Alpha),
-        later("endpoint-attribute-filter", &["filter"], Alpha),
-        later("session-affinity-filter", &["filter"], Alpha),
-        later("topology-affinity-filter", &["filter"], Alpha),
-        later("multicluster-session-affinity-filter", &["filter"], Alpha),
         later("latency-scorer", &["scorer"], Beta),
-        later("session-affinity-scorer", &["scorer"], Alpha),
-        later("header-label-affinity-scorer", &["scorer"], Alpha),
-        later("endpoint-attribute-scorer", &["scorer"], Alpha),
-        later("topology-affinity-scorer", &["scorer"], Alpha),
-        later("multicluster-queue-scorer", &["scorer"], Alpha),
-        later(
-            "multicluster-kv-cache-utilization-scorer",
-            &["scorer"],
-            Alpha,
-        ),
-        later("multicluster-prefix-cache-scorer", &["scorer"], Alpha),
         later("disagg-profile-handler", &["profile handler"], Beta),
         later("data-parallel-profile-handler", &["profile handler"], Beta)
             .instead("single-profile-handler, with a gateway that supports several target ports"),
-        later("header-profile-handler", &["profile handler"], Alpha),
         later("prefix-based-pd-decider", &["decider"], Beta),
         later("always-disagg-pd-decider", &["decider"], Beta),
         later("always-disagg-multimodal-decider", &["decider"], Beta),
         later("precise-prefix-cache-producer", &["data producer"], Beta),
         later("predicted-latency-producer", &["data producer"], Beta),
-        later("session-id-producer", &["data producer"], Beta),
-        later("burst-prefix-cache-producer", &["data producer"], Alpha),
         later("p2p-source-producer", &["data producer"], Alpha),
-        later(
-            "multicluster-approx-prefix-cache-producer",
-            &["data producer"],
-            Alpha,
-        ),
         later("latency-slo-admitter", &["admitter"], Beta),
-        later("probabilistic-admitter", &["admitter"], Beta),
-        later("disaggregatedset-rollout-screener", &["screener"], Alpha),
-        later("agent-identity", &["request header"], Alpha),
-        later("request-attribute-reporter", &["response"], Beta),
-        later("destination-endpoint-served-verifier", &["response"], Beta),
         later("round-robin-fairness-policy", &["fairness"], Beta),
         later("program-aware-fairness", &["fairness"], Beta),
         later("edf-ordering-policy", &["ordering"], Beta),
         later("slo-deadline-ordering-policy", &["ordering"], Beta),
         later("priority-holdback-policy", &["usage limit"], Alpha),
         later("soft-reflective-ceiling-policy", &["usage limit"], Alpha),
-        later("by-label", &["filter"], Beta).instead("label-selector-filter"),
         later("disagg-headers-handler", &["pre-request"], Beta).instead("disagg-profile-handler"),
         later("prefill-header-handler", &["pre-request"], Beta)
             .instead("disagg-profile-handler")
@@ -367,13 +350,21 @@ fn catalogue_to_come() -> Vec<PluginType> {
 pub fn registry() -> Registry {
     let mut types = vec![
         plugin!(SingleProfileHandler, ["profile handler" => profile_handler]),
+        plugin!(HeaderProfileHandler, ["profile handler" => profile_handler]),
         plugin!(DecodeFilter, ["filter" => filter]).reports("by-label"),
         plugin!(PrefillFilter, ["filter" => filter]).reports("by-label"),
         plugin!(EncodeFilter, ["filter" => filter]).reports("by-label"),
         plugin!(LabelSelectorFilter, ["filter" => filter]),
         plugin!(LabelSelectorFilter, ["filter" => filter])
             .deprecated("by-label-selector", "label-selector-filter"),
+        plugin!(ByLabelFilter, ["filter" => filter])
+            .deprecated("by-label", "label-selector-filter"),
         plugin!(PrefixCacheAffinityFilter, ["filter" => filter]),
+        plugin!(HeaderBasedTestingFilter, ["filter" => filter]),
+        plugin!(UtilizationFilter, ["filter" => filter]),
+        plugin!(EndpointAttributeFilter, ["filter" => filter]),
+        plugin!(TopologyAffinityFilter, ["filter" => filter]),
+        plugin!(ConcurrencyDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(UtilizationDetector, ["filter" => filter, "saturation detector" => saturation_detector]),
         plugin!(ContextLengthAware, ["filter" => filter, "scorer" => scorer]),
         plugin!(QueueScorer, ["scorer" => scorer]),
@@ -381,10 +372,21 @@ pub fn registry() -> Registry {
         plugin!(RunningRequestsSizeScorer, ["scorer" => scorer]),
         plugin!(LoadAwareScorer, ["scorer" => scorer]),
         plugin!(PrefixCacheScorer, ["scorer" => scorer]),
+        plugin!(PrefixCacheScorer, ["scorer" => scorer])
+            .over_clusters("multicluster-prefix-cache-scorer"),
         plugin!(NoHitLruScorer, ["scorer" => scorer, "pre-request" => pre_request]),
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),
+        plugin!(SessionAffinityFilter, ["filter" => filter, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers]),
+        plugin!(SessionAffinityFilter, ["filter" => filter, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers])
+            .over_clusters("multicluster-session-affinity-filter"),
+        plugin!(SessionAffinityScorer, ["scorer" => scorer, "request header" => header_processor, "pre-request" => pre_request, "response" => response_headers]),
+        plugin!(HeaderLabelAffinityScorer, ["scorer" => scorer]),
+        plugin!(EndpointAttributeScorer, ["scorer" => scorer]),
+        plugin!(TopologyAffinityScorer, ["scorer" => scorer]),
+        plugin!(MulticlusterQueueScorer, ["scorer" => scorer]),
+        plugin!(MulticlusterKvCacheUtilizationScorer, ["scorer" => scorer]),
         plugin!(MmEmbeddingsCacheScorer, ["scorer" => scorer]),
         plugin!(MaxScorePicker, ["picker" => picker]),
         plugin!(RandomPicker, ["picker" => picker]),
@@ -393,8 +395,17 @@ pub fn registry() -> Registry {
         plugin!(TokenProducer, ["data producer" => producer])
             .deprecated("tokenizer", "token-producer"),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
+        plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener])
+            .over_clusters("multicluster-approx-prefix-cache-producer"),
+        plugin!(BurstPrefixProducer, ["data producer" => producer]),
         plugin!(MmEmbeddingsCacheProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),
+        plugin!(SessionIdProducer, ["data producer" => producer]),
+        plugin!(AgentIdentity, ["request header" => header_processor]),
+        plugin!(DisaggregatedSetRolloutScreener, ["screener" => screener, "response" => response_headers, "endpoint listener" => listener]),
+        plugin!(ProbabilisticAdmitter, ["admitter" => admitter]),
+        plugin!(RequestAttributeReporter, ["response" => response_complete]),
+        plugin!(DestinationEndpointServedVerifier, ["response" => response_headers]),
         plugin!(OpenAiParser, ["parser" => parser]),
         plugin!(AnthropicParser, ["parser" => parser]),
         plugin!(VllmHttpParser, ["parser" => parser]),

@@ -6,13 +6,14 @@ use super::builtin::{Instance, Origin, PluginType, Registry, Roles};
 use super::raw::{Document, LEGACY_API_VERSION, PluginEntry};
 use super::{ConfigError, Problem, Warning, flow, lint, raw, tree};
 use crate::control::director::ActiveConfig;
+use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::Discovery;
 use crate::datalayer::extractors::Extractor;
 use crate::datalayer::sources::DataSource;
 use crate::plugin::data::KeyUse;
 use crate::plugin::params::field_of;
-use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, TypedName};
+use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, Plugin, TypedName};
 use crate::request::parsers::ParserSet;
 use crate::response::ResponseHooks;
 use crate::scheduling::attributes::{
@@ -282,8 +283,11 @@ impl Loader<'_> {
             .collect::<Result<Vec<_>, _>>()?;
         self.check_maturity(options)?;
         let producers = self.producers_in_order()?;
-        let agent_identity = self.keys.published(AGENT_IDENTITY).into_iter().next();
-        let prefix_matches = self.keys.published(PREFIX_MATCH);
+        let agents = self.keys.published(AGENT_IDENTITY, |_| true);
+        let agent_identity = agents.into_iter().next();
+        let prefix_matches = self
+            .keys
+            .published(PREFIX_MATCH, |name| self.knows_caches(name));
         let keys: Vec<KeyUse> = self.keys.all().filter(|k| k.is_used()).cloned().collect();
         let instances = std::mem::take(&mut self.instances);
         document.scheduling_profiles = written_profiles;
@@ -534,6 +538,13 @@ impl Loader<'_> {
         };
         let origin = Origin::Added(why.to_owned());
         self.build(plugin_type, type_name.to_owned(), None, origin)
+    }
+
+    /// True when the instance's prefix matches say what an endpoint holds. Those of a burst say where
+    /// a prefix is about to go.
+    fn knows_caches(&self, name: &str) -> bool {
+        self.find(name)
+            .is_some_and(|i| i.plugin_type != BurstPrefixProducer::TYPE)
     }
 
     pub(super) fn find(&self, name: &str) -> Option<&Instance> {

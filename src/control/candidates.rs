@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::datalayer::Endpoint;
+use crate::datalayer::{Endpoint, EndpointStore};
 use crate::scheduling::Candidate;
 
 /// The proxy's subset hint (`x-gateway-destination-endpoint-subset`).
@@ -33,14 +33,64 @@ impl Subset {
     }
 }
 
-/// Fills `candidates` with the endpoints of `pool` that `subset` admits, metrics frozen.
-pub fn collect(pool: &[Arc<Endpoint>], subset: &Subset, candidates: &mut Vec<Candidate>) {
-    candidates.clear();
-    let admitted = pool.iter().filter(|endpoint| subset.admits(endpoint));
-    candidates.extend(admitted.map(|endpoint| Candidate {
-        endpoint: Arc::clone(endpoint),
-        metrics: endpoint.metrics(),
-    }));
+/// The candidates of a worker thread, kept from request to request: as long as the pool is the same
+/// list, a request costs one comparison for each endpoint whose metrics have not changed, instead of
+/// four reference counts. An endpoint that left the pool is held until the thread's next request.
+#[derive(Debug, Default)]
+pub struct CandidatePool {
+    pool: Arc<Vec<Arc<Endpoint>>>,
+    candidates: Vec<Candidate>,
+    /// `candidates` are all of `pool`, in order.
+    whole: bool,
+}
+
+impl CandidatePool {
+    /// The endpoints of `store` that `subset` admits, metrics frozen.
+    pub fn collect(&mut self, store: &EndpointStore, subset: &Subset) -> &mut Vec<Candidate> {
+        let same = store.refresh(&mut self.pool);
+        let whole = *subset == Subset::Any;
+        if same && whole && self.whole {
+            for candidate in &mut self.candidates {
+                candidate.refresh();
+            }
+        } else {
+            self.candidates.clear();
+            let admitted = self.pool.iter().filter(|endpoint| subset.admits(endpoint));
+            self.candidates
+                .extend(admitted.map(|endpoint| Candidate::new(Arc::clone(endpoint))));
+            self.whole = whole;
+        }
+        &mut self.candidates
+    }
+
+    /// Lends the list to a request.
+    pub fn take(&mut self) -> Lent {
+        Lent {
+            list: std::mem::take(&mut self.candidates),
+            whole_of: std::mem::take(&mut self.whole).then(|| Arc::clone(&self.pool)),
+        }
+    }
+
+    /// Takes a lent list back. Kept for the next request when it is still the whole pool, which
+    /// screeners and requests that overlapped on this thread may have changed.
+    pub fn put_back(&mut self, lent: Lent) {
+        let current = lent
+            .whole_of
+            .is_some_and(|pool| Arc::ptr_eq(&pool, &self.pool) && pool.len() == lent.list.len());
+        if current && !self.whole {
+            self.candidates = lent.list;
+            self.whole = true;
+        }
+    }
+}
+
+/// The candidates of one request.
+#[derive(Debug, Default)]
+pub struct Lent {
+    /// The candidates.
+    pub list: Vec<Candidate>,
+    /// The pool that they were all of.
+    whole_of: Option<Arc<Vec<Arc<Endpoint>>>>,
 }
 
 #[cfg(test)]
@@ -58,6 +108,77 @@ mod tests {
             details: crate::datalayer::EndpointDetails::default(),
         };
         Endpoint::new(spec, EndpointIndex(0))
+    }
+
+    fn store(addresses: &[&str]) -> EndpointStore {
+        let store = EndpointStore::default();
+        replace(&store, addresses);
+        store
+    }
+
+    fn replace(store: &EndpointStore, addresses: &[&str]) {
+        store.replace(addresses.iter().map(|a| endpoint(a).spec).collect());
+    }
+
+    fn names(candidates: &[Candidate]) -> Vec<&str> {
+        candidates
+            .iter()
+            .map(|c| c.endpoint.host_port_str())
+            .collect()
+    }
+
+    #[test]
+    fn a_kept_list_follows_pool_metrics_and_subset() {
+        let store = store(&["10.0.0.1:1", "10.0.0.2:1"]);
+        let mut kept = CandidatePool::default();
+        assert_eq!(kept.collect(&store, &Subset::Any).len(), 2);
+        let lent = kept.take();
+        kept.put_back(lent);
+        let metrics = crate::datalayer::EngineMetrics {
+            waiting_requests: 7,
+            ..Default::default()
+        };
+        store.snapshot()[1].set_metrics(metrics);
+        let waiting = |candidates: &[Candidate]| -> Vec<u32> {
+            candidates
+                .iter()
+                .map(|c| c.metrics.waiting_requests)
+                .collect()
+        };
+        assert_eq!(waiting(kept.collect(&store, &Subset::Any)), [0, 7]);
+        assert_eq!(
+            names(kept.collect(&store, &only(&["10.0.0.2:1"]))),
+            ["10.0.0.2:1"]
+        );
+        assert_eq!(
+            kept.collect(&store, &Subset::Any).len(),
+            2,
+            "a part is not kept"
+        );
+        replace(&store, &["10.0.0.2:1", "10.0.0.3:1"]);
+        assert_eq!(
+            names(kept.collect(&store, &Subset::Any)),
+            ["10.0.0.2:1", "10.0.0.3:1"]
+        );
+        // What a screener cut, or an overlapping request took, is collected anew.
+        let mut lent = kept.take();
+        lent.list.pop();
+        kept.put_back(lent);
+        assert_eq!(kept.collect(&store, &Subset::Any).len(), 2);
+        let late = kept.take();
+        replace(&store, &["10.0.0.4:1", "10.0.0.5:1"]);
+        assert_eq!(kept.collect(&store, &Subset::Any).len(), 2);
+        let lent = kept.take();
+        kept.put_back(late);
+        assert_eq!(
+            names(kept.collect(&store, &Subset::Any)),
+            ["10.0.0.4:1", "10.0.0.5:1"]
+        );
+        kept.put_back(lent);
+        assert_eq!(
+            names(kept.collect(&store, &Subset::Any)),
+            ["10.0.0.4:1", "10.0.0.5:1"]
+        );
     }
 
     fn only(entries: &[&str]) -> Subset {

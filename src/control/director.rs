@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::RequestError;
-use super::candidates::{self, Subset};
+use super::candidates::{CandidatePool, Lent, Subset};
 use crate::datalayer::EndpointStore;
 use crate::plugin::{Attributes, Column, Hook, Leases};
 use crate::request::parsers::{ParserSet, request_path};
@@ -218,7 +218,7 @@ struct Draft {
     request: InferenceRequest,
     id: RequestId,
     received_at: Instant,
-    candidates: Vec<Candidate>,
+    candidates: Lent,
     attributes: Attributes,
     /// Producers that are done.
     produced: usize,
@@ -231,7 +231,7 @@ thread_local! {
 /// Buffers of a worker thread, so that a warm decision reuses its memory.
 #[derive(Debug, Default)]
 struct Workspace {
-    candidates: Vec<Candidate>,
+    pool: CandidatePool,
     attributes: Attributes,
     scratch: Scratch,
     keep: Vec<u32>,
@@ -265,7 +265,6 @@ impl Director {
         WORKSPACE.with_borrow_mut(|workspace| {
             if knowledge == BodyKnowledge::Absent {
                 let decision = self.any_endpoint(intake, workspace);
-                workspace.candidates.clear();
                 return Step::Done(decision.map(Box::new));
             }
             let step = self.begin(intake, knowledge, workspace);
@@ -287,7 +286,7 @@ impl Director {
         } = &mut draft;
         if let Some(producer) = config.producers.get(*produced) {
             let result = producer.timed(|plugin| {
-                plugin.produce_prepared(prepared?, request, candidates, attributes)
+                plugin.produce_prepared(prepared?, request, &candidates.list, attributes)
             });
             *produced += 1;
             if let Err(error) = result {
@@ -323,16 +322,16 @@ impl Director {
         workspace: &mut Workspace,
     ) -> Result<Decision, RequestError> {
         let id = request_id(&intake.headers);
-        self.collect(&intake.subset, workspace);
         self.seed(&workspace.rng, &intake.headers, &intake.body);
-        let count = workspace.candidates.len();
+        let candidates = self.collect(&intake.subset, &mut workspace.pool);
+        let count = candidates.len();
         if count == 0 {
             let error = RequestError::NoEndpoints;
             self.note_refusal(&error);
             return Err(error);
         }
         let chosen = workspace.rng.borrow_mut().usize(..count);
-        let endpoint = &workspace.candidates[chosen].endpoint;
+        let endpoint = &candidates[chosen].endpoint;
         let facts = RequestFacts {
             received_at: intake.received_at,
             model: String::new(),
@@ -388,7 +387,7 @@ impl Director {
             request,
             id,
             received_at,
-            candidates: std::mem::take(&mut workspace.candidates),
+            candidates: workspace.pool.take(),
             attributes,
             produced: 0,
         };
@@ -410,13 +409,13 @@ impl Director {
         let now = Instant::now();
         self.seed(&workspace.rng, &request.headers, &request.body);
         if request.priority < 0 {
-            self.collect(&Subset::Any, workspace);
-            if config.saturation.saturation(&workspace.candidates, now) >= 1.0 {
+            let all = self.collect(&Subset::Any, &mut workspace.pool);
+            if config.saturation.saturation(all, now) >= 1.0 {
                 return Err(RequestError::Shed);
             }
         }
-        self.collect(subset, workspace);
-        if workspace.candidates.is_empty() {
+        let candidates = self.collect(subset, &mut workspace.pool);
+        if candidates.is_empty() {
             return Err(RequestError::NoCandidates);
         }
         if !config.screeners.is_empty() {
@@ -426,14 +425,9 @@ impl Director {
                 now,
                 rng: &workspace.rng,
             };
-            screen(
-                &config.screeners,
-                &cycle,
-                &mut workspace.candidates,
-                &mut workspace.keep,
-            );
+            screen(&config.screeners, &cycle, candidates, &mut workspace.keep);
         }
-        if workspace.candidates.is_empty() {
+        if candidates.is_empty() {
             return Err(RequestError::Screened);
         }
         Ok(())
@@ -480,6 +474,7 @@ impl Director {
             candidates,
             ..
         } = draft;
+        let candidates = &candidates.list;
         let picks: SmallVec<[_; 1]> = result
             .primary
             .picks
@@ -543,13 +538,13 @@ impl Director {
         }
     }
 
-    fn collect(&self, subset: &Subset, workspace: &mut Workspace) {
+    fn collect<'w>(&self, subset: &Subset, pool: &'w mut CandidatePool) -> &'w mut Vec<Candidate> {
         let subset = if self.options.ignore_subset {
             &Subset::Any
         } else {
             subset
         };
-        candidates::collect(&self.store.snapshot(), subset, &mut workspace.candidates);
+        pool.collect(&self.store, subset)
     }
 
     /// With `--seed`, makes this request's random numbers depend on its id alone, or on its body when
@@ -598,10 +593,9 @@ impl Director {
 }
 
 impl Workspace {
-    /// Keeps the buffers of a decision that ended. Candidates hold endpoints alive, so they go.
+    /// Keeps the buffers of a decision that ended.
     fn take_back(&mut self, draft: Draft) {
-        self.candidates = draft.candidates;
-        self.candidates.clear();
+        self.pool.put_back(draft.candidates);
         self.attributes = draft.attributes;
     }
 }
@@ -617,6 +611,7 @@ impl Draft {
             produced,
             ..
         } = self;
+        let candidates = &candidates.list;
         while let Some(producer) = config.producers.get(*produced) {
             if let Some(preparation) = producer.plugin.prepare(request, candidates, attributes) {
                 return Some(Box::pin(in_time(preparation)));
@@ -640,6 +635,7 @@ impl Draft {
             attributes,
             ..
         } = self;
+        let candidates = &candidates.list;
         let cycle = Cycle {
             request,
             attributes,

@@ -38,7 +38,7 @@ pub enum RequestError {
     /// Priority below zero while the pool is saturated.
     #[error("system saturated, sheddable request dropped")]
     Shed,
-    /// Scheduling found no endpoint.
+    /// Scheduling found no endpoint, or no profile to find one with.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
     /// The decision was not made within `--decision-timeout`.
@@ -53,7 +53,9 @@ impl RequestError {
     /// Status of the `ImmediateResponse`.
     pub fn http_status(&self) -> u16 {
         match self {
-            Self::BadRequest(_) | Self::NoModel => 400,
+            Self::BadRequest(_) | Self::NoModel | Self::Schedule(ScheduleError::UnknownProfile) => {
+                400
+            }
             Self::BodyTooLarge { .. } => 413,
             Self::NoCachedPrefix => 412,
             Self::Shed | Self::Schedule(_) => 429,
@@ -74,7 +76,9 @@ impl RequestError {
     /// Code in the reply's text and in the `error_code` label.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::BadRequest(_) | Self::NoModel => "BadRequest",
+            Self::BadRequest(_) | Self::NoModel | Self::Schedule(ScheduleError::UnknownProfile) => {
+                "BadRequest"
+            }
             Self::BodyTooLarge { .. } => "RequestEntityTooLarge",
             Self::NoCachedPrefix => "PreconditionFailed",
             Self::Shed | Self::Schedule(_) => "ResourceExhausted",
@@ -106,7 +110,7 @@ impl RequestError {
             | Self::Denied(_)
             | Self::NoCachedPrefix
             | Self::Shed
-            | Self::Schedule(ScheduleError::Handler(_)) => None,
+            | Self::Schedule(ScheduleError::Handler(_) | ScheduleError::UnknownProfile) => None,
         }
     }
 }

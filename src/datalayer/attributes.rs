@@ -124,6 +124,12 @@ impl CoreMetric {
     }
 }
 
+/// What a configured attribute name stands for.
+enum Named {
+    Core(CoreMetric, &'static str),
+    Custom(String),
+}
+
 impl ScalarRef {
     /// Looks up `attribute`, which the current instance cannot work without. `producer` absent means
     /// [`CORE_METRICS_PRODUCER`]; empty means a key without producer. A `/` in `attribute` needs the
@@ -133,20 +139,47 @@ impl ScalarRef {
         attribute: &str,
         producer: Option<&str>,
     ) -> Result<Self, PluginError> {
+        Self::look_up(attribute, producer, |name, producer| match name {
+            Named::Core(metric, name) => {
+                keys.require::<()>(name, producer);
+                Ok(Self::Core(metric))
+            }
+            Named::Custom(name) => Ok(Self::Attribute(keys.endpoint_require(name, producer)?)),
+        })
+    }
+
+    /// As [`Self::require`], for an instance that can do without.
+    pub fn optional(
+        keys: &mut DataKeys,
+        attribute: &str,
+        producer: Option<&str>,
+    ) -> Result<Self, PluginError> {
+        Self::look_up(attribute, producer, |name, producer| match name {
+            Named::Core(metric, name) => {
+                keys.optional::<()>(name, producer);
+                Ok(Self::Core(metric))
+            }
+            Named::Custom(name) => Ok(Self::Attribute(keys.endpoint_optional(name, producer)?)),
+        })
+    }
+
+    fn look_up(
+        attribute: &str,
+        producer: Option<&str>,
+        declare: impl FnOnce(Named, &str) -> Result<Self, PluginError>,
+    ) -> Result<Self, PluginError> {
         if producer.is_none() && attribute.contains('/') {
             return Err(PluginError::Invalid(format!(
                 "attribute: {attribute:?} contains '/'; give the part behind it as producer"
             )));
         }
         let producer = producer.unwrap_or(CORE_METRICS_PRODUCER);
-        if producer == CORE_METRICS_PRODUCER
-            && let Some((metric, name)) = CoreMetric::named(attribute)
-        {
-            keys.require::<()>(name, producer);
-            return Ok(Self::Core(metric));
-        }
-        let column = keys.endpoint_require(attribute.to_owned(), producer)?;
-        Ok(Self::Attribute(column))
+        let core = CoreMetric::named(attribute).filter(|_| producer == CORE_METRICS_PRODUCER);
+        let name = match core {
+            Some((metric, name)) => Named::Core(metric, name),
+            None => Named::Custom(attribute.to_owned()),
+        };
+        declare(name, producer)
     }
 
     /// The number, or `None` while it is unknown. `metrics` are those frozen for the request.

@@ -98,6 +98,14 @@ impl Endpoint {
         self.metrics.load_full()
     }
 
+    /// Makes `held` the last scrape.
+    pub fn refresh_metrics(&self, held: &mut Arc<EngineMetrics>) {
+        let current = self.metrics.load();
+        if !Arc::ptr_eq(&current, held) {
+            *held = Arc::clone(&current);
+        }
+    }
+
     /// Publishes a scrape.
     pub fn set_metrics(&self, metrics: EngineMetrics) {
         self.metrics.store(Arc::new(metrics));

@@ -43,6 +43,16 @@ impl EndpointStore {
         self.snapshot.load_full()
     }
 
+    /// Makes `held` the current pool; true when it is already.
+    pub fn refresh(&self, held: &mut Arc<Vec<Arc<Endpoint>>>) -> bool {
+        let current = self.snapshot.load();
+        let same = Arc::ptr_eq(&current, held);
+        if !same {
+            *held = Arc::clone(&current);
+        }
+        same
+    }
+
     /// Adds a listener and tells it of every endpoint already present.
     pub fn subscribe(&self, listener: Arc<dyn EndpointListener>) {
         let mut writer = self.writer.lock();

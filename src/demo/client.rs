@@ -12,22 +12,34 @@ use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
 use super::workload::Arrival;
 
-/// What became of one request. Times are virtual seconds from its due time.
+/// What became of one request. Times are virtual seconds.
 #[derive(Debug, Clone, Copy)]
 pub struct Outcome {
     /// Rung of the ladder.
     pub rung: usize,
-    /// First byte of the answer; `None` when there was none.
+    /// From its due time to the first byte of a whole answer; `None` when it failed.
     pub ttft: Option<f64>,
-    /// End of the answer.
-    pub total: Option<f64>,
+    /// From the start of the stage to the end of the answer or to its failure; `None` when it was
+    /// given up.
+    pub end: Option<f64>,
     /// How late it was sent.
     pub lag: f64,
+}
+
+impl Outcome {
+    fn unanswered(arrival: &Arrival) -> Self {
+        Self {
+            rung: arrival.rung,
+            ttft: None,
+            end: None,
+            lag: 0.0,
+        }
+    }
 }
 
 /// Idle keep-alive connections to one address.
@@ -91,70 +103,164 @@ impl Connections {
     }
 }
 
+/// What became of a stage.
+#[derive(Debug)]
+pub struct Driven {
+    /// One for each arrival, in their order.
+    pub outcomes: Vec<Outcome>,
+    /// Virtual seconds from the start until the last request ended or was given up.
+    pub seconds: f64,
+}
+
 /// Sends `arrivals`, `time_scale` times faster than they say, and waits until all ended or `patience`
-/// (wall time) passed after the last one was sent. Reports each end on `progress`.
+/// virtual seconds passed after the last one was sent; what is unanswered then is given up and counts
+/// as failed. Reports each end on `progress`.
 pub async fn drive(
-    connections: Arc<Connections>,
-    bodies: Arc<Vec<Bytes>>,
+    connections: &Arc<Connections>,
+    bodies: &[Bytes],
     arrivals: &[Arrival],
     time_scale: f64,
-    patience: Duration,
-    progress: mpsc::Sender<()>,
-) -> Vec<Outcome> {
+    patience: f64,
+    progress: &mpsc::Sender<()>,
+) -> Driven {
     let start = Instant::now();
-    let due = |arrival: &Arrival| start + Duration::from_secs_f64(arrival.at / time_scale);
     let mut tasks = JoinSet::new();
-    let sent = Arc::new(Mutex::new(vec![None; arrivals.len()]));
+    let mut outcomes: Vec<Outcome> = arrivals.iter().map(Outcome::unanswered).collect();
     for (number, arrival) in arrivals.iter().enumerate() {
-        let due = due(arrival);
+        let due = start + Duration::from_secs_f64(arrival.at / time_scale);
         tokio::time::sleep_until(due).await;
         let Some(body) = bodies.get(arrival.prompt).cloned() else {
             continue;
         };
-        let (connections, sent, progress) = (
-            Arc::clone(&connections),
-            Arc::clone(&sent),
-            progress.clone(),
-        );
-        let rung = arrival.rung;
+        let (connections, progress) = (Arc::clone(connections), progress.clone());
+        let arrival = *arrival;
         tasks.spawn(async move {
-            let virtual_since =
-                |at: Instant| at.saturating_duration_since(due).as_secs_f64() * time_scale;
-            let lag = virtual_since(Instant::now());
-            let answer = connections.post("/v1/completions", body).await;
-            if let Err(error) = &answer {
-                tracing::debug!(%error, "request failed");
-            }
-            let times = answer
-                .ok()
-                .map(|(first, last)| (virtual_since(first), virtual_since(last)));
-            let outcome = Outcome {
-                rung,
-                ttft: times.map(|t| t.0),
-                total: times.map(|t| t.1),
-                lag,
-            };
-            if let Some(cell) = sent.lock().get_mut(number) {
-                *cell = Some(outcome);
-            }
+            let outcome = send(&connections, body, &arrival, due, time_scale).await;
             // A full or closed progress channel costs a tick of the bar.
             let _ = progress.try_send(());
+            (number, outcome)
         });
+        while let Some(ended) = tasks.try_join_next() {
+            note(&mut outcomes, &ended);
+        }
     }
-    let all = async { while tasks.join_next().await.is_some() {} };
-    // What is not answered by then counts as failed.
-    let _ = tokio::time::timeout(patience, all).await;
-    tasks.abort_all();
-    let sent = sent.lock();
-    let unanswered = |arrival: &Arrival| Outcome {
-        rung: arrival.rung,
-        ttft: None,
-        total: None,
-        lag: 0.0,
+    let rest = async {
+        while let Some(ended) = tasks.join_next().await {
+            note(&mut outcomes, &ended);
+        }
     };
-    arrivals
-        .iter()
-        .zip(sent.iter())
-        .map(|(arrival, outcome)| outcome.unwrap_or_else(|| unanswered(arrival)))
-        .collect()
+    let given_up = tokio::time::timeout(Duration::from_secs_f64(patience / time_scale), rest)
+        .await
+        .is_err();
+    tasks.shutdown().await;
+    let last_end = outcomes.iter().filter_map(|outcome| outcome.end);
+    let seconds = if given_up {
+        start.elapsed().as_secs_f64() * time_scale
+    } else {
+        last_end.fold(0.0, f64::max)
+    };
+    Driven { outcomes, seconds }
+}
+
+async fn send(
+    connections: &Connections,
+    body: Bytes,
+    arrival: &Arrival,
+    due: Instant,
+    time_scale: f64,
+) -> Outcome {
+    let since_due = |at: Instant| at.saturating_duration_since(due).as_secs_f64() * time_scale;
+    let lag = since_due(Instant::now());
+    let answer = connections.post("/v1/completions", body).await;
+    if let Err(error) = &answer {
+        tracing::debug!(%error, "request failed");
+    }
+    let last = answer
+        .as_ref()
+        .map_or_else(|_| Instant::now(), |(_, last)| *last);
+    Outcome {
+        ttft: answer.ok().map(|(first, _)| since_due(first)),
+        end: Some(arrival.at + since_due(last)),
+        lag,
+        ..Outcome::unanswered(arrival)
+    }
+}
+
+/// A task that was given up or panicked leaves its request unanswered.
+fn note(outcomes: &mut [Outcome], ended: &Result<(usize, Outcome), JoinError>) {
+    if let Ok((number, outcome)) = ended
+        && let Some(cell) = outcomes.get_mut(*number)
+    {
+        *cell = *outcome;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// Answers `ok` at once, `fail` with 500, and `hang` never.
+    async fn server() -> SocketAddr {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut buffer = [0; 4096];
+                    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+                        let text = String::from_utf8_lossy(&buffer[..read]).into_owned();
+                        let status = match text.rsplit("\r\n").next() {
+                            Some("ok") => "200 OK",
+                            Some("fail") => "500 Internal Server Error",
+                            _ => std::future::pending().await,
+                        };
+                        let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 2\r\n\r\nhi");
+                        stream.write_all(answer.as_bytes()).await.unwrap();
+                    }
+                });
+            }
+        });
+        address
+    }
+
+    async fn run(prompts: &[usize], patience: f64) -> Driven {
+        let connections = Arc::new(Connections::new(server().await));
+        let bodies = ["ok", "fail", "hang"].map(|body| Bytes::from_static(body.as_bytes()));
+        let arrivals: Vec<Arrival> = (1_u32..)
+            .zip(prompts)
+            .map(|(number, &prompt)| Arrival {
+                at: f64::from(number),
+                prompt,
+                rung: 0,
+            })
+            .collect();
+        let (progress, _ends) = mpsc::channel(16);
+        // 20 times faster: a virtual second is 50 ms.
+        drive(&connections, &bodies, &arrivals, 20.0, patience, &progress).await
+    }
+
+    #[tokio::test]
+    async fn a_stage_ends_with_its_last_answer() {
+        let driven = run(&[0, 1, 0], 1000.0).await;
+        let answered: Vec<bool> = driven.outcomes.iter().map(|o| o.ttft.is_some()).collect();
+        assert_eq!(answered, [true, false, true]);
+        assert!(
+            driven.outcomes.iter().all(|o| o.end.is_some()),
+            "a refusal is an end"
+        );
+        // The last is due at 3 s; its answer takes far less than the 1000 s of patience.
+        assert!((3.0..100.0).contains(&driven.seconds), "{}", driven.seconds);
+    }
+
+    #[tokio::test]
+    async fn what_is_unanswered_when_patience_ends_is_given_up() {
+        let driven = run(&[2, 0], 4.0).await;
+        assert!(driven.outcomes[0].ttft.is_none() && driven.outcomes[0].end.is_none());
+        assert!(driven.outcomes[1].ttft.is_some());
+        // The last is due at 2 s, and 4 s later the other is given up.
+        assert!(driven.seconds >= 6.0, "{}", driven.seconds);
+    }
 }

@@ -14,6 +14,19 @@ use super::envoy::{Addresses, configure};
 /// Longest a part may take to come up.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Lines of a log that an error shows.
+const LOG_LINES: usize = 20;
+
+/// A child did not come up, or ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+#[error("{name} {how}; its log is {}, the end of it:\n{last_lines}", .log.display())]
+pub struct PartFailed {
+    name: String,
+    how: String,
+    log: PathBuf,
+    last_lines: String,
+}
+
 /// A running child; killed when dropped.
 #[derive(Debug)]
 pub struct Process {
@@ -56,19 +69,21 @@ impl Process {
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         let deadline = Instant::now() + START_TIMEOUT;
         while TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_err() {
-            if let Some(status) = self.child.try_wait()? {
-                bail!("{} ended with {status}:\n{}", self.name, self.log_tail());
-            }
+            self.check()?;
             if Instant::now() > deadline {
-                bail!(
-                    "{} does not listen on {port}:\n{}",
-                    self.name,
-                    self.log_tail()
-                );
+                return Err(self.failed(format!("does not listen on {port}")).into());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(())
+    }
+
+    /// Fails, naming its log, when the child ended.
+    pub fn check(&mut self) -> anyhow::Result<()> {
+        match self.child.try_wait()? {
+            Some(status) => Err(self.failed(format!("ended early with {status}")).into()),
+            None => Ok(()),
+        }
     }
 
     /// Kills the child at once.
@@ -78,14 +93,18 @@ impl Process {
         let _ = self.child.wait();
     }
 
-    /// The last lines the child wrote.
-    pub fn log_tail(&self) -> String {
+    fn failed(&self, how: String) -> PartFailed {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
-        lines
-            .get(lines.len().saturating_sub(20)..)
-            .unwrap_or_default()
-            .join("\n")
+        let last = lines
+            .get(lines.len().saturating_sub(LOG_LINES)..)
+            .unwrap_or_default();
+        PartFailed {
+            name: self.name.clone(),
+            how,
+            log: self.log.clone(),
+            last_lines: last.join("\n"),
+        }
     }
 }
 

@@ -1,53 +1,142 @@
-//! What a run measured, and the table that compares runs.
+//! What the runs measured, and the text that compares them.
 
 use std::fmt::Write;
 
 use serde::Serialize;
 
-/// Measurements of one configuration. Times are virtual seconds.
+use super::workload::{Pacing, Workload};
+
+/// Everything a demonstration says. Times are virtual seconds unless a name says otherwise.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Always true: no GPU is involved.
+    pub simulated: bool,
+    /// Model of the simulated engines, in words.
+    pub engine: String,
+    /// Simulated pods.
+    pub pods: u16,
+    /// KV cache of each, tokens.
+    pub kv_tokens: usize,
+    /// How much faster than real engines the simulated ones run.
+    pub time_scale: f64,
+    /// Virtual seconds after the last arrival of a stage at which the rest counts as failed.
+    pub patience_seconds: f64,
+    /// The traffic.
+    pub workload: Workload,
+    /// One for each configuration.
+    pub runs: Vec<Measured>,
+}
+
+/// Measurements of one configuration. Totals are over every rung, the warm-up included.
 #[derive(Debug, Clone, Serialize)]
 pub struct Measured {
     /// Name of the configuration.
     pub name: String,
     /// Requests sent.
     pub requests: usize,
-    /// Of them, not answered with 200 in time.
+    /// Of them, not answered whole with 200 in time.
     pub failed: usize,
-    /// Mean time to first token of the answered.
-    pub ttft_mean: f64,
-    /// Median.
-    pub ttft_p50: f64,
-    /// 90th percentile.
-    pub ttft_p90: f64,
-    /// 99th percentile.
-    pub ttft_p99: f64,
-    /// Output tokens per second from the first arrival to the last end.
+    /// Time to first token of the answered.
+    pub ttft: Ttft,
+    /// Output tokens per second: all that the engines made, over the time from the start of each
+    /// stage until its last request ended.
     pub output_tokens_per_second: f64,
-    /// Output tokens per second while requests of each rung arrived.
-    pub rungs: Vec<Rung>,
+    /// The rungs of the ladder, in their order.
+    pub rungs: Vec<RungMeasured>,
     /// Prompt tokens found in engine caches, of all prompt tokens.
     pub hit_rate: f64,
-    /// Requests that each endpoint finished: least, most, standard deviation.
-    pub spread: (u64, u64, f64),
-    /// Mean time pinpod took to decide, in wall microseconds.
-    pub decision_mean_us: f64,
-    /// 99th percentile of the same (upper bound of its bucket).
-    pub decision_p99_us: f64,
-    /// 99th percentile of how late the client sent, virtual seconds.
+    /// Requests that each endpoint finished.
+    pub spread: Spread,
+    /// Time pinpod took to decide, wall clock.
+    pub decision: Decision,
+    /// 99th percentile of how late the client sent.
     pub client_lag_p99: f64,
-    /// Virtual seconds by which simulated engines fell behind, summed over pods.
+    /// Time by which simulated engines fell behind their own clocks, summed over pods.
     pub engine_lag: f64,
+}
+
+/// Distribution of times to first token, seconds; zeros without any.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Ttft {
+    /// Mean.
+    pub mean: f64,
+    /// Median.
+    pub p50: f64,
+    /// 90th percentile.
+    pub p90: f64,
+    /// 99th percentile.
+    pub p99: f64,
+}
+
+impl Ttft {
+    /// Of `values`, which it sorts.
+    pub fn of(values: &mut [f64]) -> Self {
+        Self {
+            mean: values.iter().sum::<f64>() / (values.len() as f64).max(1.0),
+            p50: percentile(values, 0.5),
+            p90: percentile(values, 0.9),
+            p99: percentile(values, 0.99),
+        }
+    }
+}
+
+/// How evenly requests were spread over endpoints.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Spread {
+    /// Fewest requests of an endpoint.
+    pub least: u64,
+    /// Most.
+    pub most: u64,
+    /// Standard deviation.
+    pub deviation: f64,
+}
+
+impl Spread {
+    /// Of the requests that each endpoint finished.
+    pub fn of(finished: &[u64]) -> Self {
+        let n = (finished.len() as f64).max(1.0);
+        let mean = finished.iter().sum::<u64>() as f64 / n;
+        let squares = finished.iter().map(|&count| (count as f64 - mean).powi(2));
+        Self {
+            least: finished.iter().copied().min().unwrap_or(0),
+            most: finished.iter().copied().max().unwrap_or(0),
+            deviation: (squares.sum::<f64>() / n).sqrt(),
+        }
+    }
+}
+
+/// Latency that pinpod itself adds: from the complete request to its decision, microseconds of wall
+/// clock. Percentiles are upper bounds of histogram buckets; `None` above the last bound.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Decision {
+    /// Mean.
+    pub mean_us: f64,
+    /// The median is at most this.
+    pub p50_us: Option<f64>,
+    /// The 99th percentile is at most this.
+    pub p99_us: Option<f64>,
 }
 
 /// One rung of the ladder.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub struct Rung {
-    /// Requests per second.
+pub struct RungMeasured {
+    /// Requests per second that were sent.
     pub rate: f64,
-    /// Output tokens per second over all pods.
+    /// It is the warm-up.
+    pub warm_up: bool,
+    /// Requests sent.
+    pub requests: usize,
+    /// Of them, not answered whole with 200 in time.
+    pub failed: usize,
+    /// From its start until its last request ended; the time of its arrivals when rungs do not drain.
+    pub seconds: f64,
+    /// Answers per second of that time; when rungs do not drain, answers to its requests, whenever
+    /// they came.
+    pub requests_per_second: f64,
+    /// Output tokens of all pods per second of that time.
     pub output_tokens_per_second: f64,
-    /// 90th percentile of the time to first token of its requests.
-    pub ttft_p90: f64,
+    /// Time to first token of its requests.
+    pub ttft: Ttft,
 }
 
 /// The value below which `share` of `values` lie (nearest rank); 0 without values.
@@ -62,89 +151,308 @@ pub fn percentile(values: &mut [f64], share: f64) -> f64 {
     values.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
 }
 
-/// The comparison as text.
-pub fn table(runs: &[Measured]) -> String {
-    let mut out = String::new();
-    let mut row = |name: &str, value: &dyn Fn(&Measured) -> String| {
-        let _ = write!(out, "{name:<34}");
-        for run in runs {
-            let _ = write!(out, "{:>18}", value(run));
-        }
-        if let [base, other] = runs {
-            let _ = write!(out, "{:>14}", ratio(name, base, other));
-        }
-        out.push('\n');
-    };
-    row("", &|r| r.name.clone());
-    row("TTFT mean, s", &|r| format!("{:.3}", r.ttft_mean));
-    row("TTFT p50, s", &|r| format!("{:.3}", r.ttft_p50));
-    row("TTFT p90, s", &|r| format!("{:.3}", r.ttft_p90));
-    row("TTFT p99, s", &|r| format!("{:.3}", r.ttft_p99));
-    row("output tokens/s, whole run", &|r| {
-        format!("{:.0}", r.output_tokens_per_second)
-    });
-    row("prefix hit rate", &|r| {
-        format!("{:.1} %", r.hit_rate * 100.0)
-    });
-    row("requests per endpoint, min-max", &|r| {
-        format!("{}-{}", r.spread.0, r.spread.1)
-    });
-    row("  standard deviation", &|r| format!("{:.1}", r.spread.2));
-    row("pinpod decision mean, us (wall)", &|r| {
-        format!("{:.0}", r.decision_mean_us)
-    });
-    row("pinpod decision p99, us (wall)", &|r| {
-        format!("<= {:.0}", r.decision_p99_us)
-    });
-    row("requests", &|r| r.requests.to_string());
-    row("  failed", &|r| r.failed.to_string());
-    row("client lag p99, s", &|r| format!("{:.3}", r.client_lag_p99));
-    row("engine lag, s", &|r| format!("{:.1}", r.engine_lag));
-    rungs(&mut out, runs);
-    out
+impl Report {
+    /// What is about to run, and what it can and cannot show.
+    pub fn head(&self) -> String {
+        let workload = &self.workload;
+        let rates = workload.ladder.iter().map(|rung| {
+            let name = if rung.warm_up { " (warm-up)" } else { "" };
+            format!("{}/s for {} s{name}", rung.rate, rung.seconds)
+        });
+        let pacing = match workload.pacing {
+            Pacing::Draining => format!(
+                "Each rate starts once all requests of the one before have ended, as in the published run; what is\n\
+                 unanswered {} s after a rate's last arrival counts as failed.",
+                self.patience_seconds
+            ),
+            Pacing::Continuous => {
+                "Rates follow each other at once: a backlog carries over to the next.".to_owned()
+            }
+        };
+        format!(
+            "Real Envoy and pinpod in front of {} SIMULATED pods of {} KV tokens; no GPU and no model is involved.\n\
+             Engine: {}.\n\
+             Traffic: {} groups of {} prompts, {} + {} tokens in, {} out; {}.\n\
+             {pacing}\n\
+             Times are those of the simulated engines, which run {} times faster than real ones.\n",
+            self.pods,
+            self.kv_tokens,
+            self.engine,
+            workload.groups,
+            workload.prompts_per_group,
+            workload.prefix_tokens,
+            workload.question_tokens,
+            workload.output_tokens,
+            rates.collect::<Vec<_>>().join(", "),
+            self.time_scale,
+        )
+    }
+
+    /// The comparison.
+    pub fn table(&self) -> String {
+        let mut out = String::new();
+        let with_warm_up = self.workload.ladder.iter().any(|rung| rung.warm_up);
+        totals(&mut out, &self.runs, with_warm_up);
+        rungs(&mut out, &self.runs, self.workload.pacing);
+        out
+    }
 }
 
-fn rungs(out: &mut String, runs: &[Measured]) {
+/// Which of two values is the better one, when that can be said.
+#[derive(Clone, Copy)]
+enum Better {
+    Lower,
+    Higher,
+    Neither,
+}
+
+impl Better {
+    /// By which factor `other` is better than `base`.
+    fn factor(self, base: f64, other: f64) -> String {
+        let (worse, better) = match self {
+            Self::Lower => (base, other),
+            Self::Higher => (other, base),
+            Self::Neither => return String::new(),
+        };
+        if better > 0.0 {
+            format!("{:.2}x", worse / better)
+        } else {
+            "-".to_owned()
+        }
+    }
+}
+
+fn totals(out: &mut String, runs: &[Measured], with_warm_up: bool) {
+    let title = if with_warm_up {
+        "all rates, the warm-up included"
+    } else {
+        "all rates"
+    };
+    let _ = write!(out, "{title:<36}");
+    for run in runs {
+        let _ = write!(out, "{:>16}", run.name);
+    }
+    if runs.len() == 2 {
+        let _ = write!(out, "{:>14}", "better by");
+    }
+    out.push('\n');
+    let seconds: fn(f64) -> String = |value| format!("{value:.3}");
+    let whole: fn(f64) -> String = |value| format!("{value:.0}");
+    number(
+        out,
+        runs,
+        "TTFT mean, s",
+        Better::Lower,
+        |r| r.ttft.mean,
+        seconds,
+    );
+    number(
+        out,
+        runs,
+        "TTFT p50, s",
+        Better::Lower,
+        |r| r.ttft.p50,
+        seconds,
+    );
+    number(
+        out,
+        runs,
+        "TTFT p90, s",
+        Better::Lower,
+        |r| r.ttft.p90,
+        seconds,
+    );
+    number(
+        out,
+        runs,
+        "TTFT p99, s",
+        Better::Lower,
+        |r| r.ttft.p99,
+        seconds,
+    );
+    let throughput = |r: &Measured| r.output_tokens_per_second;
+    number(
+        out,
+        runs,
+        "output tokens/s",
+        Better::Higher,
+        throughput,
+        whole,
+    );
+    let percent: fn(f64) -> String = |value| format!("{:.1} %", value * 100.0);
+    number(
+        out,
+        runs,
+        "prefix hit rate",
+        Better::Neither,
+        |r| r.hit_rate,
+        percent,
+    );
+    text(out, runs, "requests per endpoint, least-most", |r| {
+        format!("{}-{}", r.spread.least, r.spread.most)
+    });
+    text(out, runs, "  standard deviation", |r| {
+        format!("{:.1}", r.spread.deviation)
+    });
+    text(out, runs, "requests", |r| r.requests.to_string());
+    text(out, runs, "  failed", |r| r.failed.to_string());
+    let bound = |us: Option<f64>| us.map_or("> 100000".to_owned(), |us| format!("<= {us:.0}"));
+    text(out, runs, "added by pinpod, mean, us (wall)", |r| {
+        whole(r.decision.mean_us)
+    });
+    text(out, runs, "  p50", |r| bound(r.decision.p50_us));
+    text(out, runs, "  p99", |r| bound(r.decision.p99_us));
+    text(out, runs, "client lag p99, s", |r| {
+        seconds(r.client_lag_p99)
+    });
+    text(out, runs, "engine lag, s", |r| {
+        format!("{:.1}", r.engine_lag)
+    });
+}
+
+fn number(
+    out: &mut String,
+    runs: &[Measured],
+    name: &str,
+    better: Better,
+    value: impl Fn(&Measured) -> f64,
+    shown: fn(f64) -> String,
+) {
+    let _ = write!(out, "{name:<36}");
+    for run in runs {
+        let _ = write!(out, "{:>16}", shown(value(run)));
+    }
+    if let [base, other] = runs {
+        let _ = write!(out, "{:>14}", better.factor(value(base), value(other)));
+    }
+    out.push('\n');
+}
+
+fn text(out: &mut String, runs: &[Measured], name: &str, value: impl Fn(&Measured) -> String) {
+    let _ = write!(out, "{name:<36}");
+    for run in runs {
+        let _ = write!(out, "{:>16}", value(run));
+    }
+    out.push('\n');
+}
+
+/// Columns of a run in the table of rungs: answers/s, output tokens/s, TTFT p90, failed.
+const RUNG_COLUMNS: usize = 12 + 10 + 10 + 8;
+
+fn rungs(out: &mut String, runs: &[Measured], pacing: Pacing) {
     let Some(first) = runs.first() else { return };
-    let _ = writeln!(out, "\nby arrival rate: output tokens/s | TTFT p90, s");
+    let until = match pacing {
+        Pacing::Draining => "until the last answer",
+        Pacing::Continuous => "while its requests arrive",
+    };
+    let _ = writeln!(out, "\nby arrival rate, {until}");
+    let _ = write!(out, "{:<21}", "");
+    for run in runs {
+        let _ = write!(out, "{:>RUNG_COLUMNS$}", run.name);
+    }
+    if runs.len() == 2 {
+        let _ = write!(out, "{:>20}", "better by");
+    }
+    let _ = write!(out, "\n{:<12}{:>9}", "requests/s", "requests");
+    for _ in runs {
+        let _ = write!(
+            out,
+            "{:>12}{:>10}{:>10}{:>8}",
+            "answers/s", "tokens/s", "TTFT p90", "failed"
+        );
+    }
+    if runs.len() == 2 {
+        let _ = write!(out, "{:>10}{:>10}", "tokens/s", "TTFT p90");
+    }
+    out.push('\n');
     for (position, rung) in first.rungs.iter().enumerate() {
-        let _ = write!(out, "{:>5.0} requests/s {:>18}", rung.rate, "");
-        for run in runs {
-            if let Some(own) = run.rungs.get(position) {
-                let _ = write!(
-                    out,
-                    "{:>9.0} |{:>7.2}",
-                    own.output_tokens_per_second, own.ttft_p90
-                );
-            }
-        }
-        if let Some(other) = runs.get(1).and_then(|run| run.rungs.get(position)) {
-            let factor = other.output_tokens_per_second / rung.output_tokens_per_second.max(1e-9);
-            let _ = write!(out, "{factor:>13.2}x");
-        }
+        let name = if rung.warm_up { " warm-up" } else { "" };
+        let _ = write!(
+            out,
+            "{:<12}{:>9}",
+            format!("{}{name}", rung.rate),
+            rung.requests
+        );
+        let of_runs: Vec<&RungMeasured> = runs
+            .iter()
+            .filter_map(|run| run.rungs.get(position))
+            .collect();
+        rung_row(out, &of_runs);
         out.push('\n');
     }
 }
 
-fn ratio(name: &str, base: &Measured, other: &Measured) -> String {
-    let better = |base: f64, other: f64| format!("{:.1}x", base / other.max(1e-9));
-    match name {
-        "TTFT mean, s" => better(base.ttft_mean, other.ttft_mean),
-        "TTFT p50, s" => better(base.ttft_p50, other.ttft_p50),
-        "TTFT p90, s" => better(base.ttft_p90, other.ttft_p90),
-        "TTFT p99, s" => better(base.ttft_p99, other.ttft_p99),
-        "output tokens/s, whole run" => better(
-            other.output_tokens_per_second,
+fn rung_row(out: &mut String, of_runs: &[&RungMeasured]) {
+    for rung in of_runs {
+        let _ = write!(
+            out,
+            "{:>12.1}{:>10.0}{:>10.2}{:>8}",
+            rung.requests_per_second, rung.output_tokens_per_second, rung.ttft.p90, rung.failed
+        );
+    }
+    if let [base, other] = of_runs {
+        let throughput = Better::Higher.factor(
             base.output_tokens_per_second,
-        ),
-        "" => "better by".to_owned(),
-        _ => String::new(),
+            other.output_tokens_per_second,
+        );
+        let ttft = Better::Lower.factor(base.ttft.p90, other.ttft.p90);
+        let _ = write!(out, "{throughput:>10}{ttft:>10}");
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn run(name: &str, ttft_p90: f64, tokens: f64) -> Measured {
+        let ttft = Ttft {
+            p90: ttft_p90,
+            ..Ttft::default()
+        };
+        let rung = RungMeasured {
+            rate: 15.0,
+            warm_up: true,
+            requests: 750,
+            failed: 0,
+            seconds: 50.0,
+            requests_per_second: 15.0,
+            output_tokens_per_second: tokens,
+            ttft,
+        };
+        Measured {
+            name: name.to_owned(),
+            requests: 750,
+            failed: 0,
+            ttft,
+            output_tokens_per_second: tokens,
+            rungs: vec![rung],
+            hit_rate: 0.5,
+            spread: Spread::default(),
+            decision: Decision {
+                mean_us: 31.0,
+                p50_us: Some(30.0),
+                p99_us: None,
+            },
+            client_lag_p99: 0.0,
+            engine_lag: 0.0,
+        }
+    }
+
+    fn report(pacing: Pacing) -> Report {
+        Report {
+            simulated: true,
+            engine: "a model".to_owned(),
+            pods: 4,
+            kv_tokens: 1000,
+            time_scale: 5.0,
+            patience_seconds: 120.0,
+            workload: Workload {
+                pacing,
+                ..Workload::small()
+            },
+            runs: vec![run("random", 92.6, 4429.0), run("recommended", 0.5, 8858.0)],
+        }
+    }
 
     #[test]
     fn percentiles_are_nearest_ranks() {
@@ -153,5 +461,71 @@ mod tests {
         assert_eq!(percentile(&mut values, 0.9), 9.0);
         assert_eq!(percentile(&mut values, 0.91), 10.0);
         assert_eq!(percentile(&mut [], 0.9), 0.0);
+        assert_eq!(Ttft::of(&mut values).mean, 5.5);
+    }
+
+    #[test]
+    fn spread_is_range_and_standard_deviation() {
+        // Mean 20, squares 100 + 0 + 100, over 3: sqrt(66.7).
+        let spread = Spread::of(&[10, 20, 30]);
+        assert_eq!((spread.least, spread.most), (10, 30));
+        assert!((spread.deviation - 8.165).abs() < 1e-3);
+    }
+
+    #[test]
+    fn the_head_says_what_is_simulated_and_how_rungs_follow_each_other() {
+        let head = report(Pacing::Draining).head();
+        assert!(
+            head.contains("4 SIMULATED pods") && head.contains("Engine: a model."),
+            "{head}"
+        );
+        assert!(
+            head.contains("10/s for 20 s (warm-up), 5/s for 20 s"),
+            "{head}"
+        );
+        assert!(
+            head.contains("once all requests of the one before have ended"),
+            "{head}"
+        );
+        assert!(head.contains("120 s after"), "{head}");
+        let head = report(Pacing::Continuous).head();
+        assert!(head.contains("carries over"), "{head}");
+    }
+
+    #[test]
+    fn two_runs_are_compared_in_total_and_by_rung() {
+        let table = report(Pacing::Draining).table();
+        let line = |name: &str| {
+            table
+                .lines()
+                .find(|l| l.starts_with(name))
+                .unwrap()
+                .to_owned()
+        };
+        assert!(line("all rates, the warm-up included").ends_with("better by"));
+        // 92.6 / 0.5 and 8858 / 4429.
+        assert!(line("TTFT p90").ends_with("185.20x"), "{table}");
+        assert!(line("output tokens/s").ends_with("2.00x"), "{table}");
+        let rung: Vec<String> = line("15 warm-up")
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect();
+        assert_eq!(rung[rung.len() - 2..], ["2.00x", "185.20x"], "{table}");
+        assert!(
+            line("  p50").contains("<= 30") && line("  p99").contains("> 100000"),
+            "{table}"
+        );
+    }
+
+    #[test]
+    fn one_run_is_shown_without_a_comparison() {
+        let mut report = report(Pacing::Draining);
+        report.runs.truncate(1);
+        assert!(!report.table().contains("better by"));
+        assert!(
+            serde_json::to_string(&report)
+                .unwrap()
+                .contains("\"simulated\":true")
+        );
     }
 }

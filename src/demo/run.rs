@@ -1,26 +1,21 @@
 //! One demonstration: for each configuration fresh pods, pinpod and Envoy, the same traffic, a result.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use bytes::Bytes;
-use http::{Request, header};
-use http_body_util::{BodyExt, Empty};
-use hyper_util::rt::TokioIo;
 use indicatif::{ProgressBar, ProgressStyle};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::client::{Connections, Outcome, drive};
 use super::envoy::ORIGINAL_DST;
-use super::processes::{Envoy, Picker, Sims};
-use super::report::{Measured, Rung, percentile};
-use super::workload::Workload;
+use super::processes::{Envoy, Picker, Process, Sims};
+use super::report::{Decision, Measured, RungMeasured, Spread, Ttft, percentile};
+use super::scrape::{Samples, metrics, pod_stats};
+use super::workload::{Arrival, Pacing, Rung, Workload};
 
 /// What to demonstrate.
 #[derive(Debug, Clone)]
@@ -39,23 +34,93 @@ pub struct Demo {
     pub tokens_per_event: usize,
     /// The traffic.
     pub workload: Workload,
-    /// Wall time to wait for answers after the last request.
-    pub patience: Duration,
+    /// Virtual seconds to wait for answers after the last request of a stage; what is unanswered
+    /// then is given up and counts as failed.
+    pub patience_seconds: f64,
     /// Show a progress bar.
     pub progress: bool,
 }
 
 /// Model the pods serve.
 const MODEL: &str = "sim-model";
+/// Output tokens an engine made.
+const TOKENS: &str = "vllm:generation_tokens_total";
+/// Time of pinpod's decisions: of its histograms the one with bounds from 5 us on.
+const DECISION: &str = "pinpod_decision_duration_seconds";
+/// How often the parts are checked for having ended.
+const WATCH_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The parts of a run. Dropped, they are gone.
+struct Parts {
+    sims: Sims,
+    picker: Picker,
+    envoy: Envoy,
+}
+
+/// Where the parts listen.
+struct Addresses {
+    pods: Vec<SocketAddr>,
+    picker_metrics: SocketAddr,
+    gateway: SocketAddr,
+}
+
+/// What engines made in a stretch of time, virtual seconds.
+#[derive(Debug, Clone, Copy, Default)]
+struct Made {
+    tokens: f64,
+    seconds: f64,
+}
+
+impl Made {
+    fn rate(self) -> f64 {
+        self.tokens / self.seconds.max(1e-9)
+    }
+}
+
+/// All stages of a run.
+#[derive(Debug, Default)]
+struct Driving {
+    outcomes: Vec<Outcome>,
+    /// By rung.
+    rungs: Vec<Made>,
+    /// All stages together.
+    total: Made,
+}
 
 impl Demo {
-    /// Runs the traffic against `config` (a document); temporary files live in `directory`.
+    /// Runs the traffic against `config` (a document); temporary files live in `directory`. Fails
+    /// when a part ends before the run does.
     pub async fn run(
         &self,
         name: &str,
         config: &str,
         directory: &Path,
     ) -> anyhow::Result<Measured> {
+        let mut parts = self.start(name, config, directory).await?;
+        let addresses = Addresses {
+            pods: parts.sims.addresses.clone(),
+            picker_metrics: ([127, 0, 0, 1], parts.picker.metrics).into(),
+            gateway: ([127, 0, 0, 1], parts.envoy.port).into(),
+        };
+        let Parts {
+            sims,
+            picker,
+            envoy,
+        } = &mut parts;
+        let mut processes = [&mut sims.process, &mut picker.process, &mut envoy.process];
+        let failure = tokio::select! {
+            ended = first_end(&mut processes) => return Err(ended),
+            measured = self.measure(name, &addresses) => match measured {
+                Ok(measured) => return Ok(measured),
+                Err(failure) => failure,
+            },
+        };
+        // A part that ends is the reason of whatever fails with it.
+        let ended = tokio::time::timeout(2 * WATCH_INTERVAL, first_end(&mut processes)).await;
+        Err(ended.unwrap_or(failure))
+    }
+
+    async fn start(&self, name: &str, config: &str, directory: &Path) -> anyhow::Result<Parts> {
         let flags = [
             format!("--profile={}", self.profile),
             format!("--kv-tokens={}", self.kv_tokens),
@@ -79,221 +144,213 @@ impl Demo {
             directory,
         )
         .await?;
-        self.measure(name, &sims, &picker, &envoy).await
+        Ok(Parts {
+            sims,
+            picker,
+            envoy,
+        })
     }
 
-    async fn measure(
-        &self,
-        name: &str,
-        sims: &Sims,
-        picker: &Picker,
-        envoy: &Envoy,
-    ) -> anyhow::Result<Measured> {
-        let arrivals = self.workload.arrivals();
-        let bodies = Arc::new(self.workload.bodies(MODEL));
-        let gateway: SocketAddr = ([127, 0, 0, 1], envoy.port).into();
-        let connections = Arc::new(Connections::new(gateway));
-        let (ended, ends) = mpsc::channel(1024);
-        let bar = tokio::spawn(show_progress(
-            name.to_owned(),
-            arrivals.len() as u64,
-            ends,
-            self.progress,
-        ));
-        let started = Instant::now();
-        let throughput = tokio::spawn(sample_throughput(
-            sims.addresses.clone(),
-            self.workload.ladder.clone(),
-            self.time_scale,
-            started,
-        ));
-        let outcomes = drive(
-            connections,
-            bodies,
-            &arrivals,
-            self.time_scale,
-            self.patience,
-            ended,
-        )
-        .await;
-        let elapsed = started.elapsed().as_secs_f64() * self.time_scale;
-        bar.await?;
-        let rates = throughput.await??;
-        let pods = pod_totals(&sims.addresses).await?;
-        let decisions = metrics(([127, 0, 0, 1], picker.metrics).into()).await?;
-        Ok(self.summarise(name, &outcomes, elapsed, &rates, &pods, &decisions))
-    }
-
-    fn summarise(
-        &self,
-        name: &str,
-        outcomes: &[Outcome],
-        elapsed: f64,
-        rates: &[f64],
-        pods: &[HashMap<String, f64>],
-        decisions: &HashMap<String, f64>,
-    ) -> Measured {
-        let ttfts = |rung: Option<usize>| -> Vec<f64> {
-            let of = outcomes.iter().filter(|o| rung.is_none_or(|r| o.rung == r));
-            of.filter_map(|o| o.ttft).collect()
-        };
-        let mut all = ttfts(None);
-        let mean = all.iter().sum::<f64>() / (all.len() as f64).max(1.0);
-        let mut lags: Vec<f64> = outcomes.iter().map(|o| o.lag).collect();
-        let sum = |key: &str| pods.iter().filter_map(|p| p.get(key)).sum::<f64>();
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "counters"
-        )]
-        let finished: Vec<u64> = pods
-            .iter()
-            .map(|p| p.get("finished").copied().unwrap_or(0.0) as u64)
-            .collect();
-        let average = finished.iter().sum::<u64>() as f64 / (finished.len() as f64).max(1.0);
-        let variance = finished
-            .iter()
-            .map(|&n| (n as f64 - average).powi(2))
-            .sum::<f64>();
-        let rungs = self.workload.ladder.iter().zip(rates).enumerate().map(
-            |(rung, ((rate, _), tokens))| Rung {
-                rate: *rate,
-                output_tokens_per_second: *tokens,
-                ttft_p90: percentile(&mut ttfts(Some(rung)), 0.9),
-            },
-        );
-        let answered = outcomes.iter().filter(|o| o.total.is_some()).count();
-        Measured {
+    async fn measure(&self, name: &str, addresses: &Addresses) -> anyhow::Result<Measured> {
+        let driving = self.drive(name, addresses).await?;
+        let pods = metrics(&addresses.pods).await?;
+        let stats = pod_stats(&addresses.pods).await?;
+        let picker = metrics(&[addresses.picker_metrics]).await?;
+        let picker = picker.into_iter().next().unwrap_or_default();
+        let sum = |series: &str| pods.iter().map(|pod| pod.get(series)).sum::<f64>();
+        let finished: Vec<u64> = stats.iter().map(|pod| pod.finished).collect();
+        let outcomes = &driving.outcomes;
+        let mut lags: Vec<f64> = outcomes.iter().map(|outcome| outcome.lag).collect();
+        Ok(Measured {
             name: name.to_owned(),
             requests: outcomes.len(),
-            failed: outcomes.len() - answered,
-            ttft_mean: mean,
-            ttft_p50: percentile(&mut all, 0.5),
-            ttft_p90: percentile(&mut all, 0.9),
-            ttft_p99: percentile(&mut all, 0.99),
-            output_tokens_per_second: (answered * self.workload.output_tokens) as f64 / elapsed,
-            rungs: rungs.collect(),
+            failed: outcomes.iter().filter(|o| o.ttft.is_none()).count(),
+            ttft: Ttft::of(&mut outcomes.iter().filter_map(|o| o.ttft).collect::<Vec<_>>()),
+            output_tokens_per_second: driving.total.rate(),
+            rungs: self.rungs(&driving),
             hit_rate: sum("vllm:prefix_cache_hits_total")
                 / sum("vllm:prefix_cache_queries_total").max(1.0),
-            spread: (
-                finished.iter().copied().min().unwrap_or(0),
-                finished.iter().copied().max().unwrap_or(0),
-                (variance / (finished.len() as f64).max(1.0)).sqrt(),
-            ),
-            decision_mean_us: 1e6
-                * decisions
-                    .get("pinpod_decision_duration_seconds_sum")
-                    .unwrap_or(&0.0)
-                / decisions
-                    .get("pinpod_decision_duration_seconds_count")
-                    .unwrap_or(&1.0)
-                    .max(1.0),
-            decision_p99_us: 1e6
-                * bucket_percentile(decisions, "pinpod_decision_duration_seconds", 0.99),
+            spread: Spread::of(&finished),
+            decision: decision(&picker),
             client_lag_p99: percentile(&mut lags, 0.99),
-            engine_lag: sum("lag_seconds"),
+            engine_lag: stats.iter().map(|pod| pod.lag_seconds).sum(),
+        })
+    }
+
+    /// Sends every stage.
+    async fn drive(&self, name: &str, addresses: &Addresses) -> anyhow::Result<Driving> {
+        let stages = self.workload.stages();
+        // Progress is shown, never waited for: a tick that finds the channel full is lost.
+        let (progress, mut ends) = mpsc::channel(1024);
+        let bar = self.bar(stages.iter().map(Vec::len).sum());
+        let ticks = bar.clone();
+        let show = async move {
+            while ends.recv().await.is_some() {
+                ticks.inc(1);
+            }
+        };
+        let session = Session {
+            demo: self,
+            pods: &addresses.pods,
+            bodies: self.workload.bodies(MODEL),
+            connections: Arc::new(Connections::new(addresses.gateway)),
+            progress,
+        };
+        let marks = bar.clone();
+        // The session, and with it the sender, ends with its block: then the other one ends.
+        let send = async move {
+            let mut driving = Driving::default();
+            for stage in &stages {
+                marks.set_message(self.label(name, stage));
+                session.stage(stage, &mut driving).await?;
+                marks.set_position(driving.outcomes.len() as u64);
+            }
+            anyhow::Ok(driving)
+        };
+        let (driving, ()) = tokio::join!(send, show);
+        bar.finish();
+        driving
+    }
+
+    fn bar(&self, requests: usize) -> ProgressBar {
+        if !self.progress {
+            return ProgressBar::hidden();
+        }
+        let bar = ProgressBar::new(requests as u64);
+        let template = "{msg:>24} [{bar:40}] {pos}/{len} requests, {elapsed}";
+        // The template is a constant; if it were wrong, the built-in style would do.
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar
+    }
+
+    fn label(&self, name: &str, stage: &[Arrival]) -> String {
+        let rung = stage
+            .first()
+            .and_then(|arrival| self.workload.ladder.get(arrival.rung));
+        match (self.workload.pacing, rung) {
+            (Pacing::Draining, Some(rung)) => format!("{name}, {}/s", rung.rate),
+            _ => name.to_owned(),
         }
     }
+
+    fn rungs(&self, driving: &Driving) -> Vec<RungMeasured> {
+        let rungs = self.workload.ladder.iter().zip(&driving.rungs).enumerate();
+        rungs
+            .map(|(index, (rung, made))| rung_measured(rung, *made, index, &driving.outcomes))
+            .collect()
+    }
 }
 
-async fn show_progress(name: String, total: u64, mut ends: mpsc::Receiver<()>, visible: bool) {
-    let bar = if visible {
-        ProgressBar::new(total)
-    } else {
-        ProgressBar::hidden()
-    };
-    if let Ok(style) =
-        ProgressStyle::with_template("{msg:>12} [{bar:40}] {pos}/{len} requests, {elapsed}")
-    {
-        bar.set_style(style);
-    }
-    bar.set_message(name);
-    while ends.recv().await.is_some() {
-        bar.inc(1);
-    }
-    bar.finish();
+/// A run in progress.
+struct Session<'a> {
+    demo: &'a Demo,
+    pods: &'a [SocketAddr],
+    bodies: Vec<Bytes>,
+    connections: Arc<Connections>,
+    progress: mpsc::Sender<()>,
 }
 
-/// Output tokens per virtual second over all pods, for each rung while it lasts.
-async fn sample_throughput(
-    pods: Vec<SocketAddr>,
-    ladder: Vec<(f64, f64)>,
-    time_scale: f64,
-    started: Instant,
-) -> anyhow::Result<Vec<f64>> {
-    let mut rates = Vec::new();
-    let (mut before, mut at) = (0.0, started);
-    let mut end = 0.0;
-    for (_, seconds) in ladder {
-        end += seconds;
-        tokio::time::sleep_until(started + Duration::from_secs_f64(end / time_scale)).await;
-        let totals = pod_totals(&pods).await?;
-        let tokens: f64 = totals
-            .iter()
-            .filter_map(|p| p.get("vllm:generation_tokens_total"))
-            .sum();
-        let now = Instant::now();
-        rates.push((tokens - before) / ((now - at).as_secs_f64() * time_scale).max(1e-9));
-        (before, at) = (tokens, now);
-    }
-    Ok(rates)
-}
-
-/// Metrics and counters of each pod by name.
-async fn pod_totals(pods: &[SocketAddr]) -> anyhow::Result<Vec<HashMap<String, f64>>> {
-    let mut all = Vec::new();
-    for pod in pods {
-        let mut values = metrics(*pod).await?;
-        let stats: HashMap<String, f64> = serde_json::from_slice(&get(*pod, "/sim/stats").await?)?;
-        values.extend(stats);
-        all.push(values);
-    }
-    Ok(all)
-}
-
-/// An exposition as values by series name, labels dropped but `le`; equal names are summed.
-async fn metrics(address: SocketAddr) -> anyhow::Result<HashMap<String, f64>> {
-    let text = String::from_utf8(get(address, "/metrics").await?)?;
-    let mut values = HashMap::new();
-    for line in text.lines().filter(|line| !line.starts_with('#')) {
-        let Some((series, value)) = line.rsplit_once(' ') else {
-            continue;
+impl Session<'_> {
+    /// Sends one stage and adds what came of it to `driving`.
+    async fn stage(&self, arrivals: &[Arrival], driving: &mut Driving) -> anyhow::Result<()> {
+        let before = self.tokens().await?;
+        let sent = drive(
+            &self.connections,
+            &self.bodies,
+            arrivals,
+            self.demo.time_scale,
+            self.demo.patience_seconds,
+            &self.progress,
+        );
+        let driven = match self.demo.workload.pacing {
+            Pacing::Draining => sent.await,
+            Pacing::Continuous => {
+                let (driven, windows) = tokio::join!(sent, self.windows());
+                driving.rungs = windows?;
+                driven
+            }
         };
-        let name = series.split('{').next().unwrap_or_default();
-        let bound = series
-            .split_once("le=\"")
-            .and_then(|(_, rest)| rest.split('"').next());
-        let key = bound.map_or_else(|| name.to_owned(), |bound| format!("{name}:{bound}"));
-        *values.entry(key).or_insert(0.0) += value.parse().unwrap_or(0.0);
+        let made = Made {
+            tokens: self.tokens().await? - before,
+            seconds: driven.seconds,
+        };
+        if self.demo.workload.pacing == Pacing::Draining {
+            driving.rungs.push(made);
+        }
+        driving.total.tokens += made.tokens;
+        driving.total.seconds += made.seconds;
+        driving.outcomes.extend(driven.outcomes);
+        Ok(())
     }
-    Ok(values)
+
+    /// What the engines make while the requests of each rung arrive.
+    async fn windows(&self) -> anyhow::Result<Vec<Made>> {
+        let Demo {
+            workload,
+            time_scale,
+            ..
+        } = self.demo;
+        let started = Instant::now();
+        let (mut before, mut at, mut end) = (0.0, started, 0.0);
+        let mut windows = Vec::new();
+        for rung in &workload.ladder {
+            end += rung.seconds;
+            tokio::time::sleep_until(started + Duration::from_secs_f64(end / time_scale)).await;
+            let (tokens, now) = (self.tokens().await?, Instant::now());
+            windows.push(Made {
+                tokens: tokens - before,
+                seconds: (now - at).as_secs_f64() * time_scale,
+            });
+            (before, at) = (tokens, now);
+        }
+        Ok(windows)
+    }
+
+    /// Output tokens of all pods since their start.
+    async fn tokens(&self) -> anyhow::Result<f64> {
+        let pods = metrics(self.pods).await?;
+        Ok(pods.iter().map(|pod| pod.get(TOKENS)).sum())
+    }
 }
 
-/// Upper bound of the bucket in which `share` of the observations are reached.
-fn bucket_percentile(values: &HashMap<String, f64>, name: &str, share: f64) -> f64 {
-    let prefix = format!("{name}_bucket:");
-    let mut buckets: Vec<(f64, f64)> = values
-        .iter()
-        .filter_map(|(key, count)| Some((key.strip_prefix(&prefix)?.parse().ok()?, *count)))
-        .collect();
-    buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let total = values.get(&format!("{name}_count")).copied().unwrap_or(0.0);
-    buckets
-        .iter()
-        .find(|(_, count)| *count >= share * total)
-        .map_or(f64::INFINITY, |(bound, _)| *bound)
+fn rung_measured(rung: &Rung, made: Made, index: usize, outcomes: &[Outcome]) -> RungMeasured {
+    let own = || outcomes.iter().filter(|outcome| outcome.rung == index);
+    let requests = own().count();
+    let failed = own().filter(|outcome| outcome.ttft.is_none()).count();
+    RungMeasured {
+        rate: rung.rate,
+        warm_up: rung.warm_up,
+        requests,
+        failed,
+        seconds: made.seconds,
+        requests_per_second: (requests - failed) as f64 / made.seconds.max(1e-9),
+        output_tokens_per_second: made.rate(),
+        ttft: Ttft::of(&mut own().filter_map(|outcome| outcome.ttft).collect::<Vec<_>>()),
+    }
 }
 
-async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Vec<u8>> {
-    let stream = TcpStream::connect(address)
-        .await
-        .with_context(|| address.to_string())?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
-    let request = Request::get(path)
-        .header(header::HOST, "localhost")
-        .body(Empty::<Bytes>::new())?;
-    let response = sender.send_request(request).await?;
-    Ok(response.into_body().collect().await?.to_bytes().to_vec())
+fn decision(picker: &Samples) -> Decision {
+    let bound = |share| {
+        let seconds = picker.bucket_percentile(DECISION, share);
+        seconds.is_finite().then_some(1e6 * seconds)
+    };
+    Decision {
+        mean_us: 1e6 * picker.mean(DECISION),
+        p50_us: bound(0.5),
+        p99_us: bound(0.99),
+    }
+}
+
+/// Never ready while all of `processes` run; the first that ended, as an error that names its log.
+async fn first_end(processes: &mut [&mut Process]) -> anyhow::Error {
+    loop {
+        for process in &mut *processes {
+            if let Err(ended) = process.check() {
+                return ended;
+            }
+        }
+        tokio::time::sleep(WATCH_INTERVAL).await;
+    }
 }

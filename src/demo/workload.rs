@@ -5,12 +5,66 @@
 //! in shuffled rounds.
 
 use bytes::Bytes;
+use serde::Serialize;
 
 /// Bytes that the simulator and the picker count as one token.
 const TOKEN_BYTES: usize = 4;
 
+/// When a rung of the ladder begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pacing {
+    /// Once every request of the rung before has ended, so that no rung inherits a backlog. This is
+    /// how inference-perf, the load generator of the published run, goes through its stages; as
+    /// there, a rung has exactly rate x seconds requests.
+    Draining,
+    /// When the rung before has lasted its seconds, whatever is still unanswered: a backlog carries
+    /// over. The number of requests is that of a Poisson process.
+    Continuous,
+}
+
+/// One rung of the ladder.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Rung {
+    /// Requests per virtual second.
+    pub rate: f64,
+    /// Virtual seconds of arrivals.
+    pub seconds: f64,
+    /// It fills the caches; shown beside the others, not one of the measured rates.
+    pub warm_up: bool,
+}
+
+impl Rung {
+    /// A measured rung.
+    pub fn new(rate: f64, seconds: f64) -> Self {
+        Self {
+            rate,
+            seconds,
+            warm_up: false,
+        }
+    }
+
+    /// A rung in front of the measured ones.
+    pub fn warm_up(rate: f64, seconds: f64) -> Self {
+        Self {
+            warm_up: true,
+            ..Self::new(rate, seconds)
+        }
+    }
+
+    /// Requests of the rung when it has exactly as many as are expected.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a count; the cast saturates"
+    )]
+    fn requests(&self) -> usize {
+        (self.rate * self.seconds).round() as usize
+    }
+}
+
 /// Parameters of a run. Times are virtual seconds.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Workload {
     /// Groups with a prefix of their own.
     pub groups: usize,
@@ -22,8 +76,10 @@ pub struct Workload {
     pub question_tokens: usize,
     /// Output tokens.
     pub output_tokens: usize,
-    /// (requests per second, seconds), one after the other.
-    pub ladder: Vec<(f64, f64)>,
+    /// Rates, one after the other.
+    pub ladder: Vec<Rung>,
+    /// When each begins.
+    pub pacing: Pacing,
     /// Of arrivals and order.
     pub seed: u64,
 }
@@ -31,7 +87,7 @@ pub struct Workload {
 /// One request to send.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Arrival {
-    /// Virtual seconds from the start.
+    /// Virtual seconds from the start of its stage.
     pub at: f64,
     /// Index of the prompt.
     pub prompt: usize,
@@ -40,11 +96,10 @@ pub struct Arrival {
 }
 
 impl Workload {
-    /// The published workload: 150 groups of 5, 6,000 + 1,200 tokens in, 1,000 out, 3 to 60
-    /// requests/s.
+    /// The published workload: 150 groups of 5, 6,000 + 1,200 tokens in, 1,000 out, a warm-up, then 3
+    /// to 60 requests/s.
     pub fn published() -> Self {
-        let ladder = [
-            (15.0, 50.0),
+        let measured = [
             (3.0, 20.0),
             (10.0, 20.0),
             (15.0, 20.0),
@@ -62,13 +117,19 @@ impl Workload {
             (57.0, 26.0),
             (60.0, 25.0),
         ];
+        let measured = measured
+            .into_iter()
+            .map(|(rate, seconds)| Rung::new(rate, seconds));
         Self {
             groups: 150,
             prompts_per_group: 5,
             prefix_tokens: 6000,
             question_tokens: 1200,
             output_tokens: 1000,
-            ladder: ladder.to_vec(),
+            ladder: std::iter::once(Rung::warm_up(15.0, 50.0))
+                .chain(measured)
+                .collect(),
+            pacing: Pacing::Draining,
             seed: 42,
         }
     }
@@ -78,37 +139,55 @@ impl Workload {
         Self {
             groups: 50,
             output_tokens: 250,
-            ladder: vec![(5.0, 20.0), (10.0, 20.0), (20.0, 40.0), (30.0, 40.0)],
+            ladder: vec![
+                Rung::warm_up(10.0, 20.0),
+                Rung::new(5.0, 20.0),
+                Rung::new(15.0, 30.0),
+                Rung::new(30.0, 30.0),
+            ],
             ..Self::published()
         }
     }
 
-    /// Virtual seconds of arrivals.
-    pub fn duration(&self) -> f64 {
-        self.ladder.iter().map(|(_, seconds)| seconds).sum()
-    }
-
-    /// All arrivals in order of time; equal for equal seeds.
-    pub fn arrivals(&self) -> Vec<Arrival> {
+    /// What is sent on one clock; each stage ends with its last answer, before the next begins. A
+    /// stage is a rung when they drain, else the whole ladder. Arrivals are in order of time, prompts
+    /// go on in their shuffled order from rung to rung; equal for equal seeds.
+    pub fn stages(&self) -> Vec<Vec<Arrival>> {
         let mut rng = fastrand::Rng::with_seed(self.seed);
         let mut order: Vec<usize> = (0..self.groups * self.prompts_per_group).collect();
         rng.shuffle(&mut order);
+        let mut prompts = order.into_iter().cycle();
+        match self.pacing {
+            Pacing::Draining => {
+                let rungs = self.ladder.iter().enumerate();
+                rungs
+                    .map(|(index, rung)| counted(&mut rng, rung, index, &mut prompts))
+                    .collect()
+            }
+            Pacing::Continuous => vec![self.continuous(&mut rng, &mut prompts)],
+        }
+    }
+
+    fn continuous(
+        &self,
+        rng: &mut fastrand::Rng,
+        prompts: &mut impl Iterator<Item = usize>,
+    ) -> Vec<Arrival> {
         let mut arrivals = Vec::new();
         let mut start = 0.0;
-        for (rung, (rate, seconds)) in self.ladder.iter().enumerate() {
-            let end = start + seconds;
-            let mut at = start;
-            loop {
-                // Exponential gaps make a Poisson process; 1 - U is never 0.
-                at += -(1.0 - rng.f64()).ln() / rate;
-                if at >= end {
-                    break;
-                }
-                let prompt = order
-                    .get(arrivals.len() % order.len().max(1))
-                    .copied()
-                    .unwrap_or(0);
-                arrivals.push(Arrival { at, prompt, rung });
+        for (index, rung) in self.ladder.iter().enumerate() {
+            let end = start + rung.seconds;
+            let mut at = start + gap(rng, rung.rate);
+            while at < end {
+                let Some(prompt) = prompts.next() else {
+                    return arrivals;
+                };
+                arrivals.push(Arrival {
+                    at,
+                    prompt,
+                    rung: index,
+                });
+                at += gap(rng, rung.rate);
             }
             start = end;
         }
@@ -134,6 +213,30 @@ impl Workload {
     }
 }
 
+/// Exactly the expected number of requests of `rung`, in a Poisson process at its rate.
+fn counted(
+    rng: &mut fastrand::Rng,
+    rung: &Rung,
+    index: usize,
+    prompts: &mut impl Iterator<Item = usize>,
+) -> Vec<Arrival> {
+    let mut at = 0.0;
+    let arrivals = prompts.take(rung.requests()).map(|prompt| {
+        at += gap(rng, rung.rate);
+        Arrival {
+            at,
+            prompt,
+            rung: index,
+        }
+    });
+    arrivals.collect()
+}
+
+/// Seconds between two arrivals: exponential gaps make a Poisson process; 1 - U is never 0.
+fn gap(rng: &mut fastrand::Rng, rate: f64) -> f64 {
+    -(1.0 - rng.f64()).ln() / rate
+}
+
 /// `tokens` tokens of text that differs by `seed`.
 fn words(seed: u64, tokens: usize) -> String {
     let mut rng = fastrand::Rng::with_seed(seed);
@@ -150,20 +253,72 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_published_ladder_gives_its_published_number_of_requests() {
+    fn draining_stages_have_the_published_number_of_requests() {
+        let stages = Workload::published().stages();
+        let counts: Vec<usize> = stages.iter().map(Vec::len).collect();
+        // rate * seconds: 15 * 50, 3 * 20, 10 * 20, 15 * 20, 20 * 38, 22 * 34, 25 * 30, ...
+        assert_eq!(
+            counts,
+            [
+                750, 60, 200, 300, 760, 748, 750, 750, 735, 1520, 1548, 1518, 1470, 1508, 1485,
+                1482, 1500
+            ]
+        );
+        for (index, stage) in stages.iter().enumerate() {
+            assert!(
+                stage
+                    .iter()
+                    .all(|arrival| arrival.rung == index && arrival.at > 0.0)
+            );
+            assert!(stage.windows(2).all(|pair| pair[0].at < pair[1].at));
+        }
+        // 1,500 gaps of mean 1/60 s: 25 s, standard deviation 25 / sqrt(1500) = 0.65 s.
+        let last = stages.last().and_then(|stage| stage.last()).unwrap();
+        assert!((last.at - 25.0).abs() < 5.0 * 0.65, "{}", last.at);
+        assert_eq!(stages, Workload::published().stages());
+    }
+
+    #[test]
+    fn prompts_go_on_in_shuffled_rounds_over_the_stages() {
         let workload = Workload::published();
-        assert!((workload.duration() - 502.0).abs() < 1e-9);
-        let arrivals = workload.arrivals();
-        // The rates add up to 17,084 expected arrivals; five standard deviations are 653.
-        let expected: f64 = workload
-            .ladder
+        let prompts: Vec<usize> = workload
+            .stages()
             .iter()
-            .map(|(rate, seconds)| rate * seconds)
-            .sum();
-        assert!((expected - 17_084.0).abs() < 1e-9, "{expected}");
-        assert!((arrivals.len() as f64 - expected).abs() < 5.0 * expected.sqrt());
+            .flatten()
+            .map(|arrival| arrival.prompt)
+            .collect();
+        let mut round = prompts[..750].to_vec();
+        round.sort_unstable();
+        assert!(
+            round.iter().copied().eq(0..750),
+            "each prompt once in a round"
+        );
+        assert!(prompts.windows(751).all(|window| window[0] == window[750]));
+        let other = Workload {
+            seed: 43,
+            ..workload
+        };
+        assert_ne!(other.stages()[0][0].prompt, prompts[0]);
+    }
+
+    #[test]
+    fn continuous_arrivals_are_one_stage_as_long_as_the_ladder() {
+        let workload = Workload {
+            pacing: Pacing::Continuous,
+            ..Workload::published()
+        };
+        let stages = workload.stages();
+        assert_eq!(stages.len(), 1);
+        let arrivals = &stages[0];
+        // The rates add up to 17,084 expected arrivals in 502 s; five standard deviations are 653.
+        assert!((arrivals.len() as f64 - 17_084.0).abs() < 653.0);
         assert!(arrivals.windows(2).all(|pair| pair[0].at <= pair[1].at));
-        assert_eq!(arrivals, workload.arrivals());
+        assert!(arrivals.iter().all(|arrival| arrival.at < 502.0));
+        assert!(
+            arrivals
+                .iter()
+                .all(|arrival| (arrival.rung == 0) == (arrival.at < 50.0))
+        );
     }
 
     #[test]

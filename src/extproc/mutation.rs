@@ -1,7 +1,5 @@
 //! Builders for the messages of a normal exchange.
 
-use std::collections::HashMap;
-
 use bytes::Bytes;
 
 use super::proto::body_mutation::Mutation;
@@ -168,7 +166,7 @@ pub fn string_value(text: &str) -> Value {
 /// A struct from its fields.
 pub fn structure(fields: impl IntoIterator<Item = (String, Value)>) -> Struct {
     Struct {
-        fields: fields.into_iter().collect::<HashMap<_, _>>(),
+        fields: fields.into_iter().collect(),
     }
 }
 

@@ -7,7 +7,7 @@
 //! Envoy ends every exchange with a reset or an end of input, after success and after an abort alike
 //! (observed with 1.40), so what an end means is decided by the phase it finds.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -516,7 +516,7 @@ impl Exchange {
         &mut self,
         message: HttpHeaders,
         metadata: Option<&Metadata>,
-        attributes: &std::collections::HashMap<String, Struct>,
+        attributes: &BTreeMap<String, Struct>,
     ) {
         let headers = read_headers(message.headers);
         let mut set = vec![set_header(
@@ -685,7 +685,7 @@ fn read_subset(value: &Value) -> Option<Subset> {
 
 fn served_endpoint<'a>(
     metadata: Option<&'a Metadata>,
-    attributes: &'a std::collections::HashMap<String, Struct>,
+    attributes: &'a BTreeMap<String, Struct>,
 ) -> Served<'a> {
     let string = |value: &'a Value| match &value.kind {
         Some(Kind::StringValue(text)) => Some(text.as_str()),

@@ -269,11 +269,15 @@ impl DataKeys {
         self.endpoint_column(data_type.into(), producer, Role::Reads)
     }
 
-    /// Every column of `data_type` that some instance publishes.
-    pub fn published<T: 'static>(&self, data_type: &str) -> Vec<Column<T>> {
+    /// Every column of `data_type` that an instance of a name `by` accepts publishes.
+    pub fn published<T: 'static>(
+        &self,
+        data_type: &str,
+        by: impl Fn(&str) -> bool,
+    ) -> Vec<Column<T>> {
         let slots = self.columns.iter().enumerate();
         slots
-            .filter(|(_, k)| k.data_type == data_type && !k.produced_by.is_empty())
+            .filter(|(_, k)| k.data_type == data_type && k.produced_by.iter().any(|p| by(p)))
             .filter(|(_, k)| k.value_type == std::any::type_name::<T>())
             .map(|(slot, _)| Column {
                 slot,
@@ -421,6 +425,14 @@ impl Attributes {
 
     /// An empty vector to fill with one value per candidate; marks the column as written.
     pub fn write<T: Send + 'static>(&mut self, column: Column<T>) -> &mut Vec<T> {
+        let values = self.reuse(column);
+        values.clear();
+        values
+    }
+
+    /// As [`Self::write`], still with the values of an earlier request, for a producer that takes
+    /// their memory over.
+    pub fn reuse<T: Send + 'static>(&mut self, column: Column<T>) -> &mut Vec<T> {
         if self.columns.len() <= column.slot {
             self.columns.resize_with(column.slot + 1, || None);
         }
@@ -439,7 +451,6 @@ impl Attributes {
             reason = "the box was made for this type three lines up"
         )]
         let values = data.values.downcast_mut::<Vec<T>>().expect("column type");
-        values.clear();
         values
     }
 

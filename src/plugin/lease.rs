@@ -2,10 +2,15 @@
 
 use std::fmt::Debug;
 
+use bytes::Bytes;
+
 /// Something a request holds until it ends; `Drop` releases it, whatever the cause.
 pub trait Lease: Send + Debug {
     /// The first byte of the response body arrived.
     fn on_first_chunk(&mut self) {}
+
+    /// The response headers arrived; adds to the headers to set.
+    fn on_response_headers(&mut self, _set: &mut Vec<(String, Bytes)>) {}
 }
 
 /// Everything one request holds.
@@ -22,6 +27,13 @@ impl Leases {
     pub fn on_first_chunk(&mut self) {
         for lease in &mut self.0 {
             lease.on_first_chunk();
+        }
+    }
+
+    /// Tells every lease that the response headers arrived.
+    pub fn on_response_headers(&mut self, set: &mut Vec<(String, Bytes)>) {
+        for lease in &mut self.0 {
+            lease.on_response_headers(set);
         }
     }
 

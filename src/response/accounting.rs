@@ -127,6 +127,7 @@ impl Accounting {
                 .map(|format| ResponseReader::new(format, self.streaming));
         }
         let mut set = Vec::new();
+        self.leases.on_response_headers(&mut set);
         if let (Some(hooks), Some(endpoint)) = (&self.facts.hooks, self.facts.endpoint(served)) {
             let view = ResponseView {
                 request_id: &self.facts.request_id,

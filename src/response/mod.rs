@@ -8,6 +8,8 @@ pub mod accounting;
 mod grpc;
 pub mod hooks;
 pub mod model_name;
+pub mod request_attribute_reporter;
+pub mod served_verifier;
 pub mod sse;
 pub mod usage;
 

@@ -22,6 +22,7 @@ pub mod scheduler;
 pub mod scorers;
 #[cfg(test)]
 pub(crate) mod test_support;
+mod topology;
 
 pub use hooks::{
     Admitter, DataProducer, Denial, Outcome, PreRequest, Preparation, ProducerError,
@@ -38,17 +39,49 @@ pub struct Candidate {
     pub metrics: Arc<EngineMetrics>,
 }
 
+impl Candidate {
+    /// `endpoint` with its metrics as they are now.
+    pub fn new(endpoint: Arc<Endpoint>) -> Self {
+        Self {
+            metrics: endpoint.metrics(),
+            endpoint,
+        }
+    }
+
+    /// Brings the metrics up to date.
+    pub fn refresh(&mut self) {
+        self.endpoint.refresh_metrics(&mut self.metrics);
+    }
+}
+
 /// The candidates a hook may look at: a selection of the request's candidate list.
 #[derive(Debug, Clone, Copy)]
 pub struct Candidates<'a> {
     all: &'a [Candidate],
     selected: &'a [u32],
+    peer: Option<u32>,
 }
 
 impl<'a> Candidates<'a> {
     /// `selected` are positions in `all`; one out of range is never yielded.
     pub fn new(all: &'a [Candidate], selected: &'a [u32]) -> Self {
-        Self { all, selected }
+        Self {
+            all,
+            selected,
+            peer: None,
+        }
+    }
+
+    /// The same candidates, for a profile that runs after one that picked `peer`.
+    #[must_use]
+    pub fn with_peer(self, peer: Option<u32>) -> Self {
+        Self { peer, ..self }
+    }
+
+    /// First pick of the first profile that chose for this request, in a round before this one. It need
+    /// not be selected here: prefill and decode endpoints may be disjoint.
+    pub fn peer(&self) -> Option<&'a Candidate> {
+        self.all.get(self.peer? as usize)
     }
 
     /// Number of selected candidates.
@@ -174,6 +207,9 @@ pub enum ScheduleError {
     /// The filters of a needed profile left nothing: 429, dropped reason `rejected-saturated`.
     #[error("no endpoints available for the given request")]
     FiltersLeftNothing,
+    /// The request names a profile that does not exist: 400.
+    #[error("no scheduling profile is configured for the request")]
+    UnknownProfile,
     /// The profile handler could not use the results: 429.
     #[error("failed to find target endpoint: {0}")]
     Handler(String),

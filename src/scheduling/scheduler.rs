@@ -98,6 +98,7 @@ impl Scheduler {
             .runs
             .resize_with(self.profiles.len(), ProfileRun::default);
         scratch.totals.resize_with(self.profiles.len(), Vec::new);
+        let mut peer = None;
         // Each round must run a profile that has not run, so a handler cannot loop for ever.
         for _ in 0..self.profiles.len() {
             let mut run = std::mem::take(&mut scratch.run);
@@ -106,10 +107,11 @@ impl Scheduler {
                 .next_profiles(cycle, &self.names, &scratch.runs, &mut run);
             for &position in &run {
                 if let Some(profile) = self.profiles.get(position) {
-                    let outcome = profile.run(cycle, candidates, scratch, position);
+                    let outcome = profile.run(cycle, candidates, peer, scratch, position);
                     scratch.runs[position] = outcome;
                 }
             }
+            peer = peer.or_else(|| first_pick(&scratch.runs, &run));
             let done = run.is_empty();
             scratch.run = run;
             if done {
@@ -136,11 +138,20 @@ impl Scheduler {
     }
 }
 
+/// First pick of the first of the `ran` profiles that chose.
+fn first_pick(runs: &[ProfileRun], ran: &[usize]) -> Option<u32> {
+    ran.iter().find_map(|&position| match runs.get(position) {
+        Some(ProfileRun::Picked(picked)) => picked.picks.first().copied(),
+        _ => None,
+    })
+}
+
 impl Profile {
     fn run(
         &self,
         cycle: &Cycle<'_>,
         candidates: &[Candidate],
+        peer: Option<u32>,
         scratch: &mut Scratch,
         position: usize,
     ) -> ProfileRun {
@@ -156,7 +167,8 @@ impl Profile {
         selected.extend((0..).take(candidates.len()));
         for hook in &self.filters {
             keep.clear();
-            hook.timed(|filter| filter.filter(cycle, Candidates::new(candidates, selected), keep));
+            let offered = Candidates::new(candidates, selected).with_peer(peer);
+            hook.timed(|filter| filter.filter(cycle, offered, keep));
             std::mem::swap(selected, keep);
             if selected.is_empty() {
                 return ProfileRun::Failed;
@@ -167,10 +179,11 @@ impl Profile {
             position,
             total: 0.0,
         }));
+        let rated = Candidates::new(candidates, selected).with_peer(peer);
         for (hook, weight) in &self.scorers {
             scores.clear();
             scores.resize(selected.len(), 0.0);
-            hook.timed(|scorer| scorer.score(cycle, Candidates::new(candidates, selected), scores));
+            hook.timed(|scorer| scorer.score(cycle, rated, scores));
             for (scored, score) in scored.iter_mut().zip(scores.iter()) {
                 let score = if score.is_nan() {
                     0.0
@@ -287,6 +300,73 @@ mod tests {
             totals(&scheduler(&[&[0], &[1]], &[]), 2).unwrap_err(),
             ScheduleError::FiltersLeftNothing
         );
+    }
+
+    /// Keeps the candidate that an earlier round picked.
+    #[derive(Debug)]
+    struct PeerOnly;
+
+    impl Filter for PeerOnly {
+        fn filter(&self, _: &Cycle<'_>, candidates: Candidates<'_>, keep: &mut Vec<u32>) {
+            let peer = candidates.peer().map(|c| &c.endpoint.spec.name);
+            let same = candidates
+                .iter()
+                .filter(|(_, c)| Some(&c.endpoint.spec.name) == peer);
+            keep.extend(same.map(|(position, _)| u32::try_from(position).unwrap()));
+        }
+    }
+
+    /// Runs its rounds of profiles one after the other; the last one is primary.
+    #[derive(Debug)]
+    struct Rounds(&'static [&'static [usize]]);
+
+    impl ProfileHandler for Rounds {
+        fn next_profiles(
+            &self,
+            _: &Cycle<'_>,
+            _: &[Arc<str>],
+            runs: &[ProfileRun],
+            run: &mut Vec<usize>,
+        ) {
+            let open = |round: &&&[usize]| round.iter().all(|p| runs[*p] == ProfileRun::NotRun);
+            run.extend(self.0.iter().find(open).copied().unwrap_or_default());
+        }
+
+        fn combine(
+            &self,
+            _: &Cycle<'_>,
+            _: &[Arc<str>],
+            runs: &mut [ProfileRun],
+        ) -> Result<SchedulingResult, ScheduleError> {
+            match runs.last_mut().map(std::mem::take) {
+                Some(ProfileRun::Picked(primary)) => Ok(SchedulingResult {
+                    primary,
+                    others: SmallVec::new(),
+                }),
+                _ => Err(ScheduleError::FiltersLeftNothing),
+            }
+        }
+    }
+
+    #[test]
+    fn later_rounds_know_the_first_pick() {
+        let profiles = |rounds| {
+            let mut scheduler = scheduler(&[&[1]], &[]);
+            let mut second = scheduler.profiles[0].filters[0].clone();
+            second.plugin = Arc::new(PeerOnly);
+            let picker = scheduler.profiles[0].picker.clone();
+            scheduler.profiles.push(Profile {
+                name: "second".into(),
+                filters: vec![second],
+                scorers: Vec::new(),
+                picker,
+            });
+            Scheduler::new(Arc::new(Rounds(rounds)), scheduler.profiles)
+        };
+        let picked = |rounds| totals(&profiles(rounds), 3).map(|(pick, _)| pick);
+        assert_eq!(picked(&[&[0], &[1]]), Ok(1));
+        // Profiles of one round do not know of each other.
+        assert_eq!(picked(&[&[0, 1]]), Err(ScheduleError::FiltersLeftNothing));
     }
 
     #[test]

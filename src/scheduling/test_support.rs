@@ -144,6 +144,12 @@ impl Pool {
         .unwrap()
     }
 
+    /// Adds a request header.
+    pub(crate) fn header(&mut self, name: &str, value: &str) {
+        let value = bytes::Bytes::copy_from_slice(value.as_bytes());
+        self.request.headers.push(name.to_owned(), value);
+    }
+
     /// Fills the columns the default producers would write and runs `f`.
     pub(crate) fn with_cycle<R>(&self, f: impl FnOnce(&Cycle<'_>, &[Candidate]) -> R) -> R {
         let mut keys = DataKeys::default();
@@ -214,4 +220,17 @@ impl Pool {
             .map(|&i| self.endpoints[i as usize].name.as_str())
             .collect()
     }
+}
+
+/// Why `P` cannot be built with `parameters` (JSON).
+pub(crate) fn refusal<P: Plugin + std::fmt::Debug>(parameters: &str) -> String {
+    let parameters = Parameters(Some(serde_json::from_str(parameters).unwrap()));
+    let mut keys = DataKeys::default();
+    keys.enter(P::TYPE);
+    let built = P::build(&mut Build {
+        name: P::TYPE,
+        parameters: &parameters,
+        keys: &mut keys,
+    });
+    built.unwrap_err().to_string()
 }

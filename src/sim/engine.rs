@@ -1,13 +1,11 @@
 //! The engine: continuous batching in steps over a block pool, on a virtual clock.
 //!
-//! Each step runs all running requests one token further and spends what is left of its token budget
-//! on prompts, first those begun, then those waiting, first come first served (`vllm/v1/core/sched`).
-//! Time is virtual: a step's duration is divided by the time scale and slept once, against a deadline,
-//! so that late wake-ups do not add up; what the host cannot keep up with is counted as lag.
+//! The scheduler says what a step runs, the profile how long that takes. Time is virtual: a step's
+//! duration is divided by the time scale and slept once, against a deadline, so that late wake-ups do
+//! not add up; what the host cannot keep up with is counted as lag.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -15,8 +13,10 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::kv::{BlockId, BlockPool};
 use super::latency::Profile;
+use super::scheduler::{Plan, Scheduler, Sequence};
+use super::totals::Totals;
+use super::work::{Progress, Work};
 
 /// Most lag before the virtual clock gives up catching up.
 const MAX_LAG: Duration = Duration::from_millis(200);
@@ -28,7 +28,7 @@ pub struct EngineConfig {
     pub profile: Profile,
     /// Times faster than real time.
     pub time_scale: f64,
-    /// KV blocks.
+    /// KV blocks, vLLM's unused null block included.
     pub blocks: usize,
     /// Tokens of a block.
     pub block_tokens: usize,
@@ -39,240 +39,110 @@ pub struct EngineConfig {
     /// Steps that are computed and slept as one when only decoding; keeps small hosts up with high
     /// time scales.
     pub steps_per_tick: usize,
-    /// LoRA adapters that fit at once.
+    /// LoRA adapters that fit at once, at least 1.
     pub max_loras: usize,
+    /// Tokens of a request, prompt and output together.
+    pub max_model_len: usize,
 }
 
-/// A request as the engine sees it.
-#[derive(Debug, Clone)]
-pub struct Work {
-    /// Tokens of the prompt, at least 1.
-    pub prompt_tokens: usize,
-    /// Hashes of its full blocks.
-    pub hashes: Vec<u64>,
-    /// Output tokens to make, at least 1.
-    pub max_tokens: usize,
-    /// Adapter the request asks for.
-    pub lora: Option<String>,
-}
-
-/// What the HTTP side sees of a request. Dropping every other handle aborts it.
-#[derive(Debug, Default)]
-pub struct Progress {
-    generated: AtomicUsize,
-    cached: AtomicUsize,
-    ended: AtomicBool,
-    failed: AtomicBool,
-    changed: Notify,
-}
-
-impl Progress {
-    /// Output tokens so far.
-    pub fn generated(&self) -> usize {
-        self.generated.load(Ordering::Acquire)
+impl EngineConfig {
+    /// Tokens that the blocks hold.
+    pub fn kv_tokens(&self) -> usize {
+        self.blocks.saturating_sub(1) * self.block_tokens
     }
 
-    /// Prompt tokens found in the cache.
-    pub fn cached(&self) -> usize {
-        self.cached.load(Ordering::Acquire)
+    /// Most tokens of a request that can be served.
+    pub fn longest_request(&self) -> usize {
+        self.max_model_len.min(self.kv_tokens())
     }
 
-    /// No more tokens will come.
-    pub fn is_ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire)
+    /// Time of the simulated engine between two instants.
+    pub fn virtual_seconds(&self, from: Instant, to: Instant) -> f64 {
+        to.saturating_duration_since(from).as_secs_f64() * self.time_scale
     }
-
-    /// The engine dropped the request.
-    pub fn is_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
-    }
-
-    /// Waits until more than `seen` tokens exist or the request ended.
-    pub async fn beyond(&self, seen: usize) {
-        loop {
-            let changed = self.changed.notified();
-            if self.generated() > seen || self.is_ended() {
-                return;
-            }
-            changed.await;
-        }
-    }
-
-    fn end(&self, failed: bool) {
-        self.failed.store(failed, Ordering::Release);
-        self.ended.store(true, Ordering::Release);
-        self.changed.notify_waiters();
-    }
-}
-
-/// Counters since start or restart.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Totals {
-    /// Prompt tokens of admitted requests.
-    pub queried_tokens: u64,
-    /// Those found in the cache.
-    pub hit_tokens: u64,
-    /// Prompt tokens computed or found.
-    pub prompt_tokens: u64,
-    /// Output tokens.
-    pub generation_tokens: u64,
-    /// Finished by reaching their length.
-    pub finished: u64,
-    /// Given up by their clients.
-    pub aborted: u64,
-    /// Thrown back to the queue for want of blocks.
-    pub preemptions: u64,
-    /// Virtual seconds the host was late.
-    pub lag_seconds: f64,
 }
 
 /// A reading of the engine.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Stats {
     /// Requests in steps.
     pub running: usize,
     /// Requests in the queue.
     pub waiting: usize,
+    /// Those of them whose adapter has no place.
+    pub deferred: usize,
     /// Share of blocks held.
     pub kv_usage: f64,
-    /// Counters.
+    /// Counters and distributions.
     pub totals: Totals,
     /// Adapters of running requests.
     pub running_loras: BTreeSet<String>,
-    /// Adapters of waiting requests that no running one has.
+    /// Adapters of waiting requests.
     pub waiting_loras: BTreeSet<String>,
-}
-
-#[derive(Debug)]
-struct Sequence {
-    work: Work,
-    progress: Arc<Progress>,
-    blocks: Vec<BlockId>,
-    /// Prompt and output tokens whose KV exists.
-    computed: usize,
-    generated: usize,
-    /// Blocks whose content is registered.
-    filled: usize,
-}
-
-impl Sequence {
-    /// Tokens to have computed before the next output: the prompt, and after a preemption also what
-    /// was generated before it.
-    fn target(&self) -> usize {
-        self.work.prompt_tokens + self.generated
-    }
-
-    /// The client holds no handle any more.
-    fn is_abandoned(&self) -> bool {
-        Arc::strong_count(&self.progress) == 1
-    }
-}
-
-#[derive(Debug)]
-struct State {
-    pool: BlockPool,
-    waiting: VecDeque<Sequence>,
-    running: Vec<Sequence>,
-    totals: Totals,
 }
 
 /// One engine. Cheap to share.
 #[derive(Debug)]
 pub struct Engine {
     config: EngineConfig,
-    state: Mutex<State>,
+    scheduler: Mutex<Scheduler>,
     wake: Notify,
-}
-
-/// What one tick does.
-#[derive(Debug, Default)]
-struct Plan {
-    /// Prompt tokens per running position.
-    prefill: Vec<(usize, usize)>,
-    prefill_tokens: usize,
-    /// Decode steps of the tick.
-    steps: usize,
 }
 
 impl Engine {
     /// An idle engine; [`Self::run`] makes it work.
     pub fn new(config: EngineConfig) -> Arc<Self> {
-        let state = State {
-            pool: BlockPool::new(config.blocks),
-            waiting: VecDeque::new(),
-            running: Vec::new(),
-            totals: Totals::default(),
-        };
         Arc::new(Self {
+            scheduler: Mutex::new(Scheduler::new(&config)),
             config,
-            state: Mutex::new(state),
             wake: Notify::new(),
         })
     }
 
     /// Queues a request. `None` when it can never fit.
     pub fn submit(&self, work: Work) -> Option<Arc<Progress>> {
-        let blocks = (work.prompt_tokens + work.max_tokens).div_ceil(self.config.block_tokens);
-        if blocks > self.config.blocks {
+        if work.prompt_tokens + work.max_tokens > self.config.longest_request() {
             return None;
         }
         let progress = Arc::new(Progress::default());
-        let sequence = Sequence {
-            work,
-            progress: Arc::clone(&progress),
-            blocks: Vec::new(),
-            computed: 0,
-            generated: 0,
-            filled: 0,
-        };
-        self.state.lock().waiting.push_back(sequence);
+        let sequence = Sequence::new(work, Arc::clone(&progress), Instant::now());
+        self.scheduler.lock().queue(sequence);
         self.wake.notify_one();
         Some(progress)
     }
 
     /// A reading for metrics.
     pub fn stats(&self) -> Stats {
-        let state = self.state.lock();
-        let loras = |sequences: &mut dyn Iterator<Item = &Sequence>| -> BTreeSet<String> {
-            sequences.filter_map(|s| s.work.lora.clone()).collect()
-        };
-        let running_loras = loras(&mut state.running.iter());
-        let waiting_loras = loras(&mut state.waiting.iter());
+        let scheduler = self.scheduler.lock();
+        let owned = |names: BTreeSet<&str>| names.into_iter().map(str::to_owned).collect();
         Stats {
-            running: state.running.len(),
-            waiting: state.waiting.len(),
-            kv_usage: state.pool.usage(),
-            totals: state.totals.clone(),
-            waiting_loras: waiting_loras.difference(&running_loras).cloned().collect(),
-            running_loras,
+            running: scheduler.running(),
+            waiting: scheduler.waiting(),
+            deferred: scheduler.deferred(&self.config),
+            kv_usage: scheduler.pool.usage(),
+            totals: scheduler.totals.clone(),
+            running_loras: owned(scheduler.running_loras()),
+            waiting_loras: owned(scheduler.waiting_loras()),
         }
     }
 
     /// Forgets cached content, as `/reset_prefix_cache` does.
     pub fn reset_cache(&self) {
-        self.state.lock().pool.reset();
+        self.scheduler.lock().pool.reset();
     }
 
     /// What a crash does: every request fails, cache and counters are empty.
     pub fn restart(&self) {
-        let mut state = self.state.lock();
-        let lost = std::mem::take(&mut state.waiting)
-            .into_iter()
-            .chain(std::mem::take(&mut state.running));
-        lost.for_each(|sequence| sequence.progress.end(true));
-        state.pool = BlockPool::new(self.config.blocks);
-        state.totals = Totals::default();
+        let mut scheduler = self.scheduler.lock();
+        scheduler.fail_all();
+        *scheduler = Scheduler::new(&self.config);
     }
 
     /// Works until `shutdown`.
     pub async fn run(self: Arc<Self>, shutdown: CancellationToken) {
         let mut clock = Instant::now();
         loop {
-            let idle = {
-                let state = self.state.lock();
-                state.waiting.is_empty() && state.running.is_empty()
-            };
-            if idle {
+            if self.scheduler.lock().is_idle() {
                 tokio::select! {
                     () = shutdown.cancelled() => return,
                     () = self.wake.notified() => {}
@@ -286,239 +156,29 @@ impl Engine {
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep_until(clock) => {}
             }
-            self.finish(&plan);
-            let late = Instant::now().saturating_duration_since(clock);
+            let now = Instant::now();
+            let mut scheduler = self.scheduler.lock();
+            scheduler.apply(&plan, &self.config, now);
+            let late = now.saturating_duration_since(clock);
             if late > MAX_LAG {
                 clock += late;
-                self.state.lock().totals.lag_seconds += late.as_secs_f64() * self.config.time_scale;
+                scheduler.totals.lag_seconds += late.as_secs_f64() * self.config.time_scale;
             }
         }
     }
 
-    /// Plans a tick: drops abandoned requests, admits waiting ones, hands out the token budget.
+    /// Plans a tick and says how long it takes.
     fn begin(&self) -> (Plan, Duration) {
-        let mut state = self.state.lock();
-        let state = &mut *state;
-        state.drop_abandoned();
-        let mut plan = Plan::default();
-        let mut budget = self.config.max_num_batched_tokens;
-        let decoding = state
-            .running
-            .iter()
-            .filter(|s| s.computed >= s.target())
-            .count();
-        budget = budget.saturating_sub(decoding);
-        for (position, sequence) in state.running.iter().enumerate() {
-            let missing = sequence
-                .target()
-                .saturating_sub(sequence.computed)
-                .min(budget);
-            if missing > 0 {
-                plan.prefill.push((position, missing));
-                budget -= missing;
-            }
-        }
-        while budget > 0 && state.running.len() < self.config.max_num_seqs {
-            let Some(missing) = state.admit(&self.config) else {
-                break;
-            };
-            let now = missing.min(budget);
-            plan.prefill.push((state.running.len() - 1, now));
-            budget -= now;
-        }
-        plan.prefill_tokens = plan.prefill.iter().map(|(_, tokens)| tokens).sum();
-        plan.steps = 1;
-        if plan.prefill.is_empty() && state.waiting.is_empty() {
-            let shortest = state
-                .running
-                .iter()
-                .map(|s| s.work.max_tokens - s.generated)
-                .min()
-                .unwrap_or(1);
-            plan.steps = self.config.steps_per_tick.min(shortest).max(1);
-        }
-        let held = state.pool.held_blocks() * self.config.block_tokens;
+        let mut scheduler = self.scheduler.lock();
+        let plan = scheduler.plan(&self.config, Instant::now());
+        let held = scheduler.pool.held_blocks() * self.config.block_tokens;
         let step = self
             .config
             .profile
-            .step(plan.prefill_tokens, held, state.running.len());
+            .step(plan.prefill_tokens, held, scheduler.running());
         #[expect(clippy::cast_possible_truncation, reason = "a handful of steps")]
         let duration = step * plan.steps as u32;
         (plan, duration)
-    }
-
-    /// Applies a tick once its time has passed.
-    fn finish(&self, plan: &Plan) {
-        let mut state = self.state.lock();
-        let state = &mut *state;
-        let mut decoding: Vec<bool> = state
-            .running
-            .iter()
-            .map(|s| s.computed >= s.target())
-            .collect();
-        for &(position, tokens) in &plan.prefill {
-            let Some(sequence) = state.running.get_mut(position) else {
-                continue;
-            };
-            sequence.computed += tokens;
-            // The step that computes the last prompt token also yields the first output token.
-            if let Some(decodes) = decoding.get_mut(position) {
-                *decodes = sequence.computed >= sequence.target();
-            }
-        }
-        let mut position = 0;
-        // A step may throw requests off the end of the batch.
-        while position < state.running.len() {
-            if decoding.get(position) == Some(&true) {
-                state.decode(position, plan.steps, &self.config);
-            }
-            position += 1;
-        }
-        let totals = &mut state.totals;
-        let pool = &mut state.pool;
-        state.running.retain_mut(|sequence| {
-            let done = sequence.generated >= sequence.work.max_tokens;
-            if done {
-                pool.release(&sequence.blocks);
-                totals.finished += 1;
-                sequence.progress.end(false);
-            }
-            !done
-        });
-    }
-}
-
-impl State {
-    fn drop_abandoned(&mut self) {
-        let Self {
-            pool,
-            waiting,
-            running,
-            totals,
-        } = self;
-        waiting.retain(|sequence| {
-            totals.aborted += u64::from(sequence.is_abandoned());
-            !sequence.is_abandoned()
-        });
-        running.retain(|sequence| {
-            if sequence.is_abandoned() {
-                totals.aborted += 1;
-                pool.release(&sequence.blocks);
-            }
-            !sequence.is_abandoned()
-        });
-    }
-
-    /// Moves the first waiting request into the batch; returns the prompt tokens it has to compute.
-    fn admit(&mut self, config: &EngineConfig) -> Option<usize> {
-        let sequence = self.waiting.front()?;
-        if let Some(lora) = &sequence.work.lora {
-            let mut active: BTreeSet<&String> = self
-                .running
-                .iter()
-                .filter_map(|s| s.work.lora.as_ref())
-                .collect();
-            active.insert(lora);
-            if active.len() > config.max_loras {
-                return None;
-            }
-        }
-        let target = sequence.target();
-        // The last token is always computed, so at most target - 1 can come from the cache.
-        let usable = (target - 1) / config.block_tokens;
-        let candidates = sequence
-            .work
-            .hashes
-            .get(..usable.min(sequence.work.hashes.len()))
-            .unwrap_or_default();
-        let hits = self.pool.cached_prefix(candidates);
-        let fresh = target.div_ceil(config.block_tokens) - hits;
-        let blocks = self.pool.allocate(candidates, hits, fresh)?;
-        let mut sequence = self.waiting.pop_front()?;
-        let cached = hits * config.block_tokens;
-        if sequence.generated == 0 {
-            self.totals.queried_tokens += sequence.work.prompt_tokens as u64;
-            self.totals.hit_tokens += cached as u64;
-            self.totals.prompt_tokens += sequence.work.prompt_tokens as u64;
-            sequence.progress.cached.store(cached, Ordering::Release);
-        }
-        sequence.blocks = blocks;
-        sequence.computed = cached;
-        sequence.filled = hits;
-        let missing = target - cached;
-        self.running.push(sequence);
-        Some(missing)
-    }
-
-    /// Runs one sequence `steps` tokens further. When blocks run out, the request admitted last is
-    /// thrown back to the queue and recomputed later, if need be this one itself.
-    fn decode(&mut self, position: usize, steps: usize, config: &EngineConfig) {
-        self.register(position);
-        for _ in 0..steps {
-            if !self.make_room(position, config) {
-                return;
-            }
-            let Some(sequence) = self.running.get_mut(position) else {
-                return;
-            };
-            if sequence.generated >= sequence.work.max_tokens {
-                break;
-            }
-            sequence.generated += 1;
-            // The newest token's KV is written by the next step.
-            sequence.computed = sequence.target();
-            self.totals.generation_tokens += 1;
-        }
-        if let Some(sequence) = self.running.get(position) {
-            sequence
-                .progress
-                .generated
-                .store(sequence.generated, Ordering::Release);
-            sequence.progress.changed.notify_waiters();
-        }
-    }
-
-    /// The prompt is computed: its full blocks can be hit from now on.
-    fn register(&mut self, position: usize) {
-        let Some(sequence) = self.running.get_mut(position) else {
-            return;
-        };
-        for (hash, &id) in sequence
-            .work
-            .hashes
-            .iter()
-            .zip(&sequence.blocks)
-            .skip(sequence.filled)
-        {
-            self.pool.fill(id, *hash);
-        }
-        sequence.filled = sequence.work.hashes.len();
-    }
-
-    /// A block for the next token of the sequence at `position`; false when it was thrown back.
-    fn make_room(&mut self, position: usize, config: &EngineConfig) -> bool {
-        loop {
-            let Some(sequence) = self.running.get_mut(position) else {
-                return false;
-            };
-            let last_token = sequence.generated + 1 >= sequence.work.max_tokens;
-            let needed = (sequence.target() + 1).div_ceil(config.block_tokens);
-            if last_token || sequence.blocks.len() >= needed {
-                return true;
-            }
-            if let Some(id) = self.pool.extend() {
-                sequence.blocks.push(id);
-                return true;
-            }
-            let Some(mut victim) = self.running.pop() else {
-                return false;
-            };
-            self.pool.release(&std::mem::take(&mut victim.blocks));
-            victim.computed = 0;
-            victim.filled = 0;
-            self.waiting.push_front(victim);
-            self.totals.preemptions += 1;
-        }
     }
 }
 
@@ -537,12 +197,14 @@ mod tests {
                 kv_tokens: 0,
             },
             time_scale: 1.0,
-            blocks,
+            // One block more, as one is set aside.
+            blocks: blocks + 1,
             block_tokens: 4,
             max_num_seqs: 8,
             max_num_batched_tokens: 100,
             steps_per_tick: 1,
             max_loras: 1,
+            max_model_len: 1000,
         }
     }
 
@@ -555,14 +217,6 @@ mod tests {
             hashes,
             max_tokens,
             lora: None,
-        }
-    }
-
-    async fn ended(progress: &Progress) {
-        let mut seen = 0;
-        while !progress.is_ended() {
-            progress.beyond(seen).await;
-            seen = progress.generated();
         }
     }
 
@@ -581,7 +235,7 @@ mod tests {
         progress.beyond(0).await;
         // First step: 10 ms + 20 tokens * 1 ms, and it yields the first token.
         assert_eq!(begun.elapsed(), Duration::from_millis(30));
-        ended(&progress).await;
+        progress.ended().await;
         assert_eq!(
             begun.elapsed(),
             Duration::from_millis(50),
@@ -594,10 +248,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_repeated_prompt_computes_only_its_last_block() {
         let (engine, _shutdown) = start(config(100));
-        ended(&engine.submit(work(1, 20, 1)).unwrap()).await;
+        engine.submit(work(1, 20, 1)).unwrap().ended().await;
         let begun = Instant::now();
         let progress = engine.submit(work(1, 20, 1)).unwrap();
-        ended(&progress).await;
+        progress.ended().await;
         // At most 19 tokens may be hits: 4 blocks of 4. 10 ms + 4 * 1 ms.
         assert_eq!(
             (progress.cached(), begun.elapsed()),
@@ -605,13 +259,17 @@ mod tests {
         );
         let totals = engine.stats().totals;
         assert_eq!((totals.queried_tokens, totals.hit_tokens), (40, 16));
+        assert_eq!(
+            (totals.prompt_tokens, totals.cached_prompt_tokens),
+            (40, 16)
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn long_prompts_are_cut_to_the_budget() {
         let (engine, _shutdown) = start(config(100));
         let begun = Instant::now();
-        ended(&engine.submit(work(1, 250, 1)).unwrap()).await;
+        engine.submit(work(1, 250, 1)).unwrap().ended().await;
         // Three steps of 100, 100 and 50 tokens: 3 * 10 + 250 ms.
         assert_eq!(begun.elapsed(), Duration::from_millis(280));
     }
@@ -624,7 +282,7 @@ mod tests {
         let second = engine.submit(work(2, 20, 4)).unwrap();
         first.beyond(0).await;
         assert_eq!((engine.stats().running, engine.stats().waiting), (1, 1));
-        ended(&second).await;
+        second.ended().await;
         assert!(first.is_ended() && !second.is_failed());
         assert!(engine.submit(work(3, 100, 1)).is_none(), "never fits");
     }
@@ -637,8 +295,8 @@ mod tests {
             engine.submit(work(1, 8, 8)).unwrap(),
             engine.submit(work(2, 8, 8)).unwrap(),
         );
-        ended(&a).await;
-        ended(&b).await;
+        a.ended().await;
+        b.ended().await;
         let stats = engine.stats();
         assert!(stats.totals.preemptions > 0);
         assert_eq!(
@@ -677,19 +335,19 @@ mod tests {
         a.beyond(0).await;
         let stats = engine.stats();
         assert!(stats.running_loras.contains("a") && stats.waiting_loras.contains("b"));
-        ended(&b).await;
+        b.ended().await;
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_restart_fails_requests_and_empties_the_cache() {
         let (engine, _shutdown) = start(config(100));
-        ended(&engine.submit(work(1, 20, 1)).unwrap()).await;
+        engine.submit(work(1, 20, 1)).unwrap().ended().await;
         let lost = engine.submit(work(2, 20, 50)).unwrap();
         lost.beyond(0).await;
         engine.restart();
         assert!(lost.is_failed());
         let progress = engine.submit(work(1, 20, 1)).unwrap();
-        ended(&progress).await;
+        progress.ended().await;
         assert_eq!(progress.cached(), 0);
     }
 }

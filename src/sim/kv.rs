@@ -2,7 +2,9 @@
 //!
 //! A block is held by running requests (counted) or free. Free blocks keep their content until they
 //! are taken: the free queue is in order of release, a request releases its blocks last to first, so
-//! the tail of a prompt is lost before its head. A hit takes a free block out of the queue.
+//! the tail of a prompt is lost before its head. A hit takes a free block out of the queue. Several
+//! blocks may have the same content; it is lost with the last of them. One block is set aside, as
+//! vLLM's null block.
 
 use std::collections::HashMap;
 
@@ -16,6 +18,8 @@ pub type BlockId = u32;
 #[derive(Debug, Clone)]
 struct Block {
     hash: Option<u64>,
+    /// The next block of the same content.
+    copy: u32,
     references: u32,
     previous: u32,
     next: u32,
@@ -25,6 +29,7 @@ struct Block {
 #[derive(Debug)]
 pub struct BlockPool {
     blocks: Vec<Block>,
+    /// The first block of a content; the others hang on its `copy`.
     cached: HashMap<u64, BlockId>,
     free_head: u32,
     free_tail: u32,
@@ -32,8 +37,9 @@ pub struct BlockPool {
 }
 
 impl BlockPool {
-    /// `count` empty blocks.
+    /// `count` empty blocks, one of them set aside.
     pub fn new(count: usize) -> Self {
+        let count = count.saturating_sub(1);
         let mut pool = Self {
             blocks: Vec::new(),
             cached: HashMap::new(),
@@ -45,6 +51,7 @@ impl BlockPool {
             count,
             Block {
                 hash: None,
+                copy: NONE,
                 references: 0,
                 previous: NONE,
                 next: NONE,
@@ -113,14 +120,27 @@ impl BlockPool {
         self.take_free()
     }
 
-    /// Block `id` now holds the full block `hash`. A second copy of the same content stays uncached.
+    /// Block `id` now holds the full block `hash`, perhaps as a further copy.
     pub fn fill(&mut self, id: BlockId, hash: u64) {
-        if self.cached.contains_key(&hash) {
+        let Some(block) = self.blocks.get_mut(id as usize) else {
             return;
-        }
-        if let Some(block) = self.blocks.get_mut(id as usize) {
-            block.hash = Some(hash);
+        };
+        // A second time would leave the first content's entry behind.
+        debug_assert!(block.hash.is_none(), "block {id} is filled twice");
+        block.hash = Some(hash);
+        let Some(mut last) = self.cached.get(&hash).copied() else {
             self.cached.insert(hash, id);
+            return;
+        };
+        while let Some(next) = self
+            .block(last)
+            .map(|b| b.copy)
+            .filter(|&next| next != NONE)
+        {
+            last = next;
+        }
+        if let Some(block) = self.blocks.get_mut(last as usize) {
+            block.copy = id;
         }
     }
 
@@ -140,7 +160,9 @@ impl BlockPool {
     /// Forgets all content; what is held stays held.
     pub fn reset(&mut self) {
         self.cached.clear();
-        self.blocks.iter_mut().for_each(|block| block.hash = None);
+        for block in &mut self.blocks {
+            (block.hash, block.copy) = (None, NONE);
+        }
     }
 
     fn block(&self, id: BlockId) -> Option<&Block> {
@@ -162,14 +184,36 @@ impl BlockPool {
             return None;
         }
         self.hold(id);
-        let hash = self
-            .blocks
-            .get_mut(id as usize)
-            .and_then(|block| block.hash.take());
-        if let Some(hash) = hash {
-            self.cached.remove(&hash);
-        }
+        self.forget(id);
         Some(id)
+    }
+
+    /// The content of block `id` is gone; its copies stay.
+    fn forget(&mut self, id: BlockId) {
+        let Some(block) = self.blocks.get_mut(id as usize) else {
+            return;
+        };
+        let next = std::mem::replace(&mut block.copy, NONE);
+        let Some(hash) = block.hash.take() else {
+            return;
+        };
+        let first = self.cached.get(&hash).copied();
+        if first == Some(id) {
+            if next == NONE {
+                self.cached.remove(&hash);
+            } else {
+                self.cached.insert(hash, next);
+            }
+            return;
+        }
+        let mut previous = first;
+        while let Some(block) = previous.and_then(|at| self.blocks.get_mut(at as usize)) {
+            if block.copy == id {
+                block.copy = next;
+                return;
+            }
+            previous = Some(block.copy);
+        }
     }
 
     fn append_free(&mut self, id: BlockId) {
@@ -222,7 +266,7 @@ mod tests {
     fn run(pool: &mut BlockPool, hashes: &[u64]) -> usize {
         let hits = pool.cached_prefix(hashes);
         let blocks = pool.allocate(hashes, hits, hashes.len() - hits).unwrap();
-        for (&id, &hash) in blocks.iter().zip(hashes) {
+        for (&id, &hash) in blocks.iter().zip(hashes).skip(hits) {
             pool.fill(id, hash);
         }
         pool.release(&blocks);
@@ -231,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_repeated_prompt_hits_and_a_shared_prefix_is_held_once() {
-        let mut pool = BlockPool::new(10);
+        let mut pool = BlockPool::new(11);
         assert_eq!(run(&mut pool, &[1, 2, 3]), 0);
         assert_eq!(run(&mut pool, &[1, 2, 9]), 2);
         let a = pool.allocate(&[1, 2], 2, 1).unwrap();
@@ -245,7 +289,7 @@ mod tests {
 
     #[test]
     fn the_oldest_request_is_evicted_first_and_each_tail_before_its_head() {
-        let mut pool = BlockPool::new(6);
+        let mut pool = BlockPool::new(7);
         run(&mut pool, &[1, 2, 3]);
         run(&mut pool, &[4, 5, 6]);
         // One new block evicts 3, the tail of the older request.
@@ -268,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_request_that_does_not_fit_changes_nothing() {
-        let mut pool = BlockPool::new(3);
+        let mut pool = BlockPool::new(4);
         run(&mut pool, &[1, 2]);
         let held = pool.allocate(&[], 0, 1).unwrap();
         // Hits 1 and 2 (both free) need two of the two free blocks: none is left for a fresh one.
@@ -281,15 +325,40 @@ mod tests {
     }
 
     #[test]
-    fn a_second_copy_of_a_block_is_not_cached_twice() {
+    fn content_is_lost_with_its_last_copy() {
         let mut pool = BlockPool::new(4);
-        let a = pool.allocate(&[], 0, 1).unwrap();
-        let b = pool.allocate(&[], 0, 1).unwrap();
-        pool.fill(a[0], 1);
-        pool.fill(b[0], 1);
-        pool.release(&a);
-        pool.release(&b);
-        assert_eq!(pool.allocate(&[1], 1, 0), Some(a));
+        let copies: Vec<Vec<BlockId>> = (0..3)
+            .map(|_| {
+                let own = pool.allocate(&[], 0, 1).unwrap();
+                pool.fill(own[0], 1);
+                own
+            })
+            .collect();
+        // Released 1, 0, 2: blocks are taken in that order, and the content moves on.
+        for index in [1, 0, 2] {
+            pool.release(&copies[index]);
+        }
+        assert_eq!(pool.extend(), Some(copies[1][0]));
+        assert_eq!(pool.cached_prefix(&[1]), 1);
+        assert_eq!(pool.extend(), Some(copies[0][0]));
+        assert_eq!(pool.allocate(&[1], 1, 0), Some(copies[2].clone()));
+        pool.release(&copies[2]);
+        assert_eq!(pool.extend(), Some(copies[2][0]));
+        assert_eq!(pool.cached_prefix(&[1]), 0);
+    }
+
+    #[test]
+    fn copies_are_forgotten_by_a_reset() {
+        let mut pool = BlockPool::new(3);
+        let both = pool.allocate(&[], 0, 2).unwrap();
+        for &id in &both {
+            pool.fill(id, 1);
+        }
+        pool.reset();
+        assert_eq!(pool.cached_prefix(&[1]), 0);
+        pool.fill(both[1], 1);
+        pool.release(&both);
+        assert_eq!(pool.allocate(&[1], 1, 0), Some(vec![both[1]]));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! requests. Blocks that requests share are counted once, as shared-prefix attention kernels read
 //! them; an engine without such kernels decodes slower than this.
 
+use std::fmt;
 use std::time::Duration;
 
 /// Seconds of the parts of a step.
@@ -63,6 +64,21 @@ impl Profile {
     }
 }
 
+/// The formula in words.
+impl fmt::Display for Profile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "continuous batching; a step takes {:.1} ms, {:.0} us for each prompt token computed, {:.0} us for each \
+             request and {:.3} us for each KV token held",
+            1e3 * self.base,
+            1e6 * self.prefill_token,
+            1e6 * self.sequence,
+            1e6 * self.kv_token,
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,5 +90,10 @@ mod tests {
         assert!((step.as_secs_f64() - 0.0851).abs() < 1e-9, "{step:?}");
         assert_eq!(Profile::named("h100-8b"), Some(Profile::H100_8B));
         assert_eq!(Profile::named("a100"), None);
+        let words = Profile::H100_32B.to_string();
+        assert!(
+            words.contains("14.0 ms, 65 us for each prompt token"),
+            "{words}"
+        );
     }
 }

@@ -5,30 +5,32 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use futures_util::stream;
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full, Limited, StreamBody};
-use hyper::body::{Frame, Incoming};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::engine::{Engine, EngineConfig, Progress, Work};
+use super::adapters::Adapters;
+use super::ask::{Ask, Refusal};
+use super::engine::{Engine, EngineConfig};
 use super::kv::block_hashes;
 use super::metrics;
-use super::text::{TOKEN_BYTES, output};
+use super::reply::{Job, stream_reply, whole_reply};
+use super::text::{self, TOKEN_BYTES, append, output};
+use super::work::Work;
 
 /// Longest request body.
 const MAX_BODY_BYTES: usize = 64 << 20;
-/// Output tokens of a request that names no limit, as vLLM's completions default.
-const DEFAULT_MAX_TOKENS: usize = 16;
 
 /// One simulated pod.
 #[derive(Debug, Clone)]
@@ -37,12 +39,14 @@ pub struct SimConfig {
     pub name: String,
     /// Served model.
     pub model: String,
-    /// Served adapters.
+    /// Adapters served from the start.
     pub loras: Vec<String>,
     /// The engine.
     pub engine: EngineConfig,
     /// Output tokens in one SSE event.
     pub tokens_per_event: usize,
+    /// Usage tells how many prompt tokens were cached.
+    pub prompt_tokens_details: bool,
     /// Fault at start.
     pub fault: Fault,
 }
@@ -68,11 +72,12 @@ pub enum Fault {
     Slow,
 }
 
-type Body = BoxBody<Bytes, io::Error>;
+pub(super) type Body = BoxBody<Bytes, io::Error>;
 
 struct Pod {
     config: SimConfig,
     engine: Arc<Engine>,
+    adapters: Adapters,
     fault: Mutex<Fault>,
     started: SystemTime,
 }
@@ -82,6 +87,7 @@ pub async fn serve(config: SimConfig, listener: TcpListener, shutdown: Cancellat
     let engine = Engine::new(config.engine.clone());
     tokio::spawn(Arc::clone(&engine).run(shutdown.clone()));
     let pod = Arc::new(Pod {
+        adapters: Adapters::new(&config.loras),
         fault: Mutex::new(config.fault),
         config,
         engine,
@@ -115,55 +121,6 @@ pub async fn serve(config: SimConfig, listener: TcpListener, shutdown: Cancellat
     }
 }
 
-/// What the simulator reads of a request.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct Ask {
-    model: Option<String>,
-    messages: Option<Vec<Message>>,
-    prompt: Option<Prompt>,
-    stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
-    max_tokens: Option<i64>,
-    max_completion_tokens: Option<i64>,
-    cache_salt: Option<String>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct StreamOptions {
-    include_usage: bool,
-}
-
-#[derive(Debug, Deserialize)]
-struct Message {
-    #[serde(default)]
-    role: String,
-    #[serde(default)]
-    content: Value,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Prompt {
-    Text(String),
-    Ids(Vec<u32>),
-}
-
-/// An accepted request.
-struct Job {
-    chat: bool,
-    id: String,
-    model: String,
-    seed: u64,
-    prompt_tokens: usize,
-    max_tokens: usize,
-    include_usage: bool,
-    progress: Arc<Progress>,
-    tokens_per_event: usize,
-    reset_mid_stream: bool,
-}
-
 impl Pod {
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> io::Result<Response<Body>> {
         let mut response = self.route(request).await?;
@@ -175,134 +132,133 @@ impl Pod {
 
     async fn route(&self, request: Request<Incoming>) -> io::Result<Response<Body>> {
         let path = request.uri().path().to_owned();
-        let inference = matches!(path.as_str(), "/v1/chat/completions" | "/v1/completions");
-        match (request.method(), path.as_str()) {
-            (&Method::POST, _) if inference => {
-                self.infer(path.ends_with("chat/completions"), request)
-                    .await
-            }
-            (&Method::GET, "/metrics") => {
-                let text = metrics::render(
-                    &self.engine.stats(),
-                    &self.config.engine,
-                    &self.config.model,
-                    self.started,
-                );
-                Ok(reply(StatusCode::OK, metrics::CONTENT_TYPE, text))
-            }
-            (&Method::GET, "/sim/stats") => {
+        let Some(method) = method(&path) else {
+            return Ok(detail(StatusCode::NOT_FOUND, "Not Found"));
+        };
+        if method != request.method() {
+            return Ok(detail(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed"));
+        }
+        match path.as_str() {
+            "/v1/chat/completions" => return self.infer(true, request).await,
+            "/v1/completions" => return self.infer(false, request).await,
+            _ => {}
+        }
+        let body = collect(request).await?;
+        let answer = match path.as_str() {
+            "/tokenize" => self.tokenize(&body),
+            "/detokenize" => detokenize(&body),
+            "/v1/load_lora_adapter" => parse(&body)
+                .and_then(|request| self.adapters.load(request))
+                .map(|text| plain(StatusCode::OK, text)),
+            "/v1/unload_lora_adapter" => parse(&body)
+                .and_then(|request| self.adapters.unload(&request))
+                .map(|text| plain(StatusCode::OK, text)),
+            "/sim/fault" => self.set_fault(&body),
+            _ => Ok(self.state(&path)),
+        };
+        Ok(answer.unwrap_or_else(|refusal| refuse(&refusal)))
+    }
+
+    /// What takes no parameters.
+    fn state(&self, path: &str) -> Response<Body> {
+        let engine = &self.config.engine;
+        match path {
+            "/metrics" => {
                 let stats = self.engine.stats();
-                let totals = &stats.totals;
-                Ok(json_reply(
-                    StatusCode::OK,
-                    &json!({
-                        "running": stats.running, "waiting": stats.waiting, "finished": totals.finished,
-                        "aborted": totals.aborted, "lag_seconds": totals.lag_seconds, "preemptions": totals.preemptions,
-                        "generation_tokens": totals.generation_tokens,
-                    }),
-                ))
+                let loras = !self.adapters.is_empty();
+                let text = metrics::render(&stats, engine, &self.config.model, loras, self.started);
+                reply(StatusCode::OK, Some(metrics::CONTENT_TYPE), text)
             }
-            (&Method::GET, "/health") => Ok(reply(StatusCode::OK, "text/plain", String::new())),
-            (&Method::GET, "/version") => Ok(json_reply(
-                StatusCode::OK,
-                &json!({"version": "0.32.0-sim"}),
-            )),
-            (&Method::GET, "/v1/models") => Ok(json_reply(StatusCode::OK, &self.models())),
-            (&Method::POST, "/reset_prefix_cache") => {
+            "/sim/stats" => self.stats(),
+            "/version" => json_reply(StatusCode::OK, json!({"version": "0.32.0-sim"}).to_string()),
+            "/v1/models" => {
+                let models = self
+                    .adapters
+                    .models(&self.config.model, engine.max_model_len, now());
+                json_reply(StatusCode::OK, models.to_string())
+            }
+            "/load" => {
+                let stats = self.engine.stats();
+                let load = json!({"server_load": stats.running + stats.waiting});
+                json_reply(StatusCode::OK, load.to_string())
+            }
+            "/reset_prefix_cache" => {
                 self.engine.reset_cache();
-                Ok(reply(StatusCode::OK, "text/plain", String::new()))
+                plain(StatusCode::OK, String::new())
             }
-            (&Method::POST, "/sim/restart") => {
+            "/sim/restart" => {
                 self.engine.restart();
-                Ok(reply(StatusCode::OK, "text/plain", String::new()))
+                plain(StatusCode::OK, String::new())
             }
-            (&Method::POST, "/sim/fault") => self.set_fault(request).await,
-            (_, "/metrics" | "/health" | "/version" | "/v1/models") => Ok(json_reply(
-                StatusCode::METHOD_NOT_ALLOWED,
-                &json!({"detail": "Method Not Allowed"}),
-            )),
-            _ if inference => Ok(json_reply(
-                StatusCode::METHOD_NOT_ALLOWED,
-                &json!({"detail": "Method Not Allowed"}),
-            )),
-            _ => Ok(json_reply(
-                StatusCode::NOT_FOUND,
-                &json!({"detail": "Not Found"}),
-            )),
+            // Of the known paths only /health is left.
+            _ => plain(StatusCode::OK, String::new()),
         }
     }
 
-    fn models(&self) -> Value {
-        let entry = |id: &str, parent: Option<&str>| json!({"id": id, "object": "model", "created": now(), "owned_by": "vllm", "root": id, "parent": parent});
-        let base = entry(&self.config.model, None);
-        let loras = self
-            .config
-            .loras
-            .iter()
-            .map(|name| entry(name, Some(&self.config.model)));
-        json!({"object": "list", "data": std::iter::once(base).chain(loras).collect::<Vec<_>>()})
+    fn stats(&self) -> Response<Body> {
+        let stats = self.engine.stats();
+        let totals = &stats.totals;
+        let stats = json!({
+            "running": stats.running, "waiting": stats.waiting, "finished": totals.finished,
+            "aborted": totals.aborted, "lag_seconds": totals.lag_seconds, "preemptions": totals.preemptions,
+            "generation_tokens": totals.generation_tokens,
+        });
+        json_reply(StatusCode::OK, stats.to_string())
     }
 
-    async fn set_fault(&self, request: Request<Incoming>) -> io::Result<Response<Body>> {
+    fn tokenize(&self, body: &[u8]) -> Result<Response<Body>, Refusal> {
+        let ask = Ask::parse(body)?;
+        let tokens = text::ids(&if ask.is_chat() {
+            ask.chat_tokens()?
+        } else {
+            ask.prompt_tokens()?
+        });
+        let answer = json!({
+            "count": tokens.len(), "max_model_len": self.config.engine.max_model_len, "tokens": tokens,
+            "token_strs": null,
+        });
+        Ok(json_reply(StatusCode::OK, answer.to_string()))
+    }
+
+    fn set_fault(&self, body: &[u8]) -> Result<Response<Body>, Refusal> {
         #[derive(Deserialize)]
         struct Switch {
             mode: Fault,
         }
-        let body = collect(request).await?;
-        match serde_json::from_slice::<Switch>(&body) {
-            Ok(switch) => {
-                *self.fault.lock() = switch.mode;
-                Ok(reply(StatusCode::OK, "text/plain", String::new()))
-            }
-            Err(error) => Ok(failure(
-                StatusCode::BAD_REQUEST,
-                "Bad Request",
-                &error.to_string(),
-                None,
-            )),
-        }
+        let switch: Switch = parse(body)?;
+        *self.fault.lock() = switch.mode;
+        Ok(plain(StatusCode::OK, String::new()))
     }
 
     async fn infer(&self, chat: bool, request: Request<Incoming>) -> io::Result<Response<Body>> {
+        let id = request.headers().get("x-request-id").cloned();
         let body = collect(request).await?;
         let fault = *self.fault.lock();
         match fault {
             Fault::Hang => std::future::pending().await,
             Fault::Error500 => {
-                return Ok(failure(
+                return Ok(simulated_failure(
                     StatusCode::INTERNAL_SERVER_ERROR,
                     "InternalServerError",
-                    "simulated fault",
-                    None,
                 ));
             }
             Fault::Error503 => {
-                return Ok(failure(
+                return Ok(simulated_failure(
                     StatusCode::SERVICE_UNAVAILABLE,
                     "Service Unavailable",
-                    "simulated fault",
-                    None,
                 ));
             }
             Fault::Drop => return Err(io::Error::other("simulated fault")),
             Fault::Slow => tokio::time::sleep(Duration::from_secs(1)).await,
             Fault::None | Fault::ResetMidStream => {}
         }
-        let ask: Ask = match serde_json::from_slice(&body) {
+        let ask = match Ask::parse(&body) {
             Ok(ask) => ask,
-            Err(error) => {
-                return Ok(failure(
-                    StatusCode::BAD_REQUEST,
-                    "Bad Request",
-                    &error.to_string(),
-                    None,
-                ));
-            }
+            Err(refusal) => return Ok(refuse(&refusal)),
         };
-        let stream = ask.stream == Some(true);
-        match self.accept(chat, ask) {
-            Err(refusal) => Ok(refusal),
-            Ok(mut job) if stream => {
+        match self.accept(chat, &ask, id.as_ref()) {
+            Err(refusal) => Ok(refuse(&refusal)),
+            Ok(mut job) if ask.stream == Some(true) => {
                 job.reset_mid_stream = fault == Fault::ResetMidStream;
                 Ok(stream_reply(job))
             }
@@ -310,75 +266,56 @@ impl Pod {
         }
     }
 
-    /// Queues the request, or says why not in vLLM's words.
-    #[expect(
-        clippy::result_large_err,
-        reason = "the refusal is the response itself"
-    )]
-    fn accept(&self, chat: bool, ask: Ask) -> Result<Job, Response<Body>> {
-        let bad = |text: &str| failure(StatusCode::BAD_REQUEST, "BadRequestError", text, None);
-        let model = ask.model.unwrap_or_else(|| self.config.model.clone());
-        let lora = self
-            .config
-            .loras
-            .iter()
-            .find(|name| **name == model)
-            .cloned();
-        if lora.is_none() && model != self.config.model {
-            let text = format!(
-                "The model `{model}` does not exist. Valid aliases: {}.",
-                self.config.model
-            );
-            return Err(failure(
-                StatusCode::NOT_FOUND,
-                "NotFoundError",
-                &text,
-                Some("model"),
-            ));
+    /// Queues the request, or says why not.
+    fn accept(&self, chat: bool, ask: &Ask, id: Option<&HeaderValue>) -> Result<Job, Refusal> {
+        let options = ask.stream_options()?;
+        let base = &self.config.model;
+        let model = ask.model.as_ref().unwrap_or(base);
+        let lora = self.adapters.contains(model).then(|| model.clone());
+        if lora.is_none() && model != base {
+            return Err(Refusal::unknown_model(model, base));
         }
-        let prompt = match (chat, ask.messages, ask.prompt) {
-            (true, Some(messages), _) if !messages.is_empty() => chat_bytes(&messages),
-            (true, ..) => return Err(bad("messages must not be empty")),
-            (false, _, Some(Prompt::Text(text))) => text.into_bytes(),
-            (false, _, Some(Prompt::Ids(ids))) => {
-                ids.into_iter().flat_map(u32::to_le_bytes).collect()
-            }
-            (false, _, None) => return Err(bad("prompt is required")),
+        let mut tokens = if chat {
+            ask.chat_tokens()?
+        } else {
+            ask.prompt_tokens()?
         };
-        let limit = ask.max_completion_tokens.or(ask.max_tokens);
-        let max_tokens = match limit {
-            None => DEFAULT_MAX_TOKENS,
-            Some(limit) => match usize::try_from(limit) {
-                Ok(limit) if limit > 0 => limit,
-                _ => return Err(bad(&format!("max_tokens must be at least 1, got {limit}."))),
-            },
-        };
-        let prompt_tokens = prompt.len().div_ceil(TOKEN_BYTES).max(1);
-        let salt = ask.cache_salt.unwrap_or_default();
-        let block_bytes = self.config.engine.block_tokens * TOKEN_BYTES;
-        let hashes = block_hashes(&model, &salt, &prompt, block_bytes);
-        let seed = xxh3_64(&prompt);
+        let max_tokens = ask.max_tokens()?;
+        let engine = &self.config.engine;
+        let prompt_tokens = tokens.len() / TOKEN_BYTES;
+        let limit = engine.longest_request();
+        // Also what bounds the output that is hashed below.
+        if prompt_tokens.saturating_add(max_tokens) > limit {
+            return Err(Refusal::too_long(prompt_tokens, max_tokens, limit));
+        }
+        let seed = xxh3_64(&tokens);
+        append(&mut tokens, output(seed, 0, max_tokens).as_bytes());
+        let salt = ask.cache_salt.as_deref().unwrap_or_default();
         let work = Work {
             prompt_tokens,
-            hashes,
+            hashes: block_hashes(model, salt, &tokens, engine.block_tokens * TOKEN_BYTES),
             max_tokens,
             lora,
         };
         let Some(progress) = self.engine.submit(work) else {
-            let text = format!(
-                "This model's maximum context length is exceeded by {prompt_tokens} + {max_tokens} tokens."
-            );
-            return Err(bad(&text));
+            return Err(Refusal::too_long(prompt_tokens, max_tokens, limit));
         };
         let prefix = if chat { "chatcmpl" } else { "cmpl" };
+        let id = id.and_then(|id| id.to_str().ok()).map_or_else(
+            || format!("{prefix}-{:016x}", fastrand::u64(..)),
+            |id| format!("{prefix}-{id}"),
+        );
         Ok(Job {
             chat,
-            id: format!("{prefix}-{:016x}", fastrand::u64(..)),
-            model,
+            id: Value::from(id).to_string(),
+            model: Value::from(model.as_str()).to_string(),
+            created: now(),
             seed,
             prompt_tokens,
+            block_tokens: prompt_tokens / engine.block_tokens * engine.block_tokens,
             max_tokens,
-            include_usage: ask.stream_options.is_some_and(|o| o.include_usage),
+            options,
+            details: self.config.prompt_tokens_details,
             progress,
             tokens_per_event: self.config.tokens_per_event.max(1),
             reset_mid_stream: false,
@@ -386,163 +323,41 @@ impl Pod {
     }
 }
 
-/// Role and text of each message, one after the other.
-fn chat_bytes(messages: &[Message]) -> Vec<u8> {
-    let mut out = Vec::new();
-    for message in messages {
-        out.extend_from_slice(message.role.as_bytes());
-        match &message.content {
-            Value::String(text) => out.extend_from_slice(text.as_bytes()),
-            Value::Array(blocks) => {
-                let texts = blocks
-                    .iter()
-                    .filter_map(|block| block.get("text")?.as_str());
-                texts.for_each(|text| out.extend_from_slice(text.as_bytes()));
-            }
-            _ => {}
+/// The method of a path; `None` when there is nothing.
+fn method(path: &str) -> Option<Method> {
+    match path {
+        "/metrics" | "/health" | "/version" | "/load" | "/v1/models" | "/sim/stats" => {
+            Some(Method::GET)
         }
-    }
-    out
-}
-
-impl Job {
-    fn usage(&self, generated: usize) -> Value {
-        json!({
-            "prompt_tokens": self.prompt_tokens, "total_tokens": self.prompt_tokens + generated,
-            "completion_tokens": generated, "prompt_tokens_details": {"cached_tokens": self.progress.cached()},
-        })
-    }
-
-    /// One SSE event with output tokens `from..to`.
-    fn event(&self, from: usize, to: usize, last: bool) -> String {
-        let text = output(self.seed, from, to - from);
-        let finish = if last { json!("length") } else { Value::Null };
-        let choice = if self.chat {
-            json!({"index": 0, "delta": {"content": text}, "logprobs": null, "finish_reason": finish})
-        } else {
-            json!({"index": 0, "text": text, "logprobs": null, "finish_reason": finish})
-        };
-        self.chunk(&json!([choice]), None)
-    }
-
-    fn chunk(&self, choices: &Value, usage: Option<Value>) -> String {
-        let object = if self.chat {
-            "chat.completion.chunk"
-        } else {
-            "text_completion"
-        };
-        let mut chunk = json!({"id": self.id, "object": object, "created": now(), "model": self.model, "choices": choices});
-        if let (Some(usage), Some(fields)) = (usage, chunk.as_object_mut()) {
-            fields.insert("usage".to_owned(), usage);
-        }
-        format!("data: {chunk}\n\n")
+        "/v1/chat/completions"
+        | "/v1/completions"
+        | "/tokenize"
+        | "/detokenize"
+        | "/v1/load_lora_adapter"
+        | "/v1/unload_lora_adapter"
+        | "/reset_prefix_cache"
+        | "/sim/restart"
+        | "/sim/fault" => Some(Method::POST),
+        _ => None,
     }
 }
 
-/// Waits for the end and answers at once.
-async fn whole_reply(job: Job) -> Response<Body> {
-    let mut seen = 0;
-    while !job.progress.is_ended() {
-        job.progress.beyond(seen).await;
-        seen = job.progress.generated();
+fn detokenize(body: &[u8]) -> Result<Response<Body>, Refusal> {
+    #[derive(Deserialize)]
+    struct Tokens {
+        tokens: Vec<u32>,
     }
-    if job.progress.is_failed() {
-        return failure(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "InternalServerError",
-            "engine restarted",
-            None,
-        );
-    }
-    let text = output(job.seed, 0, job.max_tokens);
-    let (object, choice) = if job.chat {
-        let message = json!({"role": "assistant", "content": text});
-        (
-            "chat.completion",
-            json!({"index": 0, "message": message, "logprobs": null, "finish_reason": "length"}),
-        )
-    } else {
-        (
-            "text_completion",
-            json!({"index": 0, "text": text, "logprobs": null, "finish_reason": "length"}),
-        )
-    };
-    json_reply(
-        StatusCode::OK,
-        &json!({
-            "id": job.id, "object": object, "created": now(), "model": job.model, "choices": [choice],
-            "usage": job.usage(job.max_tokens),
-        }),
-    )
+    let Tokens { tokens } = parse(body)?;
+    let answer = json!({"prompt": text::text(&text::from_ids(&tokens))});
+    Ok(json_reply(StatusCode::OK, answer.to_string()))
 }
 
-/// Where a stream is.
-enum Stage {
-    Role,
-    Tokens(usize),
-    Usage,
-    Done,
-    End,
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(body).map_err(|error| Refusal::invalid(&error.to_string(), None))
 }
 
-fn stream_reply(job: Job) -> Response<Body> {
-    let start = if job.chat {
-        Stage::Role
-    } else {
-        Stage::Tokens(0)
-    };
-    let events = stream::unfold((job, start), |(job, stage)| async move {
-        let (text, next) = match next_event(&job, stage).await {
-            Ok(Some(event)) => event,
-            Ok(None) => return None,
-            Err(error) => return Some((Err(error), (job, Stage::End))),
-        };
-        Some((Ok(Frame::data(Bytes::from(text))), (job, next)))
-    });
-    let mut response = Response::new(BodyExt::boxed(StreamBody::new(Box::pin(events))));
-    let content_type = HeaderValue::from_static("text/event-stream; charset=utf-8");
-    response.headers_mut().insert(CONTENT_TYPE, content_type);
-    response
-}
-
-async fn next_event(job: &Job, stage: Stage) -> io::Result<Option<(String, Stage)>> {
-    Ok(match stage {
-        Stage::Role => {
-            // vLLM sends the role with the first token.
-            job.progress.beyond(0).await;
-            let choice = json!([{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null}]);
-            Some((job.chunk(&choice, None), Stage::Tokens(0)))
-        }
-        Stage::Tokens(sent) => {
-            if job.reset_mid_stream && sent > 0 {
-                return Err(io::Error::other("simulated fault"));
-            }
-            // The first token goes out alone, so that its time can be seen.
-            let wanted = if sent == 0 {
-                1
-            } else {
-                (sent + job.tokens_per_event).min(job.max_tokens)
-            };
-            job.progress.beyond(wanted - 1).await;
-            if job.progress.is_failed() {
-                return Err(io::Error::other("engine restarted"));
-            }
-            let to = wanted.max(sent + 1).min(job.max_tokens);
-            let last = to >= job.max_tokens;
-            let next = match (last, job.include_usage) {
-                (false, _) => Stage::Tokens(to),
-                (true, true) => Stage::Usage,
-                (true, false) => Stage::Done,
-            };
-            Some((job.event(sent, to, last), next))
-        }
-        Stage::Usage => Some((
-            job.chunk(&json!([]), Some(job.usage(job.max_tokens))),
-            Stage::Done,
-        )),
-        Stage::Done => Some(("data: [DONE]\n\n".to_owned(), Stage::End)),
-        Stage::End => None,
-    })
+fn simulated_failure(status: StatusCode, kind: &'static str) -> Response<Body> {
+    refuse(&Refusal::new(status, kind, "simulated fault", None))
 }
 
 async fn collect(request: Request<Incoming>) -> io::Result<Bytes> {
@@ -561,24 +376,34 @@ fn now() -> u64 {
         .as_secs()
 }
 
-fn reply(status: StatusCode, content_type: &'static str, text: String) -> Response<Body> {
+fn reply(status: StatusCode, content_type: Option<&'static str>, text: String) -> Response<Body> {
     let body = Full::new(Bytes::from(text))
         .map_err(|never| match never {})
         .boxed();
     let mut response = Response::new(body);
     *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    if let Some(content_type) = content_type {
+        let value = HeaderValue::from_static(content_type);
+        response.headers_mut().insert(CONTENT_TYPE, value);
+    }
     response
 }
 
-fn json_reply(status: StatusCode, value: &Value) -> Response<Body> {
-    reply(status, "application/json", value.to_string())
+fn plain(status: StatusCode, text: String) -> Response<Body> {
+    reply(status, None, text)
 }
 
-/// An error as vLLM writes it.
-fn failure(status: StatusCode, kind: &str, text: &str, param: Option<&str>) -> Response<Body> {
-    let error = json!({"message": text, "type": kind, "param": param, "code": status.as_u16()});
-    json_reply(status, &json!({ "error": error }))
+/// An answer whose text is JSON.
+pub(super) fn json_reply(status: StatusCode, text: String) -> Response<Body> {
+    reply(status, Some("application/json"), text)
+}
+
+/// An answer about a route, as vLLM's web framework words it.
+fn detail(status: StatusCode, text: &str) -> Response<Body> {
+    json_reply(status, json!({ "detail": text }).to_string())
+}
+
+/// The answer that tells a refusal.
+pub(super) fn refuse(refusal: &Refusal) -> Response<Body> {
+    json_reply(refusal.status, refusal.body().to_string())
 }

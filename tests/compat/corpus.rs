@@ -54,18 +54,10 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
         Later("precise-prefix-cache-producer"),
     ),
     ("router-embeddings-cache-only", false, Routes(images_stick)),
-    (
-        "router-burst-prefix",
-        true,
-        Later("burst-prefix-cache-producer"),
-    ),
+    ("router-burst-prefix", true, Routes(bursts_stay_together)),
     ("router-pd", false, Later("prefix-based-pd-decider")),
     ("router-pd-sim", false, Later("prefix-based-pd-decider")),
-    (
-        "router-pd-topology",
-        true,
-        Later("topology-affinity-filter"),
-    ),
+    ("router-pd-topology", true, Later("prefix-based-pd-decider")),
     (
         "router-e-p-d",
         false,
@@ -81,12 +73,8 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
         false,
         Later("data-parallel-profile-handler"),
     ),
-    ("router-gpu", true, Later("endpoint-attribute-filter")),
-    (
-        "router-probabilistic-admitter",
-        false,
-        Later("probabilistic-admitter"),
-    ),
+    ("router-gpu", true, Routes(busy_gpus_are_left_out)),
+    ("router-probabilistic-admitter", false, Routes(anywhere)),
     ("router-program-aware", false, Later("flowControl")),
     ("router-soft-ceiling", true, Later("flowControl")),
     ("chart-default", false, Routes(load_and_prefix)),
@@ -98,11 +86,7 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
         false,
         Later("predicted-latency-producer"),
     ),
-    (
-        "chart-payload-agnostic",
-        true,
-        Later("session-affinity-scorer"),
-    ),
+    ("chart-payload-agnostic", true, Routes(sessions_return)),
     ("guide-optimized-baseline", false, Routes(baseline)),
     (
         "guide-optimized-baseline-queueing",
@@ -120,11 +104,7 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
         Later("prefix-based-pd-decider"),
     ),
     ("guide-flow-control", false, Later("flowControl")),
-    (
-        "guide-flow-control-off",
-        false,
-        Later("concurrency-detector"),
-    ),
+    ("guide-flow-control-off", false, Routes(load_and_prefix)),
     ("guide-agentic", false, Routes(affinity_until_300k_tokens)),
     (
         "guide-multimodal",
@@ -146,11 +126,7 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
     ),
     ("test-default", false, Routes(adapters_count)),
     ("test-datalayer", false, Routes(adapters_count)),
-    (
-        "test-attribute-reporter",
-        false,
-        Later("request-attribute-reporter"),
-    ),
+    ("test-attribute-reporter", false, Routes(shortest_queue)),
     (
         "perf-precise",
         false,
@@ -169,7 +145,7 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
     (
         "coordinator-by-header",
         true,
-        Later("header-profile-handler"),
+        Routes(the_header_names_the_role),
     ),
     ("coordinator-role", false, Routes(own_role_and_live_load)),
     (
@@ -187,7 +163,7 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
     (
         "test-multicluster",
         true,
-        Later("multicluster-approx-prefix-cache-producer"),
+        Routes(clusters_by_load_and_prefix),
     ),
     (
         "operator-precise",
@@ -205,8 +181,12 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
     ("operator-inline.json", false, Routes(queue_and_prefix)),
     ("sample-load-and-prefix", false, Routes(two_addresses)),
     ("sample-lora", false, Routes(adapters_count)),
-    ("sample-legacy-labels", false, Later("by-label")),
-    ("sample-by-label", false, Later("by-label")),
+    (
+        "sample-legacy-labels",
+        false,
+        Later("prefill-header-handler"),
+    ),
+    ("sample-by-label", false, Routes(labels_of_old)),
 ];
 
 fn text(name: &str) -> String {
@@ -406,8 +386,8 @@ fn images_stick(pool: &Pool) {
     assert_eq!(ask("other"), "b");
 }
 
-/// Endpoint a has 4 KV blocks, so the GPU index forgets a prompt of some ten as soon as others come;
-/// the other index holds it, and 1 of 3 points keep the prompt there on equal endpoints.
+/// Engines have 4 KV blocks, so the GPU index, and the third one, forget a prompt of some ten as soon as
+/// others come. The other index holds it: 3 * 1 there against at most 2 * 1 for the spreading scorer.
 fn host_memory_remembers(pool: &Pool) {
     let nodes = [
         node("a").blocks(4),
@@ -553,4 +533,114 @@ fn two_addresses(pool: &Pool) {
     let names = pool.names(&decision.destination);
     assert_eq!(names.len(), 2);
     assert!(!names.contains(&"a".to_owned()), "{names:?}");
+}
+
+/// Requests that wait for the same window go together when their prompts are equal: a full match, 2,
+/// outweighs what any load can add, 0.5.
+fn bursts_stay_together(pool: &Pool) {
+    pool.set(&[
+        node("p").role("prefill"),
+        node("d1"),
+        node("d2"),
+        node("d3"),
+    ]);
+    let prompts = ["one", "two", "three"].map(prompt);
+    let burst: Vec<&str> = (0..9).map(|i| prompts[i % 3].as_str()).collect();
+    let picks = pool.together(&burst);
+    assert!(!picks.contains(&"p".to_owned()), "{picks:?}");
+    for (i, pick) in picks.iter().enumerate() {
+        assert_eq!(*pick, picks[i % 3], "{picks:?}");
+    }
+    // Three groups of three on three endpoints: each has its fair share.
+    let mut homes = picks[..3].to_vec();
+    homes.sort_unstable();
+    assert_eq!(homes, ["d1", "d2", "d3"]);
+}
+
+/// The exporter reports percent. Filter: below 0.95; score 2 * (1 - utilization) + (1 - KV use).
+fn busy_gpus_are_left_out(pool: &Pool) {
+    pool.set(&[node("a").kv(0.9), node("b"), node("c")]);
+    let report = |name: &str, percent: u32| {
+        let source = pool.config.sources.iter();
+        let mut source = source.filter(|s| s.name.name == "dcgm-data-source");
+        let (_, extractor) = &source.next().unwrap().extractors[0];
+        let body = format!("DCGM_FI_DEV_GPU_UTIL{{gpu=\"0\"}} {percent}\n");
+        extractor.extract(
+            &pool.endpoint(name),
+            body.as_bytes(),
+            tokio::time::Instant::now(),
+        );
+    };
+    // a: 2 * 0.9 + 0.1 = 1.9; b: 2 * 0.4 + 1 = 1.8; c is out.
+    for (name, percent) in [("a", 10), ("b", 60), ("c", 97)] {
+        report(name, percent);
+    }
+    assert_eq!(pool.answers("a"), ["a"]);
+    // a: 2 * 0.5 + 0.1 = 1.1.
+    report("a", 50);
+    assert_eq!(pool.answers("b"), ["b"]);
+}
+
+/// The session header holds `namespace/name` of the endpoint, in base64.
+fn sessions_return(pool: &Pool) {
+    pool.set(&[node("a"), node("b"), node("c")]);
+    let ask = |token: &str| pool.pick_body("/any/path", "no JSON", &[("x-session-token", token)]);
+    assert!((0..8).all(|_| ask("ZGVmYXVsdC9i") == "b"));
+    // Busy is worth as much as bound: b scores (9 - 9) / 9 + 1, the idle ones 1.
+    pool.set(&[node("a"), node("b").load(9, 0), node("c").load(9, 0)]);
+    assert_ne!(ask("ZGVmYXVsdC9i"), "c");
+}
+
+fn shortest_queue(pool: &Pool) {
+    pool.set(&[
+        node("a").waiting(3),
+        node("b").waiting(1),
+        node("c").waiting(2),
+    ]);
+    assert_eq!(pool.answers("queues"), ["b"]);
+}
+
+/// Without the header it is the decode profile.
+fn the_header_names_the_role(pool: &Pool) {
+    pool.set(&[
+        node("p1").role("prefill").waiting(4),
+        node("p2").role("prefill"),
+        node("d").role("decode").waiting(9),
+    ]);
+    let body = r#"{"model": "m", "prompt": "p"}"#;
+    let ask = |headers: &[(&str, &str)]| pool.pick_body("/v1/completions", body, headers);
+    assert_eq!(ask(&[]), "d");
+    assert_eq!(ask(&[("epp-profile", "decode")]), "d");
+    assert_eq!(ask(&[("epp-profile", "prefill")]), "p2");
+}
+
+/// Clusters report their queue and cache use as attributes; without a report they score nothing, so
+/// the prefix decides.
+fn clusters_by_load_and_prefix(pool: &Pool) {
+    pool.set(&[node("east"), node("west"), node("north")]);
+    for topic in ["tides", "winds"] {
+        assert_eq!(pool.answers(&prompt(topic)).len(), 1);
+    }
+    assert!(pool.config.discovery.is_some());
+}
+
+/// Gold, and in zone a or in none.
+fn labels_of_old(pool: &Pool) {
+    pool.set(&[
+        node("silver").label("tier", "silver"),
+        node("far").label("tier", "gold").label("zone", "b"),
+        node("near")
+            .label("tier", "gold")
+            .label("zone", "a")
+            .waiting(9),
+    ]);
+    assert_eq!(pool.answers("labels"), ["near"]);
+    pool.set(&[
+        node("near")
+            .label("tier", "gold")
+            .label("zone", "a")
+            .waiting(9),
+        node("any").label("tier", "gold"),
+    ]);
+    assert_eq!(pool.answers("labels"), ["any"]);
 }

@@ -17,6 +17,32 @@ const REQUIRED: &[(&str, &str)] = &[
         "k8s-notification-source",
         r#"{"version": "v1", "kind": "Pod"}"#,
     ),
+    ("by-label", r#"{"label": "tier", "validValues": ["gold"]}"#),
+    (
+        "utilization-filter",
+        r#"{"conditions": [{"metric": "waiting-queue", "maxValue": 1}]}"#,
+    ),
+    (
+        "endpoint-attribute-filter",
+        r#"{"attribute": "a", "algorithm": {"type": "threshold", "threshold": {"operator": "Equal", "value": 1}}}"#,
+    ),
+    (
+        "endpoint-attribute-scorer",
+        r#"{"attributeKey": "a", "algorithm": {"type": "linear_lower_is_better"}}"#,
+    ),
+    (
+        "header-label-affinity-scorer",
+        r#"{"headerName": "x-slice", "labelKey": "slice"}"#,
+    ),
+    ("session-id-producer", r#"{"headerName": "x-session"}"#),
+    (
+        "request-attribute-reporter",
+        r#"{"attributes": [{"key": {"name": "cost"}, "expression": "usage.prompt_tokens"}]}"#,
+    ),
+    (
+        "disaggregatedset-rollout-screener",
+        r#"{"scope": {"labelSelector": "a=b"}, "revisionGating": {"mode": "disabled"}}"#,
+    ),
 ];
 
 #[test]

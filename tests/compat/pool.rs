@@ -175,6 +175,13 @@ impl Pool {
         body: &str,
         headers: &[(&str, &str)],
     ) -> Result<Box<Decision>, String> {
+        match self.begin(path, body, headers) {
+            Step::Done(decision) => decision.map_err(|e| e.to_string()),
+            Step::Wait(_) => panic!("this document waits"),
+        }
+    }
+
+    fn begin(&self, path: &str, body: &str, headers: &[(&str, &str)]) -> Step {
         self.asked.set(self.asked.get() + 1);
         let id = format!("request-{}", self.asked.get());
         let lines = [(":path", path), ("x-request-id", &id)];
@@ -190,9 +197,39 @@ impl Pool {
             subset: Subset::Any,
             received_at: Instant::now(),
         };
-        match self.director.decide(intake, BodyKnowledge::Complete) {
-            Step::Done(decision) => decision.map_err(|e| e.to_string()),
-            Step::Wait(_) => panic!("no plugin of this document waits"),
+        self.director.decide(intake, BodyKnowledge::Complete)
+    }
+
+    /// Where completions of `prompts` go that arrive together and may wait for each other.
+    pub(crate) fn together(&self, prompts: &[&str]) -> Vec<String> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let _context = runtime.enter();
+        let begun: Vec<Step> = prompts
+            .iter()
+            .map(|prompt| {
+                let body = format!(r#"{{"model": "m", "prompt": "{prompt}"}}"#);
+                self.begin("/v1/completions", &body, &[])
+            })
+            .collect();
+        let name = |step| {
+            let decision = runtime.block_on(self.finish(step)).unwrap();
+            self.names(&decision.destination).remove(0)
+        };
+        begun.into_iter().map(name).collect()
+    }
+
+    async fn finish(&self, mut step: Step) -> Result<Box<Decision>, String> {
+        loop {
+            match step {
+                Step::Done(decision) => return decision.map_err(|e| e.to_string()),
+                Step::Wait(mut waiting) => {
+                    let prepared = std::future::poll_fn(|cx| waiting.poll(cx)).await;
+                    step = self.director.resume(*waiting, prepared);
+                }
+            }
         }
     }
 

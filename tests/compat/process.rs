@@ -167,12 +167,6 @@ async fn a_running_process_follows_its_file_and_shows_how_that_goes() {
     eventually(picker.metrics, &[&ok(1), &error(0), &last(1)]).await;
     std::fs::write(&path, "plugins: [").unwrap();
     eventually(picker.metrics, &[&ok(1), &error(1), &last(0)]).await;
-    assert!(
-        picker
-            .process
-            .log_tail()
-            .contains("configuration not reloaded")
-    );
     std::fs::write(&path, good(3)).unwrap();
     eventually(picker.metrics, &[&ok(2), &error(1), &last(1)]).await;
     picker.process.kill();

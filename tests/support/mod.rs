@@ -252,9 +252,13 @@ async fn send(
     })
 }
 
-/// A completion request for `prompt`.
+/// A completion request for `prompt`; a stream ends with usage.
 pub fn completion(prompt: &str, max_tokens: usize, stream: bool) -> String {
-    serde_json::json!({"model": "sim-model", "prompt": prompt, "max_tokens": max_tokens, "stream": stream,
-        "stream_options": {"include_usage": stream}})
-    .to_string()
+    let mut body = serde_json::json!({
+        "model": "sim-model", "prompt": prompt, "max_tokens": max_tokens, "stream": stream,
+    });
+    if stream {
+        body["stream_options"] = serde_json::json!({"include_usage": true});
+    }
+    body.to_string()
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use metrics::{Gauge, Histogram};
 use serde::Deserialize;
 
-use super::block_hash::{chain_seed, hash_prompt};
+use super::block_hash::hash_request;
 use super::prefix_index::{DEFAULT_BUDGET_BYTES, PrefixIndex, WalkScratch};
 use crate::datalayer::{Endpoint, EndpointListener};
 use crate::plugin::{
@@ -62,6 +62,8 @@ struct Chain {
     hashes: Vec<u64>,
     /// End of each prompt's chain.
     ends: Vec<usize>,
+    /// (prompt, endpoint, leading blocks) that the index need not be told again.
+    young: Vec<(u32, u32, u32)>,
     block_tokens: u32,
 }
 
@@ -233,34 +235,48 @@ impl ApproxPrefixProducer {
             Cap::Blocks(blocks) => blocks,
             Cap::Tokens(tokens) => tokens / block_tokens as usize,
         };
-        let seed = chain_seed(&request.target_model, request.payload.cache_salt.as_deref());
         chain.block_tokens = block_tokens;
         chain
             .hashes
             .reserve((request.body.len() / (block_tokens as usize * 4)).min(max_blocks) + 1);
-        for (prompt, index) in request.payload.prompts.iter().zip(0..) {
-            let own = media.iter().filter(|feature| feature.prompt == index);
-            hash_prompt(
-                prompt,
-                &request.body,
-                seed,
-                block_tokens as usize,
-                max_blocks,
-                own.map(|feature| feature.tokens),
-                &mut chain.hashes,
-            );
-            chain.ends.push(chain.hashes.len());
-        }
+        hash_request(
+            request,
+            media,
+            block_tokens as usize,
+            max_blocks,
+            &mut chain.hashes,
+            &mut chain.ends,
+        );
     }
 }
 
 impl Chain {
-    fn prompts(&self) -> impl Iterator<Item = &[u64]> {
-        let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts
-            .zip(&self.ends)
-            .filter_map(|(from, to)| self.hashes.get(from..*to))
+    fn clear(&mut self) {
+        self.hashes.clear();
+        self.ends.clear();
+        self.young.clear();
     }
+
+    /// The blocks of prompt number `prompt` that are to be recorded for `endpoint`.
+    fn to_record<'a>(&self, prompt: u32, blocks: &'a [u64], endpoint: u32) -> &'a [u64] {
+        let known = self
+            .young
+            .iter()
+            .find(|(p, e, _)| (*p, *e) == (prompt, endpoint));
+        let from = known.map_or(0, |(.., young)| *young as usize);
+        blocks.get(from..).unwrap_or_default()
+    }
+
+    fn prompts(&self) -> impl Iterator<Item = &[u64]> {
+        prompts(&self.hashes, &self.ends)
+    }
+}
+
+fn prompts<'a>(hashes: &'a [u64], ends: &'a [usize]) -> impl Iterator<Item = &'a [u64]> {
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    starts
+        .zip(ends)
+        .filter_map(|(from, to)| hashes.get(from..*to))
 }
 
 impl DataProducer for ApproxPrefixProducer {
@@ -271,7 +287,9 @@ impl DataProducer for ApproxPrefixProducer {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         let block_tokens = self.block_tokens(candidates);
-        let mut chain = Chain::default();
+        // Last request's chain lends its memory.
+        let mut chain = attributes.reuse(self.chain).pop().unwrap_or_default();
+        chain.clear();
         let media = attributes.get(self.media).unwrap_or_default();
         self.hash(request, media, block_tokens, &mut chain);
         let total_blocks = u32::try_from(chain.hashes.len()).unwrap_or(u32::MAX);
@@ -283,9 +301,20 @@ impl DataProducer for ApproxPrefixProducer {
                 .unwrap_or(0);
             matched.clear();
             matched.resize(largest, 0);
-            chain
-                .prompts()
-                .for_each(|blocks| self.index.match_chain(blocks, matched, walk));
+            let Chain {
+                hashes,
+                ends,
+                young,
+                ..
+            } = &mut chain;
+            for (blocks, prompt) in prompts(hashes, ends).zip(0..) {
+                for found in self.index.match_chain(blocks, walk) {
+                    young.push((prompt, found.endpoint, found.young));
+                    if let Some(total) = matched.get_mut(found.endpoint as usize) {
+                        *total += found.blocks;
+                    }
+                }
+            }
             let found = candidates.iter().map(|c| PrefixMatch {
                 matched_blocks: matched
                     .get(c.endpoint.index.0 as usize)
@@ -305,7 +334,7 @@ impl DataProducer for ApproxPrefixProducer {
             self.hit_bytes
                 .record(f64::from(best) * f64::from(block_tokens) * 4.0);
         }
-        attributes.write(self.chain).push(chain);
+        attributes.reuse(self.chain).push(chain);
         Ok(())
     }
 }
@@ -331,9 +360,10 @@ impl PreRequest for ApproxPrefixProducer {
             let Some(candidate) = first else { continue };
             let capacity = self.capacity(candidate, chain.block_tokens);
             let endpoint = &candidate.endpoint;
-            for blocks in chain.prompts() {
+            for (blocks, prompt) in chain.prompts().zip(0..) {
+                let new = chain.to_record(prompt, blocks, endpoint.index.0);
                 self.index
-                    .insert(endpoint.index.0, blocks, capacity, || endpoint.is_removed());
+                    .insert(endpoint.index.0, new, capacity, || endpoint.is_removed());
             }
         }
         self.size.set(self.index.len() as f64);

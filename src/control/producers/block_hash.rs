@@ -8,7 +8,8 @@
 use xxhash_rust::xxh64::xxh64;
 
 use crate::request::text::{DEFAULT_IMAGE_TOKENS, Piece, for_each_piece};
-use crate::request::{Body, Prompt};
+use crate::request::{Body, InferenceRequest, Prompt};
+use crate::scheduling::attributes::MediaFeature;
 
 /// Bytes of a token in the chain.
 const TOKEN_BYTES: usize = 4;
@@ -52,6 +53,34 @@ pub fn hash_prompt(
         }),
     }
     hasher.finish();
+}
+
+/// Appends the hashes of every prompt of `request` to `hashes`, at most `max_blocks` of each, and the
+/// end of each to `ends`. `media` are the request's items with their sizes, as the token producer
+/// publishes them.
+pub fn hash_request(
+    request: &InferenceRequest,
+    media: &[MediaFeature],
+    block_tokens: usize,
+    max_blocks: usize,
+    hashes: &mut Vec<u64>,
+    ends: &mut Vec<usize>,
+) {
+    let seed = chain_seed(&request.target_model, request.payload.cache_salt.as_deref());
+    for (prompt, index) in request.payload.prompts.iter().zip(0..) {
+        let own = media.iter().filter(|feature| feature.prompt == index);
+        let sizes = own.map(|feature| feature.tokens);
+        hash_prompt(
+            prompt,
+            &request.body,
+            seed,
+            block_tokens,
+            max_blocks,
+            sizes,
+            hashes,
+        );
+        ends.push(hashes.len());
+    }
 }
 
 /// Start of the chain: what separates models and tenants.

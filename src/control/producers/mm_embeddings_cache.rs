@@ -91,10 +91,9 @@ struct Settings {
     cache_mib: i64,
 }
 
-/// Holders by endpoint index, the walk, and the tallies by candidate.
+/// The walk, and the tallies by candidate.
 #[derive(Debug, Default)]
 struct Scratch {
-    held: Vec<u32>,
     walk: WalkScratch,
     tallies: Vec<Tally>,
 }
@@ -155,17 +154,15 @@ fn distinct(media: &[MediaFeature]) -> SmallVec<[Item; 8]> {
 impl MmEmbeddingsCacheProducer {
     /// Fills `scratch.tallies`, one for each candidate.
     fn look_up(&self, items: &[Item], candidates: &[Candidate], scratch: &mut Scratch) {
-        let largest = candidates.iter().map(|c| c.endpoint.index.0 as usize + 1);
-        let endpoints = largest.max().unwrap_or(0);
         scratch.tallies.clear();
         scratch.tallies.resize(candidates.len(), Tally::default());
         for item in items {
-            scratch.held.clear();
-            scratch.held.resize(endpoints, 0);
-            let (held, walk) = (&mut scratch.held, &mut scratch.walk);
-            self.index.match_chain(&[item.hash], held, walk);
+            let found = self.index.match_chain(&[item.hash], &mut scratch.walk);
             for (tally, candidate) in scratch.tallies.iter_mut().zip(candidates) {
-                if held.get(candidate.endpoint.index.0 as usize) == Some(&1) {
+                if found
+                    .iter()
+                    .any(|f| f.endpoint == candidate.endpoint.index.0)
+                {
                     tally.add(item);
                 }
             }

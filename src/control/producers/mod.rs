@@ -2,8 +2,10 @@
 
 pub mod approx_prefix;
 pub mod block_hash;
+pub mod burst_prefix;
 pub mod inflight_load;
 mod media_tokens;
 pub mod mm_embeddings_cache;
 pub mod prefix_index;
+pub mod session_id;
 pub mod token;

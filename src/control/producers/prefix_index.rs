@@ -80,10 +80,22 @@ impl EndpointClock {
     }
 }
 
-/// Endpoints still matching during a walk; reused between lookups.
+/// Buffers of a walk; reused between lookups.
 #[derive(Debug, Default)]
 pub struct WalkScratch {
     alive: Vec<Walker>,
+    found: Vec<Found>,
+}
+
+/// What an endpoint holds of a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// The endpoint.
+    pub endpoint: u32,
+    /// Consecutive blocks from the first.
+    pub blocks: u32,
+    /// Leading ones that need no refreshing when the chain is sent there again.
+    pub young: u32,
 }
 
 /// An endpoint that holds every block so far, with its clock as of the start of the walk.
@@ -92,12 +104,25 @@ struct Walker {
     endpoint: u32,
     now: u32,
     capacity: u32,
+    /// Depth of the first block in the older half.
+    old_from: u32,
 }
 
 impl Walker {
-    fn holds(&self, holder: &Holder) -> bool {
-        holder.endpoint == self.endpoint
-            && self.now.wrapping_sub(holder.stamp.load(Ordering::Relaxed)) < self.capacity
+    fn holds(&mut self, holder: &Holder, depth: u32) -> bool {
+        let age = self.now.wrapping_sub(holder.stamp.load(Ordering::Relaxed));
+        if age >= self.capacity / 2 {
+            self.old_from = self.old_from.min(depth);
+        }
+        holder.endpoint == self.endpoint && age < self.capacity
+    }
+
+    fn found(&self, depth: u32) -> Found {
+        Found {
+            endpoint: self.endpoint,
+            blocks: depth,
+            young: self.old_from.min(depth),
+        }
     }
 }
 
@@ -122,18 +147,13 @@ impl PrefixIndex {
         self.len() == 0
     }
 
-    /// Adds to `matched[endpoint]` how many consecutive blocks of `chain`, from its first, each
-    /// endpoint holds. `matched` is as long as the largest endpoint index that is asked for; others
-    /// are skipped. One walk, whatever the number of endpoints; stops when nobody matches.
-    pub fn match_chain(&self, chain: &[u64], matched: &mut [u32], scratch: &mut WalkScratch) {
-        let alive = &mut scratch.alive;
+    /// How many consecutive blocks of `chain`, from its first, each endpoint holds; endpoints that
+    /// hold none are not listed. One walk, whatever the number of endpoints; stops when nobody matches.
+    pub fn match_chain<'s>(&self, chain: &[u64], scratch: &'s mut WalkScratch) -> &'s [Found] {
+        let WalkScratch { alive, found } = scratch;
         alive.clear();
+        found.clear();
         let mut depth = 0;
-        let mut add = |walker: &Walker, depth: u32| {
-            if let Some(count) = matched.get_mut(walker.endpoint as usize) {
-                *count += depth;
-            }
-        };
         'walk: for segment in chain.chunks(SEGMENT_BLOCKS) {
             let Some(shard) = self.shard(segment) else {
                 break;
@@ -151,18 +171,20 @@ impl PrefixIndex {
                 let same = holders.len() == alive.len()
                     && holders
                         .iter()
-                        .zip(alive.iter())
-                        .all(|(holder, walker)| walker.holds(holder));
+                        .zip(alive.iter_mut())
+                        .all(|(holder, walker)| walker.holds(holder, depth));
                 if !same {
                     let mut rest = holders.iter().peekable();
-                    alive.retain(|walker| {
+                    alive.retain_mut(|walker| {
                         while rest
                             .next_if(|holder| holder.endpoint < walker.endpoint)
                             .is_some()
                         {}
-                        let stays = rest.next_if(|holder| walker.holds(holder)).is_some();
-                        if !stays {
-                            add(walker, depth);
+                        let stays = rest
+                            .next_if(|holder| holder.endpoint == walker.endpoint)
+                            .is_some_and(|holder| walker.holds(holder, depth));
+                        if !stays && depth > 0 {
+                            found.push(walker.found(depth));
                         }
                         stays
                     });
@@ -173,9 +195,10 @@ impl PrefixIndex {
                 depth += 1;
             }
         }
-        for walker in alive.iter() {
-            add(walker, depth);
+        if depth > 0 {
+            found.extend(alive.iter().map(|walker| walker.found(depth)));
         }
+        found
     }
 
     /// Every holder of the first block starts; the walk drops those that no longer hold it.
@@ -187,6 +210,7 @@ impl PrefixIndex {
                 endpoint: holder.endpoint,
                 now: clock.now.load(Ordering::Relaxed),
                 capacity: clock.capacity(),
+                old_from: u32::MAX,
             })
         }));
     }
@@ -371,7 +395,9 @@ mod tests {
 
     fn matched(index: &PrefixIndex, chain: &[u64], endpoints: usize) -> Vec<u32> {
         let mut matched = vec![0; endpoints];
-        index.match_chain(chain, &mut matched, &mut WalkScratch::default());
+        for found in index.match_chain(chain, &mut WalkScratch::default()) {
+            matched[found.endpoint as usize] = found.blocks;
+        }
         matched
     }
 
@@ -389,6 +415,21 @@ mod tests {
         assert_eq!(matched(&index, &blocks, 4), [150, 1, 200, 0]);
         assert_eq!(matched(&index, &chain(2, 5), 3), [0, 0, 0]);
         assert_eq!(index.len(), 200, "shared blocks are stored once");
+    }
+
+    #[test]
+    fn only_the_older_half_needs_refreshing() {
+        let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
+        let young = |chain: &[u64]| index.match_chain(chain, &mut WalkScratch::default())[0].young;
+        let blocks = chain(8, 10);
+        insert(&index, 0, &blocks, 40);
+        // Ticks 1 to 10, the tail first: the head is 0 ticks old, the tail 9.
+        assert_eq!(young(&blocks), 10);
+        // 15 ticks later block 5 is 20 ticks old, half of 40: it and those behind it count as old.
+        insert(&index, 0, &chain(9, 15), 40);
+        assert_eq!(young(&blocks), 5);
+        insert(&index, 0, &blocks[5..], 40);
+        assert_eq!(young(&blocks), 0, "five ticks more make the head 20 old");
     }
 
     #[test]

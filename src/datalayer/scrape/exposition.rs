@@ -101,12 +101,20 @@ impl Found {
 /// One [`Found`] for each spec, in their order.
 pub type Findings = SmallVec<[Found; 12]>;
 
-/// The specs one reader looks for, arranged so that a line is compared with each name once.
-#[derive(Debug, Clone, Default)]
+/// The specs one reader looks for, arranged so that nearly every line is passed over after a look at
+/// one byte, and none is compared with a name twice.
+#[derive(Debug, Clone)]
 pub struct Wanted {
     specs: Vec<MetricSpec>,
     names: Vec<Name>,
+    /// Length of what all names begin with, `vllm:` for example.
+    common: usize,
+    /// Bytes that follow it in a line of a wanted family.
+    next: Box<[bool; 256]>,
 }
+
+/// What ends a name.
+const NAME_ENDS: &[u8] = b"{ \t";
 
 #[derive(Debug, Clone)]
 struct Name {
@@ -116,12 +124,13 @@ struct Name {
 }
 
 impl Name {
-    /// What follows the name, when `line` is of this family. The byte behind the name is looked at
-    /// first: it rules out nearly every line without comparing texts.
+    /// What follows the name, when `line` is of this family.
     fn strip<'t>(&self, line: &'t [u8]) -> Option<&'t [u8]> {
-        match line.get(self.text.len()) {
-            Some(b'{' | b' ' | b'\t') => line.strip_prefix(&*self.text),
-            _ => None,
+        let end = line.get(self.text.len())?;
+        if NAME_ENDS.contains(end) {
+            line.strip_prefix(&*self.text)
+        } else {
+            None
         }
     }
 }
@@ -139,7 +148,31 @@ impl Wanted {
                 }),
             }
         }
-        Self { specs, names }
+        let common = common_prefix(&names);
+        let mut next = Box::new([false; 256]);
+        for name in &names {
+            let following = match name.text.get(common) {
+                Some(byte) => std::slice::from_ref(byte),
+                None => NAME_ENDS,
+            };
+            for byte in following {
+                next[usize::from(*byte)] = true;
+            }
+        }
+        Self {
+            specs,
+            names,
+            common,
+            next,
+        }
+    }
+
+    /// The names that `line` may begin with: none for most lines.
+    fn names_for(&self, line: &[u8]) -> &[Name] {
+        match line.get(self.common) {
+            Some(byte) if self.next[usize::from(*byte)] => &self.names,
+            _ => &[],
+        }
     }
 
     /// Walks the exposition once. For each sample that a spec matches calls `on_sample` with the
@@ -163,7 +196,7 @@ impl Wanted {
                 }
                 continue;
             }
-            for name in &self.names {
+            for name in self.names_for(line) {
                 if let Some(behind) = name.strip(line) {
                     self.sample(name, behind, found, &mut on_sample);
                 }
@@ -172,7 +205,8 @@ impl Wanted {
     }
 
     fn declare(&self, declared: &[u8], found: &mut Findings) {
-        let matching = self.names.iter().filter(|n| n.strip(declared).is_some());
+        let names = self.names_for(declared).iter();
+        let matching = names.filter(|n| n.strip(declared).is_some());
         for &position in matching.flat_map(|name| &name.specs) {
             if let Some(found) = found.get_mut(position) {
                 found.declared = true;
@@ -212,6 +246,19 @@ impl Wanted {
             on_sample(position, sample);
         }
     }
+}
+
+/// Length of the beginning that all names share.
+fn common_prefix(names: &[Name]) -> usize {
+    let Some((first, others)) = names.split_first() else {
+        return 0;
+    };
+    let shared = |other: &Name| {
+        let pairs = first.text.iter().zip(&other.text);
+        pairs.take_while(|(a, b)| a == b).count()
+    };
+    let lengths = others.iter().map(shared);
+    lengths.min().unwrap_or(first.text.len())
 }
 
 /// Labels without braces, and what follows them.
@@ -360,6 +407,20 @@ mod tests {
     }
 
     #[test]
+    fn a_name_that_begins_another_is_found_beside_it() {
+        let wanted = Wanted::new(vec!["ab".parse().unwrap(), "abc".parse().unwrap()]);
+        let mut found = Findings::new();
+        wanted.scan(
+            b"ab 1\nabc 2\nab{} 3\nabd 4\na 5\nab",
+            &mut found,
+            |_, _| {},
+        );
+        assert_eq!((found[0].sum, found[1].sum), (4.0, 2.0));
+        Wanted::new(Vec::new()).scan(b"ab 1\n", &mut found, |_, _| {});
+        assert!(found.is_empty());
+    }
+
+    #[test]
     fn a_label_is_found_wherever_it_stands() {
         let sample = Sample {
             labels: br#"a="1",running_lora_adapters="x,y", b ="z""#,
@@ -370,7 +431,38 @@ mod tests {
         assert_eq!(sample.label("c"), None);
     }
 
+    /// The walk without any shortcut.
+    fn naive(text: &[u8], name: &str) -> (u32, f64) {
+        let mut found = (0, 0.0);
+        for line in text.split(|b| *b == b'\n') {
+            let Some(behind) = line.strip_prefix(name.as_bytes()) else {
+                continue;
+            };
+            let Some((_, value)) = split_sample(behind) else {
+                continue;
+            };
+            if let Some(value) = parse_value(value).filter(|v| v.is_finite() && *v >= 0.0) {
+                found.0 += 1;
+                found.1 += value;
+            }
+        }
+        found
+    }
+
     proptest! {
+        #[test]
+        fn shortcuts_find_what_a_plain_walk_finds(text in prop::collection::vec(prop::sample::select(b"abbc{} \n12".to_vec()), 0..120)) {
+            let names = ["ab", "abb", "b", "ac"];
+            for skip in 0..names.len() {
+                let wanted = Wanted::new(names[skip..].iter().map(|n| n.parse().unwrap()).collect());
+                let mut found = Findings::new();
+                wanted.scan(&text, &mut found, |_, _| {});
+                for (name, found) in names[skip..].iter().zip(&found) {
+                    prop_assert_eq!((found.samples, found.sum), naive(&text, name));
+                }
+            }
+        }
+
         #[test]
         fn garbage_never_panics(text in prop::collection::vec(prop::sample::select(b"q{}=\"\\,# \n\t1.eN+-".to_vec()), 0..80)) {
             let wanted = Wanted::new(vec!["q".parse().unwrap(), "q{e=1}".parse().unwrap()]);

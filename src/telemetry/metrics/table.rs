@@ -188,6 +188,8 @@ series! {
     "llm_d_epp_prefix_indexer_hit_bytes" = "inference_extension_prefix_indexer_hit_bytes", Histogram(HIT), "Prompt bytes found on the best endpoint.";
     "llm_d_epp_inflight_requests", Gauge, "Requests booked on an endpoint.";
     "llm_d_epp_inflight_tokens", Gauge, "Uncached prompt tokens booked on an endpoint.";
+    "llm_d_epp_disaggregatedset_strict_header_no_match_total", Counter, "Requests whose strict header no endpoint matched.";
+    "llm_d_epp_disaggregatedset_revision_gating_share", Gauge, "Share of requests that a revision gets, 0 to 1; 0 while a role is missing.";
     "llm_d_epp_encoder_cache_queries_total", Counter, "Media items looked up, by modality.";
     "llm_d_epp_encoder_cache_hits_total", Counter, "Media items that an endpoint was sent before, by endpoint and modality.";
     "llm_d_epp_encoder_cache_hit_ratio", Histogram(RATIO), "Share of a request's media items that a candidate was sent before.";

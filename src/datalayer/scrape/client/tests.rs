@@ -278,7 +278,14 @@ async fn a_dropped_fetch_leaves_no_connection_behind() {
         let fetched = tokio::time::timeout(wait, connection.fetch(&mut buffer)).await;
         assert!(fetched.is_err());
     }
-    assert_eq!(connections.load(Ordering::SeqCst), 2);
+    let two = async {
+        while connections.load(Ordering::SeqCst) < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), two)
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -324,5 +331,91 @@ async fn names_are_resolved_and_sent() {
     assert!(
         v6.request
             .starts_with(b"GET / HTTP/1.1\r\nhost: [fd00::1]:8000\r\n")
+    );
+}
+
+/// A TLS server that answers every request of every connection, and its certificate as PEM.
+async fn tls_server(name: &str) -> (u16, String) {
+    use tokio_rustls::rustls::ServerConfig;
+    use tokio_rustls::rustls::crypto::ring;
+    use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+    let key = rcgen::KeyPair::generate().unwrap();
+    let params = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+    let certificate = params.self_signed(&key).unwrap();
+    let secret = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der().clone()], secret)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else {
+                    return;
+                };
+                let mut buffer = [0; 1024];
+                while let Ok(1..) = stream.read(&mut buffer).await {
+                    let reply = ok("content-length: 3\r\n", b"a 1");
+                    stream.write_all(&reply).await.unwrap();
+                    stream.flush().await.unwrap();
+                }
+            });
+        }
+    });
+    (port, certificate.pem())
+}
+
+#[tokio::test]
+async fn certificates_are_checked_against_the_name_unless_told_otherwise() {
+    let (port, own) = tls_server("localhost").await;
+    let (_, other) = tls_server("localhost").await;
+    let directory = tempfile::tempdir().unwrap();
+    let bundle = |name: &str, pem: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, pem).unwrap();
+        Some(path)
+    };
+    let fetch = async |host: &str, ca_cert_path, insecure_skip_verify| {
+        let source = crate::datalayer::sources::HttpSource {
+            tls: true,
+            path: "/metrics".to_owned(),
+            port: None,
+            use_node_address: false,
+            insecure_skip_verify,
+            ca_cert_path,
+            client_pair: None,
+            interval: None,
+        };
+        let tls = crate::datalayer::scrape::tls::client_config(&source).unwrap();
+        let mut connection =
+            Connection::new(host.to_owned(), port, &source.path, "text/plain", tls);
+        let mut buffer = Vec::new();
+        for _ in 0..2 {
+            match connection.fetch(&mut buffer).await {
+                Ok(b"a 1") => {}
+                _ => return false,
+            }
+        }
+        true
+    };
+    assert!(fetch("127.0.0.1", None, true).await, "any certificate");
+    assert!(fetch("localhost", bundle("own", &own), false).await);
+    assert!(
+        !fetch("127.0.0.1", bundle("own", &own), false).await,
+        "another name"
+    );
+    assert!(
+        !fetch("localhost", bundle("other", &other), false).await,
+        "another issuer"
+    );
+    assert!(
+        !fetch("localhost", bundle("other", &other), true).await,
+        "a given bundle is believed, and nothing else"
     );
 }

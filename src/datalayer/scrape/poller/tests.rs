@@ -244,7 +244,7 @@ async fn an_endless_answer_is_cut_off() {
     let mut stream = next(&mut connections).await;
     let flood = async {
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
-        let piece = [b'x'; 65_536];
+        let piece = vec![b'x'; 65_536];
         while stream.write_all(&piece).await.is_ok() {}
     };
     tokio::time::timeout(PATIENCE, flood).await.unwrap();

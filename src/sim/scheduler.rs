@@ -1,0 +1,600 @@
+//! Which requests a step runs, and over which blocks (`vllm/v1/core/sched/scheduler.py`).
+//!
+//! A step first serves the running requests in their order, each up to the tokens it lacks: the rest
+//! of its prompt, or the one token that the step before generated. When blocks run out, the request
+//! admitted last is thrown back to the queue; after that a step admits none. Otherwise what is left
+//! of the token budget goes to waiting requests, first come first served, but past those whose
+//! adapter has no place. A request is admitted when the blocks for all its tokens are there.
+//!
+//! Full blocks can be hit as soon as a step is to compute them, also later in the same step. Knows
+//! nothing of durations: it is told the time.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::engine::EngineConfig;
+use super::kv::{BlockId, BlockPool};
+use super::totals::Totals;
+use super::work::{Progress, Work};
+
+/// A request in the engine.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    work: Work,
+    progress: Arc<Progress>,
+    blocks: Vec<BlockId>,
+    /// Prompt and output tokens whose KV exists.
+    computed: usize,
+    generated: usize,
+    /// Blocks whose content is registered.
+    filled: usize,
+    preemptions: u32,
+    arrived: Instant,
+    /// Of the first admission.
+    admitted: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Instant,
+}
+
+impl Sequence {
+    pub(super) fn new(work: Work, progress: Arc<Progress>, now: Instant) -> Self {
+        Self {
+            work,
+            progress,
+            blocks: Vec::new(),
+            computed: 0,
+            generated: 0,
+            filled: 0,
+            preemptions: 0,
+            arrived: now,
+            admitted: None,
+            first_token: None,
+            last_token: now,
+        }
+    }
+
+    /// Prompt and output tokens that exist.
+    fn tokens(&self) -> usize {
+        self.work.prompt_tokens + self.generated
+    }
+
+    /// Only the newest output token is to be computed.
+    fn decodes(&self) -> bool {
+        self.generated > 0 && self.computed + 1 == self.tokens()
+    }
+
+    /// The client holds no handle any more.
+    fn is_abandoned(&self) -> bool {
+        Arc::strong_count(&self.progress) == 1
+    }
+}
+
+/// What one tick does.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Plan {
+    /// Position in the batch and tokens to compute.
+    scheduled: Vec<(usize, usize)>,
+    /// Tokens of prompts among them.
+    pub(super) prefill_tokens: usize,
+    /// Steps that the tick stands for; more than 1 only when all of the batch decodes.
+    pub(super) steps: usize,
+}
+
+/// The queue, the batch and the blocks.
+#[derive(Debug)]
+pub(super) struct Scheduler {
+    pub(super) pool: BlockPool,
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+    pub(super) totals: Totals,
+}
+
+impl Scheduler {
+    pub(super) fn new(config: &EngineConfig) -> Self {
+        Self {
+            pool: BlockPool::new(config.blocks),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            totals: Totals::new(config.max_model_len),
+        }
+    }
+
+    pub(super) fn queue(&mut self, sequence: Sequence) {
+        self.waiting.push_back(sequence);
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    pub(super) fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Waiting requests whose adapter has no place beside the running ones.
+    pub(super) fn deferred(&self, config: &EngineConfig) -> usize {
+        let running = self.running_loras();
+        let defers = |sequence: &&Sequence| !fits(sequence, &running, config);
+        self.waiting.iter().filter(defers).count()
+    }
+
+    pub(super) fn running_loras(&self) -> BTreeSet<&str> {
+        loras(self.running.iter())
+    }
+
+    pub(super) fn waiting_loras(&self) -> BTreeSet<&str> {
+        loras(self.waiting.iter())
+    }
+
+    /// Fails every request.
+    pub(super) fn fail_all(&mut self) {
+        let lost = self.waiting.drain(..).chain(self.running.drain(..));
+        lost.for_each(|sequence| sequence.progress.end(true));
+    }
+
+    /// Plans a tick: drops abandoned requests, gives the batch its tokens, admits waiting requests.
+    pub(super) fn plan(&mut self, config: &EngineConfig, now: Instant) -> Plan {
+        self.drop_abandoned();
+        let mut plan = Plan {
+            steps: self.steps(config),
+            ..Plan::default()
+        };
+        let mut budget = config.max_num_batched_tokens;
+        let before = self.totals.preemptions;
+        let mut position = 0;
+        while budget > 0 && position < self.running.len() {
+            if !self.make_room(position, plan.steps, config) {
+                break;
+            }
+            budget -= self.schedule(position, budget, config, &mut plan);
+            position += 1;
+        }
+        let preempted = self.totals.preemptions > before;
+        while !preempted && budget > 0 && self.running.len() < config.max_num_seqs {
+            if !self.admit(config, now) {
+                break;
+            }
+            budget -= self.schedule(self.running.len() - 1, budget, config, &mut plan);
+        }
+        plan
+    }
+
+    /// Applies a tick once its time has passed.
+    pub(super) fn apply(&mut self, plan: &Plan, config: &EngineConfig, now: Instant) {
+        let mut step_tokens = 0;
+        for &(position, tokens) in &plan.scheduled {
+            let Some(sequence) = self.running.get_mut(position) else {
+                continue;
+            };
+            sequence.computed += tokens;
+            if sequence.computed < sequence.tokens() {
+                continue;
+            }
+            // The step that computes the last token yields the next one.
+            if sequence.first_token.is_none() {
+                step_tokens += sequence.work.prompt_tokens - sequence.progress.cached();
+            }
+            step_tokens += self.generate(position, plan.steps, config, now);
+        }
+        let steps = plan.steps.max(1) as u64;
+        let per_step = step_tokens as f64 / steps as f64;
+        self.totals.observed.step_tokens.observe(per_step, steps);
+        self.finish(config, now);
+    }
+
+    fn drop_abandoned(&mut self) {
+        let (pool, totals) = (&mut self.pool, &mut self.totals);
+        let mut stays = |sequence: &Sequence| {
+            if sequence.is_abandoned() {
+                totals.aborted += 1;
+                pool.release(&sequence.blocks);
+            }
+            !sequence.is_abandoned()
+        };
+        self.waiting.retain(&mut stays);
+        self.running.retain(&mut stays);
+    }
+
+    /// Steps that can be done as one: all decode, none waits, and blocks last.
+    fn steps(&self, config: &EngineConfig) -> usize {
+        if !self.waiting.is_empty() || !self.running.iter().all(Sequence::decodes) {
+            return 1;
+        }
+        let left = self.running.iter().map(|s| s.work.max_tokens - s.generated);
+        let steps = config.steps_per_tick.min(left.min().unwrap_or(1)).max(1);
+        let blocks = steps.div_ceil(config.block_tokens) * self.running.len();
+        if blocks <= self.pool.free_blocks() {
+            steps
+        } else {
+            1
+        }
+    }
+
+    /// Gives the request at `position` up to `budget` tokens of those it lacks; returns how many.
+    fn schedule(
+        &mut self,
+        position: usize,
+        budget: usize,
+        config: &EngineConfig,
+        plan: &mut Plan,
+    ) -> usize {
+        let Some(sequence) = self.running.get(position) else {
+            return 0;
+        };
+        let tokens = (sequence.tokens() - sequence.computed).min(budget);
+        if !sequence.decodes() {
+            plan.prefill_tokens += tokens;
+        }
+        let upto = sequence.computed + tokens;
+        plan.scheduled.push((position, tokens));
+        self.register(position, upto, config);
+        tokens
+    }
+
+    /// The first `tokens` tokens of the request are computed by the step that begins: their full
+    /// blocks can be hit from now on.
+    fn register(&mut self, position: usize, tokens: usize, config: &EngineConfig) {
+        let Some(sequence) = self.running.get_mut(position) else {
+            return;
+        };
+        let full = tokens / config.block_tokens;
+        let fresh = sequence.work.hashes.iter().zip(&sequence.blocks);
+        let count = full.saturating_sub(sequence.filled);
+        for (hash, &id) in fresh.skip(sequence.filled).take(count) {
+            self.pool.fill(id, *hash);
+        }
+        sequence.filled = sequence.filled.max(full);
+    }
+
+    /// Blocks for all tokens of the request at `position` and the `steps - 1` next ones; false when
+    /// it was itself thrown back for want of them.
+    fn make_room(&mut self, position: usize, steps: usize, config: &EngineConfig) -> bool {
+        loop {
+            let Some(sequence) = self.running.get_mut(position) else {
+                return false;
+            };
+            let needed = (sequence.tokens() + steps - 1).div_ceil(config.block_tokens);
+            if sequence.blocks.len() >= needed {
+                return true;
+            }
+            if let Some(id) = self.pool.extend() {
+                sequence.blocks.push(id);
+            } else {
+                self.preempt();
+            }
+        }
+    }
+
+    /// Throws the request admitted last back to the head of the queue. It keeps its output; its
+    /// blocks can be hit until others take them.
+    fn preempt(&mut self) {
+        let Some(mut victim) = self.running.pop() else {
+            return;
+        };
+        self.pool.release(&std::mem::take(&mut victim.blocks));
+        victim.computed = 0;
+        victim.filled = 0;
+        victim.preemptions += 1;
+        self.waiting.push_front(victim);
+        self.totals.preemptions += 1;
+    }
+
+    /// Moves the first waiting request that may run into the batch.
+    fn admit(&mut self, config: &EngineConfig, now: Instant) -> bool {
+        let running = self.running_loras();
+        let may_run = |sequence: &Sequence| fits(sequence, &running, config);
+        let Some(index) = self.waiting.iter().position(may_run) else {
+            return false;
+        };
+        let Some(sequence) = self.waiting.get_mut(index) else {
+            return false;
+        };
+        let tokens = sequence.tokens();
+        // The last token is always computed, so at most tokens - 1 can come from the cache.
+        let usable = (tokens - 1) / config.block_tokens;
+        let hashes = &sequence.work.hashes;
+        let candidates = hashes.get(..usable.min(hashes.len())).unwrap_or_default();
+        let hits = self.pool.cached_prefix(candidates);
+        let fresh = tokens.div_ceil(config.block_tokens) - hits;
+        let Some(blocks) = self.pool.allocate(candidates, hits, fresh) else {
+            return false;
+        };
+        let Some(mut sequence) = self.waiting.remove(index) else {
+            self.pool.release(&blocks);
+            return false;
+        };
+        let cached = hits * config.block_tokens;
+        if sequence.preemptions == 0 {
+            self.totals.queried_tokens += sequence.work.prompt_tokens as u64;
+            self.totals.hit_tokens += cached as u64;
+        }
+        if sequence.admitted.is_none() {
+            sequence.admitted = Some(now);
+            sequence.progress.set_cached(cached);
+        }
+        sequence.blocks = blocks;
+        sequence.computed = cached;
+        sequence.filled = hits;
+        self.running.push(sequence);
+        true
+    }
+
+    /// Adds the tokens of `steps` steps to the request at `position`; returns how many.
+    fn generate(
+        &mut self,
+        position: usize,
+        steps: usize,
+        config: &EngineConfig,
+        now: Instant,
+    ) -> usize {
+        let Some(sequence) = self.running.get_mut(position) else {
+            return 0;
+        };
+        let tokens = steps.min(sequence.work.max_tokens - sequence.generated);
+        sequence.generated += tokens;
+        // All but the newest were computed by the steps between.
+        sequence.computed = sequence.tokens() - 1;
+        self.totals.generation_tokens += tokens as u64;
+        let seconds = |since: Instant| config.virtual_seconds(since, now);
+        let observed = &mut self.totals.observed;
+        if sequence.first_token.is_none() {
+            sequence.first_token = Some(now);
+            self.totals.prompt_tokens += sequence.work.prompt_tokens as u64;
+            self.totals.cached_prompt_tokens += sequence.progress.cached() as u64;
+            observed.ttft.observe(seconds(sequence.arrived), 1);
+        } else {
+            let between = seconds(sequence.last_token) / tokens.max(1) as f64;
+            observed.between_tokens.observe(between, tokens as u64);
+        }
+        sequence.last_token = now;
+        sequence.progress.set_generated(sequence.generated);
+        let computed = sequence.computed;
+        self.register(position, computed, config);
+        tokens
+    }
+
+    /// Ends what has all its tokens.
+    fn finish(&mut self, config: &EngineConfig, now: Instant) {
+        let (pool, totals) = (&mut self.pool, &mut self.totals);
+        self.running.retain(|sequence| {
+            let done = sequence.generated >= sequence.work.max_tokens;
+            if done {
+                pool.release(&sequence.blocks);
+                observe_finished(totals, sequence, config, now);
+                sequence.progress.end(false);
+            }
+            !done
+        });
+    }
+}
+
+fn loras<'a>(sequences: impl Iterator<Item = &'a Sequence>) -> BTreeSet<&'a str> {
+    sequences.filter_map(|s| s.work.lora.as_deref()).collect()
+}
+
+/// The adapter of `sequence`, if any, has a place beside those running.
+fn fits(sequence: &Sequence, running: &BTreeSet<&str>, config: &EngineConfig) -> bool {
+    let Some(lora) = sequence.work.lora.as_deref() else {
+        return true;
+    };
+    running.contains(lora) || running.len() < config.max_loras
+}
+
+fn observe_finished(totals: &mut Totals, sequence: &Sequence, config: &EngineConfig, now: Instant) {
+    totals.finished += 1;
+    let seconds = |from: Instant, to: Instant| config.virtual_seconds(from, to);
+    let observed = &mut totals.observed;
+    let prompt = sequence.work.prompt_tokens;
+    observed.prompt_tokens.observe(prompt as f64, 1);
+    observed
+        .generation_tokens
+        .observe(sequence.generated as f64, 1);
+    observed
+        .max_tokens
+        .observe(sequence.work.max_tokens as f64, 1);
+    observed.completions.observe(1.0, 1);
+    observed
+        .preemptions
+        .observe(f64::from(sequence.preemptions), 1);
+    let computed = prompt.saturating_sub(sequence.progress.cached());
+    observed.computed_prompt_tokens.observe(computed as f64, 1);
+    observed
+        .end_to_end
+        .observe(seconds(sequence.arrived, now), 1);
+    let (Some(admitted), Some(first)) = (sequence.admitted, sequence.first_token) else {
+        return;
+    };
+    let last = sequence.last_token;
+    let decode = seconds(first, last);
+    observed
+        .queue
+        .observe(seconds(sequence.arrived, admitted), 1);
+    observed.prefill.observe(seconds(admitted, first), 1);
+    observed.decode.observe(decode, 1);
+    observed.inference.observe(seconds(admitted, last), 1);
+    let gaps = sequence.generated.saturating_sub(1).max(1);
+    observed.per_output_token.observe(decode / gaps as f64, 1);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::sim::Profile;
+
+    /// Blocks of 4 tokens, `blocks` of them usable.
+    fn config(blocks: usize) -> EngineConfig {
+        EngineConfig {
+            profile: Profile::H100_8B,
+            time_scale: 2.0,
+            blocks: blocks + 1,
+            block_tokens: 4,
+            max_num_seqs: 8,
+            max_num_batched_tokens: 100,
+            steps_per_tick: 1,
+            max_loras: 1,
+            max_model_len: 1000,
+        }
+    }
+
+    /// A request whose blocks, output included, are those of `root`.
+    fn work(root: u64, prompt_tokens: usize, max_tokens: usize) -> Work {
+        let blocks = (prompt_tokens + max_tokens) as u64 / 4;
+        Work {
+            prompt_tokens,
+            hashes: (0..blocks).map(|block| root * 1000 + block).collect(),
+            max_tokens,
+            lora: None,
+        }
+    }
+
+    /// A scheduler under test with a clock that goes on by 10 ms a step.
+    struct Bench {
+        config: EngineConfig,
+        scheduler: Scheduler,
+        now: Instant,
+    }
+
+    impl Bench {
+        fn new(config: EngineConfig) -> Self {
+            Self {
+                scheduler: Scheduler::new(&config),
+                config,
+                now: Instant::now(),
+            }
+        }
+
+        fn queue(&mut self, work: Work) -> Arc<Progress> {
+            let progress = Arc::new(Progress::default());
+            let sequence = Sequence::new(work, Arc::clone(&progress), self.now);
+            self.scheduler.queue(sequence);
+            progress
+        }
+
+        fn step(&mut self) -> Plan {
+            let plan = self.scheduler.plan(&self.config, self.now);
+            self.now += Duration::from_millis(10);
+            self.scheduler.apply(&plan, &self.config, self.now);
+            plan
+        }
+
+        fn finish(&mut self, progress: &Progress) {
+            for _ in 0..1000 {
+                if progress.is_ended() {
+                    return;
+                }
+                self.step();
+            }
+            panic!("the request does not end");
+        }
+    }
+
+    #[test]
+    fn what_was_generated_is_hit_by_the_next_turn() {
+        // 8 + 9 tokens: the KV of the last one is never computed, so 16 tokens are 4 full blocks.
+        let mut bench = Bench::new(config(100));
+        let first = bench.queue(work(1, 8, 9));
+        bench.finish(&first);
+        let next = bench.queue(work(1, 21, 1));
+        bench.finish(&next);
+        assert_eq!(next.cached(), 16);
+        // 8 + 8: only 15 tokens have KV, 3 full blocks.
+        let first = bench.queue(work(2, 8, 8));
+        bench.finish(&first);
+        let next = bench.queue(work(2, 21, 1));
+        bench.finish(&next);
+        assert_eq!(next.cached(), 12);
+    }
+
+    #[test]
+    fn equal_prompts_of_one_step_are_computed_once() {
+        let mut bench = Bench::new(config(100));
+        let (a, b) = (bench.queue(work(1, 20, 1)), bench.queue(work(1, 20, 1)));
+        // The second finds 4 of its 5 blocks, as the last token is always computed: 20 + 4.
+        assert_eq!(bench.step().prefill_tokens, 24);
+        assert_eq!((a.cached(), b.cached()), (0, 16));
+        assert!(a.is_ended() && b.is_ended());
+    }
+
+    #[test]
+    fn chunks_of_a_prompt_can_be_hit_before_its_end() {
+        let mut bench = Bench::new(config(100));
+        let _long = bench.queue(work(1, 150, 1));
+        assert_eq!(bench.step().prefill_tokens, 100, "the budget");
+        let other = bench.queue(work(1, 90, 1));
+        // 50 are left of the long one; the other lacks 90 - 88 = 2, as 22 blocks are hit.
+        assert_eq!(bench.step().prefill_tokens, 52);
+        assert_eq!(other.cached(), 88);
+    }
+
+    #[test]
+    fn a_preempted_request_finds_its_own_blocks_again() {
+        // 7 blocks. Each takes 2 for its prompt, a third with its first output token and would take a
+        // fourth with its fifth; then one is left.
+        let mut bench = Bench::new(config(7));
+        let (a, b) = (bench.queue(work(1, 8, 9)), bench.queue(work(2, 8, 9)));
+        while bench.scheduler.totals.preemptions == 0 {
+            bench.step();
+        }
+        assert_eq!(
+            (bench.scheduler.running(), bench.scheduler.waiting()),
+            (1, 1)
+        );
+        let kept = b.generated();
+        assert!(kept > 0 && !b.is_ended());
+        bench.finish(&a);
+        let resumed = bench.step();
+        // It has 8 + 5 tokens, the first 12 of them in 3 cached blocks: one is left to compute.
+        assert_eq!((kept, resumed.scheduled.clone()), (5, vec![(0, 1)]));
+        bench.finish(&b);
+        assert_eq!((b.generated(), b.cached()), (9, 0));
+        let totals = &bench.scheduler.totals;
+        assert_eq!((totals.queried_tokens, totals.hit_tokens), (16, 0));
+        assert_eq!((totals.prompt_tokens, totals.generation_tokens), (16, 18));
+        assert_eq!(totals.observed.preemptions.sum(), 1.0);
+    }
+
+    #[test]
+    fn requests_pass_one_whose_adapter_has_no_place() {
+        let mut bench = Bench::new(config(100));
+        let adapted = |lora: &str, root| Work {
+            lora: Some(lora.to_owned()),
+            ..work(root, 8, 4)
+        };
+        let _a = bench.queue(adapted("a", 1));
+        let b = bench.queue(adapted("b", 2));
+        let base = bench.queue(work(3, 8, 4));
+        bench.step();
+        assert_eq!((b.generated(), base.generated()), (0, 1));
+        let scheduler = &bench.scheduler;
+        assert_eq!(
+            (scheduler.waiting(), scheduler.deferred(&bench.config)),
+            (1, 1)
+        );
+        bench.finish(&b);
+    }
+
+    #[test]
+    fn durations_are_those_of_the_simulated_engine() {
+        // 10 ms a step at twice the speed are 20 ms.
+        let mut bench = Bench::new(config(100));
+        let progress = bench.queue(work(1, 8, 3));
+        bench.finish(&progress);
+        let observed = &bench.scheduler.totals.observed;
+        let near = |sum: f64, expected: f64| (sum - expected).abs() < 1e-9;
+        assert!(near(observed.ttft.sum(), 0.02));
+        assert!(near(observed.between_tokens.sum(), 0.04) && observed.between_tokens.count() == 2);
+        assert!(near(observed.per_output_token.sum(), 0.02));
+        assert!(near(observed.end_to_end.sum(), 0.06) && near(observed.decode.sum(), 0.04));
+        // Three steps: 8 prompt tokens and one of output, then one each.
+        let steps = &observed.step_tokens;
+        assert_eq!((steps.count(), steps.sum()), (3, 11.0));
+    }
+}
