@@ -133,10 +133,7 @@ fn parameters(loaded: &Loaded<'_>, notes: &mut Notes) {
         }
         let given = |name: &str| {
             let mut found = object.iter().filter(|(k, _)| k.eq_ignore_ascii_case(name));
-            found
-                .next()
-                .map(|(key, value)| (key, value))
-                .filter(|(_, v)| !v.is_null())
+            found.next().filter(|(_, v)| !v.is_null())
         };
         for (types, name, text) in OLD_PARAMETERS {
             let applies = types.contains(&entry.type_name.as_str());

@@ -1,8 +1,9 @@
 //! `EndpointPickerConfig`: from the document to running plugins.
 //!
-//! [`tree`] reads the text and remembers lines, [`raw`] mirrors the file, [`builtin`] lists every
-//! plugin type, [`resolve`] fills defaults, builds instances and checks references, [`show`] prints the
-//! outcome and the reference page. The rest of the program sees only [`ResolvedConfig`]. This room
+//! `tree.rs` reads the text and remembers lines, [`raw`] mirrors the file, [`builtin`] lists every plugin
+//! type, [`resolve`] builds instances, fills defaults and checks references (with `profiles.rs`,
+//! `sources.rs`, `producers.rs` and `flow.rs`, one subject each), `lint.rs` finds what has no effect,
+//! [`show`] prints the outcome and the reference page. The rest of the program sees only [`ResolvedConfig`]. This room
 //! knows every plugin type and is seen only by `epp` and `cli`.
 
 use std::fs::File;

@@ -36,6 +36,8 @@ const DEFAULT_PARSERS: [&str; 4] = [
     "vllmhttp-parser",
     "passthrough-parser",
 ];
+/// Instances a document may list; checks compare each with each.
+const MAX_PLUGINS: usize = 1000;
 /// Text of two errors about orders that do not exist.
 pub(super) const CYCLE: &str = "cycle detected: graph is not a DAG";
 const DETECTOR: &str = "utilization-detector";
@@ -371,6 +373,10 @@ impl Loader<'_> {
 
     /// Checks the list, then builds it: instances that others refer to first, the rest as written.
     fn build_written(&mut self, entries: &[PluginEntry]) -> Result<(), ConfigError> {
+        if entries.len() > MAX_PLUGINS {
+            let text = format!("{} plugins, at most {MAX_PLUGINS}", entries.len());
+            return Err(Problem::Invalid(text).at("plugins"));
+        }
         for (position, entry) in entries.iter().enumerate() {
             let fail = |key: &str, text: String| {
                 Err(Problem::Invalid(text).at(format!("plugins[{position}]{key}")))
@@ -427,14 +433,16 @@ impl Loader<'_> {
             needs.push(found);
         }
         let mut order: Vec<usize> = Vec::with_capacity(entries.len());
+        let mut done = vec![false; entries.len()];
         while order.len() < entries.len() {
-            let ready = |p: &usize| {
-                let open = needs.get(*p).into_iter().flatten();
-                !order.contains(p) && open.into_iter().all(|need| order.contains(need))
+            let is_done = |p: &usize| done.get(*p).copied().unwrap_or(true);
+            let mut open = needs.iter().enumerate().filter(|(p, _)| !is_done(p));
+            let Some((next, _)) = open.find(|(_, needs)| needs.iter().all(is_done)) else {
+                return Err(Problem::Invalid(CYCLE.to_owned()).at("plugins"));
             };
-            match (0..entries.len()).find(ready) {
-                Some(next) => order.push(next),
-                None => return Err(Problem::Invalid(CYCLE.to_owned()).at("plugins")),
+            order.push(next);
+            if let Some(flag) = done.get_mut(next) {
+                *flag = true;
             }
         }
         Ok(order)

@@ -67,12 +67,11 @@ fn instance_entry(out: &mut String, instance: &Instance, plugin_type: Option<&Pl
 fn effective(plugin_type: &PluginType, given: Option<&Value>) -> Vec<(&'static str, Value)> {
     let object = given.and_then(Value::as_object);
     let written = |name: &str| {
-        let entries = object.into_iter().flatten();
+        let mut entries = object.into_iter().flatten();
         // Of spellings that differ in case the last counts.
         entries
-            .filter(|(key, value)| key.eq_ignore_ascii_case(name) && !value.is_null())
+            .rfind(|(key, value)| key.eq_ignore_ascii_case(name) && !value.is_null())
             .map(|(_, value)| value.clone())
-            .last()
     };
     plugin_type
         .parameters

@@ -114,8 +114,8 @@ impl<'de> Deserialize<'de> for Content {
 
 struct ContentVisitor;
 
-fn leaf<E>(value: impl Into<Value>) -> Result<Content, E> {
-    Ok(Content(value.into(), Inside::Nothing))
+fn leaf(value: impl Into<Value>) -> Content {
+    Content(value.into(), Inside::Nothing)
 }
 
 impl<'de> Visitor<'de> for ContentVisitor {
@@ -126,11 +126,11 @@ impl<'de> Visitor<'de> for ContentVisitor {
     }
 
     fn visit_unit<E>(self) -> Result<Content, E> {
-        leaf(Value::Null)
+        Ok(leaf(Value::Null))
     }
 
     fn visit_none<E>(self) -> Result<Content, E> {
-        leaf(Value::Null)
+        Ok(leaf(Value::Null))
     }
 
     fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Content, D::Error> {
@@ -138,24 +138,26 @@ impl<'de> Visitor<'de> for ContentVisitor {
     }
 
     fn visit_bool<E>(self, value: bool) -> Result<Content, E> {
-        leaf(value)
+        Ok(leaf(value))
     }
 
     fn visit_i64<E>(self, value: i64) -> Result<Content, E> {
-        leaf(value)
+        Ok(leaf(value))
     }
 
     fn visit_u64<E>(self, value: u64) -> Result<Content, E> {
-        leaf(value)
+        Ok(leaf(value))
     }
 
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Content, E> {
         let number = Number::from_f64(value);
-        leaf(number.ok_or_else(|| E::custom("numbers must be finite"))?)
+        Ok(leaf(
+            number.ok_or_else(|| E::custom("numbers must be finite"))?,
+        ))
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Content, E> {
-        leaf(value)
+        Ok(leaf(value))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Content, A::Error> {
@@ -189,6 +191,7 @@ impl<'de> Visitor<'de> for ContentVisitor {
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::fmt::Write;
 
     fn value(text: &str) -> Value {
         read(text).map_err(|e| e.to_string()).unwrap().0
@@ -264,7 +267,8 @@ mod tests {
         let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
         for i in 1..12 {
             let alias = format!("*a{}", i - 1);
-            bomb += &format!("a{i}: &a{i} [{}]\n", vec![alias.as_str(); 10].join(", "));
+            let items = [alias.as_str(); 10].join(", ");
+            writeln!(bomb, "a{i}: &a{i} [{items}]").unwrap();
         }
         assert!(read(&bomb).is_err());
         assert!(read(&"[".repeat(10_000)).is_err());

@@ -553,15 +553,14 @@ impl Director {
         let Some(seed) = self.options.seed else {
             return;
         };
-        let input = match received_id(headers) {
-            Some(id) => xxh3_64(id.as_bytes()),
-            None => {
-                let mut hash = Xxh3::new();
-                for piece in body.pieces() {
-                    hash.update(piece);
-                }
-                hash.digest()
+        let input = if let Some(id) = received_id(headers) {
+            xxh3_64(id.as_bytes())
+        } else {
+            let mut hash = Xxh3::new();
+            for piece in body.pieces() {
+                hash.update(piece);
             }
+            hash.digest()
         };
         rng.borrow_mut().seed(seed ^ input);
     }

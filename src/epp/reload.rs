@@ -381,7 +381,7 @@ mod tests {
         let flags = LiveFlags {
             endpoints: endpoints.map(str::to_owned),
             scrape: ScrapeFlags::default(),
-            refresh_metrics_interval: Duration::from_secs(60),
+            refresh_metrics_interval: Duration::from_mins(1),
         };
         let tasks = TaskTracker::new();
         let mut live = Live::new(flags, Arc::clone(&store), tasks, shutdown.clone());

@@ -125,7 +125,7 @@ struct Entry {
 }
 
 struct Entries {
-    entries: std::vec::IntoIter<Entry>,
+    rest: std::vec::IntoIter<Entry>,
     names: Names,
     current: Option<(String, Value)>,
 }
@@ -133,7 +133,7 @@ struct Entries {
 impl Entries {
     fn new(entries: Vec<Entry>, names: Names) -> Self {
         Self {
-            entries: entries.into_iter(),
+            rest: entries.into_iter(),
             names,
             current: None,
         }
@@ -156,7 +156,7 @@ impl<'de> MapAccess<'de> for Entries {
         &mut self,
         seed: K,
     ) -> Result<Option<K::Value>, ValueError> {
-        let Some(entry) = self.entries.next() else {
+        let Some(entry) = self.rest.next() else {
             return Ok(None);
         };
         let key: StrDeserializer<'_, ValueError> = entry.name.as_str().into_deserializer();
@@ -179,7 +179,7 @@ impl<'de> MapAccess<'de> for Entries {
 }
 
 struct Items {
-    items: std::vec::IntoIter<Value>,
+    rest: std::vec::IntoIter<Value>,
     position: usize,
     names: Names,
 }
@@ -191,7 +191,7 @@ impl<'de> SeqAccess<'de> for Items {
         &mut self,
         seed: T,
     ) -> Result<Option<T::Value>, ValueError> {
-        let Some(value) = self.items.next() else {
+        let Some(value) = self.rest.next() else {
             return Ok(None);
         };
         let position = self.position;
@@ -251,7 +251,7 @@ impl<'de> de::Deserializer<'de> for Reader {
             Value::Number(n) => visit_number(&n, visitor),
             Value::String(s) => visitor.visit_string(s),
             Value::Array(items) => visitor.visit_seq(Items {
-                items: items.into_iter(),
+                rest: items.into_iter(),
                 position: 0,
                 names,
             }),

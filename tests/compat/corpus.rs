@@ -282,6 +282,29 @@ fn resolved_documents_load_and_resolve_to_themselves() {
     }
 }
 
+/// With a seed, equal requests to equal pools get equal answers; ids, or bodies without one, make the
+/// difference.
+#[test]
+fn seeded_picks_are_reproducible() {
+    let run = |pool: &Pool, headers: &[(&str, &str)]| -> String {
+        let bodies = (0..32).map(|n| format!(r#"{{"model": "m", "prompt": "{n}"}}"#));
+        let picks = bodies.map(|body| pool.pick_body("/v1/completions", &body, headers));
+        picks.collect()
+    };
+    let pool = || {
+        let pool = Pool::new(load(&text("perf-random"), false).unwrap());
+        pool.set(&[node("a"), node("b")]);
+        pool
+    };
+    for headers in [&[][..], &[("x-request-id", "")][..]] {
+        let picks = run(&pool(), headers);
+        assert_eq!(picks, run(&pool(), headers));
+        assert!(picks.contains('a') && picks.contains('b'), "{picks}");
+    }
+    let one_id = run(&pool(), &[("x-request-id", "same")]);
+    assert!(one_id.chars().all(|c| one_id.starts_with(c)), "{one_id}");
+}
+
 /// Prefill endpoints never serve, and a prompt stays where it was.
 fn decodes_and_sticks(pool: &Pool) {
     pool.set(&[

@@ -7,9 +7,10 @@ use super::pool::load;
 const HEAD: &str = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\n";
 
 fn error(body: &str) -> String {
-    load(&format!("{HEAD}{body}\n"), false)
-        .map(|_| ())
-        .expect_err(body)
+    match load(&format!("{HEAD}{body}\n"), false) {
+        Ok(_) => panic!("this loads: {body}"),
+        Err(error) => error,
+    }
 }
 
 fn resolved(body: &str) -> ResolvedConfig {
@@ -526,6 +527,17 @@ fn reported_types_are_the_references_own() {
     let registry = builtin::registry();
     let headers = registry.get("prefill-header-handler").unwrap();
     assert_eq!(headers.reported, "disagg-headers-handler");
+}
+
+#[test]
+fn the_list_of_plugins_has_a_limit() {
+    let body = |n: usize| -> String {
+        let entry = |i: usize| format!("- {{name: q{i}, type: queue-scorer}}\n");
+        format!("plugins:\n{}", (0..n).map(entry).collect::<String>())
+    };
+    assert_eq!(resolved(&body(1000)).profiles[0].scorers.len(), 1000);
+    let wanted = "line 3: plugins: 1001 plugins, at most 1000";
+    assert_eq!(error(&body(1001)), wanted);
 }
 
 /// Names of data keys are kept for the life of the process, so there is a limit to how many may come.

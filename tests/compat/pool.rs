@@ -184,7 +184,13 @@ impl Pool {
     fn begin(&self, path: &str, body: &str, headers: &[(&str, &str)]) -> Step {
         self.asked.set(self.asked.get() + 1);
         let id = format!("request-{}", self.asked.get());
-        let lines = [(":path", path), ("x-request-id", &id)];
+        // A request may bring an id of its own, or an empty one, which is as good as none.
+        let id = if headers.iter().any(|(name, _)| *name == "x-request-id") {
+            None
+        } else {
+            Some(("x-request-id", id.as_str()))
+        };
+        let lines: Vec<_> = std::iter::once((":path", path)).chain(id).collect();
         let intake = Intake {
             headers: lines
                 .iter()
