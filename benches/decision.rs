@@ -21,13 +21,12 @@ const PROMPTS: usize = 64;
 const GROUPS: usize = 16;
 
 fn main() -> anyhow::Result<()> {
-    let prometheus = metrics::install()?;
+    metrics::install()?;
     show("| endpoints | prompt | p50 us | p99 us |");
     show("|---|---|---|---|");
     for endpoints in [8, 64, 512] {
         for bytes in [2_000, 32_000, 400_000] {
             let (p50, p99) = measure(endpoints, bytes)?;
-            prometheus.run_upkeep();
             show(&format!(
                 "| {endpoints} | {} KB | {p50:.1} | {p99:.1} |",
                 bytes / 1000

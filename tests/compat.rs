@@ -7,6 +7,8 @@
     reason = "a test fails by panicking, and its tables are long"
 )]
 
+#[path = "alloc.rs"]
+mod alloc;
 #[path = "compat_plugins.rs"]
 mod catalogue;
 #[path = "compat/corpus.rs"]

@@ -374,7 +374,7 @@ pub fn registry() -> Registry {
         plugin!(PrefixCacheScorer, ["scorer" => scorer]),
         plugin!(PrefixCacheScorer, ["scorer" => scorer])
             .over_clusters("multicluster-prefix-cache-scorer"),
-        plugin!(NoHitLruScorer, ["scorer" => scorer, "pre-request" => pre_request]),
+        plugin!(NoHitLruScorer, ["scorer" => scorer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(LoraAffinityScorer, ["scorer" => scorer]),
         plugin!(ActiveRequestScorer, ["scorer" => scorer]),
         plugin!(TokenLoadScorer, ["scorer" => scorer]),

@@ -49,7 +49,7 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     for warning in &options.warnings {
         tracing::warn!("{warning}");
     }
-    let prometheus = telemetry::metrics::install()?;
+    let exposition = telemetry::metrics::install()?;
     let metrics = Metrics::new();
     metrics.announce_build();
     let (mut loader, config, text) = load_config(&options)?;
@@ -90,7 +90,7 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         tasks.spawn(reloader.run(shutdown.clone()));
     }
     let servers = start_servers(&options, director, &health, &tasks, &shutdown)?;
-    start_metrics(&options, &store, prometheus, &tasks, &shutdown).await?;
+    start_metrics(&options, &store, exposition, &tasks, &shutdown).await?;
     tracing::info!(extproc = %servers[0].address(), health = %servers[1].address(), "serving");
 
     wait_for_signal().await?;
@@ -185,7 +185,7 @@ fn start_servers(
 async fn start_metrics(
     options: &ServeOptions,
     store: &Arc<EndpointStore>,
-    prometheus: metrics_exporter_prometheus::PrometheusHandle,
+    exposition: telemetry::metrics::Exposition,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
@@ -195,11 +195,10 @@ async fn start_metrics(
     tracing::info!(metrics = %listener.local_addr()?, "serving metrics");
     tasks.spawn(telemetry::server::serve(
         listener,
-        prometheus.clone(),
+        exposition,
         plugin_state(Arc::clone(store)),
         shutdown.clone(),
     ));
-    tasks.spawn(telemetry::metrics::upkeep(prometheus, shutdown.clone()));
     let gauges = PoolGauges::new(
         Arc::clone(store),
         &options.pool_name,

@@ -8,9 +8,10 @@ use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+use super::metrics::Exposition;
 
 /// Connections served at once; further ones wait in the accept queue.
 const MAX_CONNECTIONS: usize = 256;
@@ -21,7 +22,7 @@ pub type PluginState = Arc<dyn Fn() -> serde_json::Value + Send + Sync>;
 /// Serves until `shutdown`. An accept error is logged and survived.
 pub async fn serve(
     listener: TcpListener,
-    handle: PrometheusHandle,
+    exposition: Exposition,
     state: PluginState,
     shutdown: CancellationToken,
 ) {
@@ -42,11 +43,11 @@ pub async fn serve(
                 continue;
             }
         };
-        let (handle, state) = (handle.clone(), Arc::clone(&state));
+        let (exposition, state) = (exposition.clone(), Arc::clone(&state));
         let shutdown = shutdown.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-                let response = respond(request.method(), request.uri().path(), &handle, &state);
+                let response = respond(request.method(), request.uri().path(), &exposition, &state);
                 std::future::ready(Ok::<_, Infallible>(response))
             });
             let connection = hyper::server::conn::http1::Builder::new()
@@ -64,7 +65,7 @@ pub async fn serve(
 fn respond(
     method: &Method,
     path: &str,
-    handle: &PrometheusHandle,
+    exposition: &Exposition,
     state: &PluginState,
 ) -> Response<Full<Bytes>> {
     let known = matches!(path, "/metrics" | "/debug/plugins/state" | "/healthz");
@@ -86,7 +87,7 @@ fn respond(
         "/metrics" => reply(
             StatusCode::OK,
             "text/plain; version=0.0.4; charset=utf-8",
-            handle.render(),
+            exposition.render(),
         ),
         "/healthz" => reply(StatusCode::OK, "text/plain", "ok\n".into()),
         _ => reply(StatusCode::OK, "application/json", state().to_string()),
@@ -109,12 +110,13 @@ mod tests {
 
     #[test]
     fn only_get_and_only_known_paths() {
-        let handle = metrics_exporter_prometheus::PrometheusBuilder::new()
-            .build_recorder()
-            .handle();
+        let exposition = Exposition::empty();
         let state: PluginState = Arc::new(|| serde_json::json!({}));
-        let status =
-            |method: Method, path| respond(&method, path, &handle, &state).status().as_u16();
+        let status = |method: Method, path| {
+            respond(&method, path, &exposition, &state)
+                .status()
+                .as_u16()
+        };
         assert_eq!(status(Method::GET, "/metrics"), 200);
         assert_eq!(status(Method::GET, "/nothing"), 404);
         assert_eq!(status(Method::POST, "/metrics"), 405);

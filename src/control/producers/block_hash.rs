@@ -5,6 +5,7 @@
 //! one zero-padded, so a block of tokens is a run of the text's own bytes. The last block may be
 //! partial.
 
+use smallvec::SmallVec;
 use xxhash_rust::xxh64::xxh64;
 
 use crate::request::text::{DEFAULT_IMAGE_TOKENS, Piece, for_each_piece};
@@ -13,6 +14,8 @@ use crate::scheduling::attributes::MediaFeature;
 
 /// Bytes of a token in the chain.
 const TOKEN_BYTES: usize = 4;
+/// A block of up to 256 tokens that straddles slices is put together without an allocation.
+const INLINE_BLOCK_BYTES: usize = 1024;
 
 /// Appends the hashes of `prompt` to `hashes`, at most `max_blocks` of them. `media` gives the tokens
 /// of each media item of a text, in order; an item past its end counts [`DEFAULT_IMAGE_TOKENS`].
@@ -99,7 +102,7 @@ struct BlockHasher<'a> {
     parent: u64,
     block_bytes: usize,
     room: usize,
-    partial: Vec<u8>,
+    partial: SmallVec<[u8; INLINE_BLOCK_BYTES]>,
     hashes: &'a mut Vec<u64>,
 }
 
@@ -109,7 +112,7 @@ impl<'a> BlockHasher<'a> {
             parent: seed,
             block_bytes: block_tokens.max(1) * TOKEN_BYTES,
             room: max_blocks,
-            partial: Vec::new(),
+            partial: SmallVec::new(),
             hashes,
         }
     }

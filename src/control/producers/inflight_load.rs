@@ -166,13 +166,14 @@ impl DataProducer for InFlightLoadProducer {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         let input: u64 = attributes.get(self.tokens).unwrap_or_default().iter().sum();
+        // Taken out while the match is read, so that its memory is kept.
+        let mut uncached = std::mem::take(attributes.write(self.uncached));
         let matches = attributes.get(self.matches);
-        let per_candidate: SmallVec<[u64; 64]> = (0..candidates.len())
-            .map(|position| uncached_tokens(input, matches.and_then(|m| m.get(position))))
-            .collect();
-        attributes
-            .write(self.uncached)
-            .extend_from_slice(&per_candidate);
+        uncached.extend(
+            (0..candidates.len())
+                .map(|position| uncached_tokens(input, matches.and_then(|m| m.get(position)))),
+        );
+        *attributes.write(self.uncached) = uncached;
         Ok(())
     }
 }

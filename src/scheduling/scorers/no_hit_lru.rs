@@ -1,9 +1,12 @@
 //! `no-hit-lru-scorer`
 
-use hashbrown::HashMap;
+use std::cell::RefCell;
+use std::sync::Arc;
+
 use parking_lot::Mutex;
 use serde::Deserialize;
 
+use crate::datalayer::{Endpoint, EndpointListener};
 use crate::plugin::{Build, Column, Maturity, ParamDoc, Plugin, PluginError};
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, producer_or,
@@ -29,11 +32,17 @@ pub struct NoHitLruScorer {
     capacity: usize,
 }
 
-/// A logical clock and its last reading per endpoint, named `namespace/name`.
+/// A logical clock and its last reading by endpoint index, 0 for one that is not remembered.
 #[derive(Debug, Default)]
 struct LastUse {
     clock: u64,
-    at: HashMap<String, u64>,
+    at: Vec<u64>,
+    remembered: usize,
+}
+
+thread_local! {
+    /// (last use, position in the selection) of the candidates being ranked.
+    static ORDER: RefCell<Vec<(u64, u32)>> = RefCell::default();
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -110,22 +119,22 @@ impl Scorer for NoHitLruScorer {
             scores.fill(1.0);
             return;
         }
-        // Last use per candidate, in place of the scores; ranks are counted from it.
-        let last_use: Vec<u64> = {
-            let used = self.used.lock();
-            candidates
-                .iter()
-                .map(|(_, c)| used.at.get(&key(c)).copied().unwrap_or(0))
-                .collect()
-        };
-        let mut order: Vec<usize> = (0..last_use.len()).collect();
-        order.sort_by_key(|&i| last_use.get(i).copied());
-        let steps = (scores.len() - 1) as f64;
-        for (rank, position) in order.into_iter().enumerate() {
-            if let Some(score) = scores.get_mut(position) {
-                *score = 1.0 - rank as f64 / steps;
+        ORDER.with_borrow_mut(|order| {
+            order.clear();
+            {
+                let used = self.used.lock();
+                let selection = candidates.iter().zip(0..);
+                order.extend(selection.map(|((_, c), at)| (used.of(&c.endpoint), at)));
             }
-        }
+            // Positions break ties, so that endpoints never used stay in list order.
+            order.sort_unstable();
+            let steps = (scores.len() - 1) as f64;
+            for (rank, (_, position)) in order.iter().enumerate() {
+                if let Some(score) = scores.get_mut(*position as usize) {
+                    *score = 1.0 - rank as f64 / steps;
+                }
+            }
+        });
     }
 }
 
@@ -149,32 +158,57 @@ impl PreRequest for NoHitLruScorer {
                 .first()
                 .and_then(|&p| candidates.get(p as usize));
             if let Some(candidate) = first {
-                used.touch(key(candidate), self.capacity);
+                used.touch(&candidate.endpoint, self.capacity);
             }
         }
+    }
+}
+
+impl EndpointListener for NoHitLruScorer {
+    fn added(&self, _: &Arc<Endpoint>) {}
+
+    fn removed(&self, endpoint: &Arc<Endpoint>) {
+        self.used.lock().forget(endpoint.index.0 as usize);
     }
 }
 
 impl LastUse {
-    fn touch(&mut self, key: String, capacity: usize) {
-        self.clock += 1;
-        if !self.at.contains_key(&key) && self.at.len() >= capacity {
-            let oldest = self
-                .at
-                .iter()
-                .min_by_key(|(_, at)| **at)
-                .map(|(key, _)| key.clone());
-            if let Some(oldest) = oldest {
-                self.at.remove(&oldest);
-            }
-        }
-        self.at.insert(key, self.clock);
+    fn of(&self, endpoint: &Endpoint) -> u64 {
+        let last = self.at.get(endpoint.index.0 as usize);
+        last.copied().unwrap_or(0)
     }
-}
 
-fn key(candidate: &Candidate) -> String {
-    let spec = &candidate.endpoint.spec;
-    format!("{}/{}", spec.namespace, spec.name)
+    /// Grows to the pool's size at most: indexes are dense.
+    fn touch(&mut self, endpoint: &Endpoint, capacity: usize) {
+        if endpoint.is_removed() {
+            return;
+        }
+        self.clock += 1;
+        if self.of(endpoint) == 0 {
+            if self.remembered >= capacity {
+                let used = self.at.iter().enumerate().filter(|(_, at)| **at > 0);
+                if let Some((oldest, _)) = used.min_by_key(|(_, at)| **at) {
+                    self.forget(oldest);
+                }
+            }
+            self.remembered += 1;
+        }
+        let index = endpoint.index.0 as usize;
+        if self.at.len() <= index {
+            self.at.resize(index + 1, 0);
+        }
+        if let Some(at) = self.at.get_mut(index) {
+            *at = self.clock;
+        }
+    }
+
+    fn forget(&mut self, index: usize) {
+        if let Some(at) = self.at.get_mut(index)
+            && std::mem::take(at) > 0
+        {
+            self.remembered -= 1;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -220,7 +254,7 @@ mod tests {
             scorer.on_pick(cycle, all, &picked(0), &mut Outcome::default());
         });
         assert_eq!(pool.scores(&scorer), [0.5, 0.5]);
-        assert!(scorer.used.lock().at.is_empty());
+        assert_eq!(scorer.used.lock().remembered, 0);
     }
 
     #[test]
@@ -228,12 +262,14 @@ mod tests {
         let mut pool = Pool::new([endpoint("a")]);
         let scorer: NoHitLruScorer = pool.plugin(r#"{"lruSize": 2}"#);
         assert_eq!(pool.scores(&scorer), [1.0]);
+        let pool = Pool::new(["x", "y", "z"].map(endpoint));
+        let [x, y, z] = [0, 1, 2].map(|i: usize| &pool.candidates[i].endpoint);
         let mut used = LastUse::default();
-        for name in ["x", "y", "x", "z"] {
-            used.touch(name.to_owned(), 2);
+        for endpoint in [x, y, x, z] {
+            used.touch(endpoint, 2);
         }
-        let mut names: Vec<_> = used.at.keys().map(String::as_str).collect();
-        names.sort_unstable();
-        assert_eq!(names, ["x", "z"], "y was the oldest");
+        assert_eq!([x, y, z].map(|e| used.of(e)), [3, 0, 4], "y was the oldest");
+        used.forget(x.index.0 as usize);
+        assert_eq!((used.of(x), used.remembered), (0, 1));
     }
 }

@@ -3,6 +3,7 @@
 
 mod cache;
 mod encoder_cache;
+mod recorder;
 mod series;
 pub mod table;
 
@@ -10,35 +11,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Label};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use cache::{HandleCache, NameCaps};
 pub use encoder_cache::EncoderCacheSeries;
+pub use recorder::Exposition;
+use recorder::Recorder;
 pub use series::{Completion, RequestSeries, RunningGuard};
 use table::{Kind, TABLE, twin_of};
 
-/// How often buffered observations are folded into buckets; each waits as 16 bytes until then.
-const UPKEEP_INTERVAL: Duration = Duration::from_secs(2);
-
 /// Installs the process-wide recorder and returns what renders it. Call once, before any handle.
-pub fn install() -> anyhow::Result<PrometheusHandle> {
-    let mut builder = PrometheusBuilder::new();
-    for series in TABLE {
-        if let Kind::Histogram(buckets) = series.kind {
-            for name in std::iter::once(series.name).chain(series.twin) {
-                builder =
-                    builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)?;
-            }
-        }
-    }
-    let recorder = builder.build_recorder();
-    let handle = recorder.handle();
+pub fn install() -> anyhow::Result<Exposition> {
+    let recorder = Recorder::new();
+    let exposition = recorder.exposition();
     metrics::set_global_recorder(recorder)
         .map_err(|e| anyhow::anyhow!("a metrics recorder exists already: {e}"))?;
     describe();
-    Ok(handle)
+    Ok(exposition)
 }
 
 fn describe() {
@@ -98,16 +87,6 @@ impl ConfigReloads {
 impl Default for ConfigReloads {
     fn default() -> Self {
         Self::new()
-    }
-}
-
-/// Folds observations until `shutdown`, so that an unscraped process does not grow.
-pub async fn upkeep(handle: PrometheusHandle, shutdown: CancellationToken) {
-    loop {
-        tokio::select! {
-            () = shutdown.cancelled() => return,
-            () = tokio::time::sleep(UPKEEP_INTERVAL) => handle.run_upkeep(),
-        }
     }
 }
 
@@ -514,23 +493,12 @@ mod tests {
 
     /// Renders what `record` wrote to a recorder of its own.
     fn exposition(record: impl FnOnce(&Metrics)) -> String {
-        let mut builder = PrometheusBuilder::new();
-        for series in TABLE {
-            if let Kind::Histogram(buckets) = series.kind {
-                for name in std::iter::once(series.name).chain(series.twin) {
-                    builder = builder
-                        .set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)
-                        .unwrap();
-                }
-            }
-        }
-        let recorder = builder.build_recorder();
-        let handle = recorder.handle();
+        let recorder = Recorder::new();
         metrics::with_local_recorder(&recorder, || {
             describe();
             record(&Metrics::new());
         });
-        handle.render()
+        recorder.exposition().render()
     }
 
     #[test]

@@ -32,7 +32,7 @@ const DEFAULT_MAX_BLOCKS: usize = 2048;
 ///
 /// Publishes a full match on the endpoint a request was placed on and none elsewhere; no match at all
 /// for a request that shares nothing. A request without a prompt does not wait. One that finds the
-/// window full, or is not placed in time, fails this producer. See [`assign::assign`] for the placing.
+/// window full, or is not placed in time, fails this producer.
 #[derive(Debug)]
 pub struct BurstPrefixProducer {
     windows: Windows,

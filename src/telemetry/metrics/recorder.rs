@@ -1,0 +1,272 @@
+//! The process-wide recorder: counters and gauges are the Prometheus exporter's, histograms are ours.
+//!
+//! The exporter keeps every observation until it is folded into buckets, 90 ns to store one and 16
+//! bytes until then; a decision makes some forty. All our histograms have fixed bounds, so an
+//! observation here is a binary search and two atomic additions, and memory does not grow.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, SharedString, Unit};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use parking_lot::Mutex;
+
+use super::table::{Kind, TABLE};
+
+/// Bounds of a histogram that the table does not know; only tests make one.
+const DEFAULT_BOUNDS: &[f64] = &[1.0];
+
+/// Hands out the handles that code records to.
+#[derive(Debug)]
+pub(super) struct Recorder {
+    plain: PrometheusRecorder,
+    histograms: Arc<Histograms>,
+}
+
+/// What was recorded, as text.
+#[derive(Debug, Clone)]
+pub struct Exposition {
+    plain: PrometheusHandle,
+    histograms: Arc<Histograms>,
+}
+
+impl Recorder {
+    pub(super) fn new() -> Self {
+        Self {
+            plain: PrometheusBuilder::new().build_recorder(),
+            histograms: Arc::default(),
+        }
+    }
+
+    pub(super) fn exposition(&self) -> Exposition {
+        Exposition {
+            plain: self.plain.handle(),
+            histograms: Arc::clone(&self.histograms),
+        }
+    }
+}
+
+impl Exposition {
+    /// One that nothing is recorded to.
+    #[cfg(test)]
+    pub(crate) fn empty() -> Self {
+        Recorder::new().exposition()
+    }
+
+    /// All series in the Prometheus text format.
+    pub fn render(&self) -> String {
+        let mut text = self.plain.render();
+        self.histograms.render(&mut text);
+        text
+    }
+}
+
+impl metrics::Recorder for Recorder {
+    fn describe_counter(&self, name: KeyName, unit: Option<Unit>, help: SharedString) {
+        self.plain.describe_counter(name, unit, help);
+    }
+
+    fn describe_gauge(&self, name: KeyName, unit: Option<Unit>, help: SharedString) {
+        self.plain.describe_gauge(name, unit, help);
+    }
+
+    fn describe_histogram(&self, name: KeyName, _: Option<Unit>, help: SharedString) {
+        let mut help_of = self.histograms.help.lock();
+        help_of.insert(name.as_str().to_owned(), help);
+    }
+
+    fn register_counter(&self, key: &Key, metadata: &Metadata<'_>) -> Counter {
+        self.plain.register_counter(key, metadata)
+    }
+
+    fn register_gauge(&self, key: &Key, metadata: &Metadata<'_>) -> Gauge {
+        self.plain.register_gauge(key, metadata)
+    }
+
+    fn register_histogram(&self, key: &Key, _: &Metadata<'_>) -> Histogram {
+        let mut series = self.histograms.series.lock();
+        let buckets = series
+            .entry(key.clone())
+            .or_insert_with(|| Arc::new(Buckets::new(bounds_of(key.name()))));
+        Histogram::from_arc(Arc::clone(buckets))
+    }
+}
+
+fn bounds_of(name: &str) -> &'static [f64] {
+    let known = TABLE
+        .iter()
+        .find(|series| series.name == name || series.twin == Some(name));
+    match known.map(|series| series.kind) {
+        Some(Kind::Histogram(bounds)) => bounds,
+        _ => DEFAULT_BOUNDS,
+    }
+}
+
+/// Series by name and labels. Handles are made at start or once per capped label set, so the locks
+/// are not on the request path.
+#[derive(Debug, Default)]
+struct Histograms {
+    series: Mutex<BTreeMap<Key, Arc<Buckets>>>,
+    help: Mutex<BTreeMap<String, SharedString>>,
+}
+
+/// One distribution.
+#[derive(Debug)]
+struct Buckets {
+    bounds: &'static [f64],
+    /// One for each bound and one above them; not cumulative.
+    counts: Box<[AtomicU64]>,
+    /// Bits of the sum.
+    sum: AtomicU64,
+}
+
+impl Buckets {
+    fn new(bounds: &'static [f64]) -> Self {
+        Self {
+            bounds,
+            counts: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(),
+            sum: AtomicU64::new(0),
+        }
+    }
+}
+
+impl HistogramFn for Buckets {
+    fn record(&self, value: f64) {
+        // A bound is inclusive.
+        let bucket = self.bounds.partition_point(|bound| *bound < value);
+        if let Some(count) = self.counts.get(bucket) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        let mut old = self.sum.load(Ordering::Relaxed);
+        loop {
+            let new = (f64::from_bits(old) + value).to_bits();
+            let swapped =
+                self.sum
+                    .compare_exchange_weak(old, new, Ordering::Relaxed, Ordering::Relaxed);
+            match swapped {
+                Ok(_) => return,
+                Err(current) => old = current,
+            }
+        }
+    }
+}
+
+impl Histograms {
+    fn render(&self, out: &mut String) {
+        let help = self.help.lock();
+        let mut family = "";
+        let series = self.series.lock();
+        for (key, buckets) in series.iter() {
+            let name = key.name();
+            if name != family {
+                if let Some(help) = help.get(name) {
+                    let _ = writeln!(out, "# HELP {name} {help}");
+                }
+                let _ = writeln!(out, "# TYPE {name} histogram");
+                family = name;
+            }
+            buckets.render(name, &labels_of(key), out);
+        }
+    }
+}
+
+impl Buckets {
+    fn render(&self, name: &str, labels: &str, out: &mut String) {
+        let mut total = 0;
+        let bounds = self.bounds.iter().map(Some).chain([None]);
+        for (bound, count) in bounds.zip(&self.counts) {
+            total += count.load(Ordering::Relaxed);
+            let comma = if labels.is_empty() { "" } else { "," };
+            let _ = match bound {
+                Some(bound) => {
+                    writeln!(
+                        out,
+                        "{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {total}"
+                    )
+                }
+                None => writeln!(out, "{name}_bucket{{{labels}{comma}le=\"+Inf\"}} {total}"),
+            };
+        }
+        let braced = if labels.is_empty() {
+            String::new()
+        } else {
+            format!("{{{labels}}}")
+        };
+        let sum = f64::from_bits(self.sum.load(Ordering::Relaxed));
+        let _ = writeln!(
+            out,
+            "{name}_sum{braced} {sum}\n{name}_count{braced} {total}\n"
+        );
+    }
+}
+
+/// `name="value"` pairs, values escaped.
+fn labels_of(key: &Key) -> String {
+    let mut out = String::new();
+    for label in key.labels() {
+        if !out.is_empty() {
+            out.push(',');
+        }
+        let _ = write!(out, "{}=\"", label.key());
+        for character in label.value().chars() {
+            match character {
+                '\\' => out.push_str("\\\\"),
+                '"' => out.push_str("\\\""),
+                '\n' => out.push_str("\\n"),
+                other => out.push(other),
+            }
+        }
+        out.push('"');
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn observations_count_up_to_and_including_their_bound() {
+        let recorder = Recorder::new();
+        let text = metrics::with_local_recorder(&recorder, || {
+            let odd = metrics::histogram!("llm_d_epp_prefix_indexer_hit_ratio", "a" => "x\"\\\n");
+            // RATIO has the bounds 0, 0.1, ... 1.
+            for value in [0.0, 0.05, 0.1, 0.11, 7.0] {
+                odd.record(value);
+            }
+            metrics::histogram!("other").record(0.5);
+            metrics::describe_histogram!("other", "Help.");
+            recorder.exposition().render()
+        });
+        let labels = r#"a="x\"\\\n""#;
+        for line in [
+            format!("llm_d_epp_prefix_indexer_hit_ratio_bucket{{{labels},le=\"0\"}} 1"),
+            format!("llm_d_epp_prefix_indexer_hit_ratio_bucket{{{labels},le=\"0.1\"}} 3"),
+            format!("llm_d_epp_prefix_indexer_hit_ratio_bucket{{{labels},le=\"0.2\"}} 4"),
+            format!("llm_d_epp_prefix_indexer_hit_ratio_bucket{{{labels},le=\"+Inf\"}} 5"),
+            format!("llm_d_epp_prefix_indexer_hit_ratio_count{{{labels}}} 5"),
+            "# HELP other Help.\n# TYPE other histogram\nother_bucket{le=\"1\"} 1".to_owned(),
+            "other_sum 0.5\nother_count 1".to_owned(),
+        ] {
+            assert!(text.contains(&line), "missing {line}\nin\n{text}");
+        }
+        assert_eq!(
+            text.matches("# TYPE llm_d_epp_prefix_indexer_hit_ratio ")
+                .count(),
+            1
+        );
+    }
+
+    #[test]
+    fn equal_labels_share_a_series() {
+        let recorder = Recorder::new();
+        let text = metrics::with_local_recorder(&recorder, || {
+            metrics::histogram!("one", "l" => "v").record(1.0);
+            metrics::histogram!("one", "l" => "v").record(2.0);
+            recorder.exposition().render()
+        });
+        assert!(text.contains("one_count{l=\"v\"} 2"), "{text}");
+    }
+}
