@@ -46,13 +46,7 @@ fn check_config_prints_the_document_and_warns_beside_it() {
         \u{20}   matchLengthScaleTokens: 8192.0\n\
         # added: there is no picker\n\
         - name: max-score-picker\n";
-    assert!(
-        shown
-            .replace("8192\n", "8192.0\n")
-            .replace("Weight: 0\n", "Weight: 0.0\n")
-            .starts_with(plugins),
-        "{shown}"
-    );
+    assert!(shown.starts_with(plugins), "{shown}");
     for line in [
         "# added: prefix-cache-scorer needs PrefixCacheMatchInfoDataKey/approx-prefix-cache-producer\n- name: approx-prefix-cache-producer\n",
         "schedulingProfiles:\n- name: default\n  plugins:\n  - pluginRef: queue-scorer\n    weight: 1\n  - pluginRef: prefix-cache-scorer\n    weight: 1\n  - pluginRef: max-score-picker\n",
