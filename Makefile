@@ -5,7 +5,7 @@ ENVOY := .tools/envoy
 CARGO := cargo
 BIN := target/release/pinpod
 
-.PHONY: build test lint demo demo-full bench clean
+.PHONY: build test lint docs demo demo-full bench clean
 
 build: ## the release binary
 	$(CARGO) build --release --locked
@@ -29,6 +29,10 @@ lint: ## format, clippy and documentation, warnings are errors
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+
+docs: ## the reference page of all plugins
+	$(CARGO) run --locked -- plugins > deploy/config/PLUGINS.md.part
+	mv deploy/config/PLUGINS.md.part deploy/config/PLUGINS.md
 
 demo: $(ENVOY) build ## random picks against the recommended configuration, under two minutes
 	$(BIN) demo

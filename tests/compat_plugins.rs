@@ -60,7 +60,7 @@ fn documents_of_the_catalogue_load() {
         let config = resolve_alpha(text);
         assert!(config.is_ok(), "{name}: {:?}", config.err());
         let config = config.unwrap();
-        let deprecations = config.warnings.iter().filter(|w| w.contains("DEPREC"));
+        let deprecations = config.warnings.iter().filter(|w| w.text.contains("DEPREC"));
         let wanted = usize::from(text.contains("by-label"));
         assert_eq!(
             deprecations.count(),
@@ -135,9 +135,9 @@ fn a_multicluster_scorer_needs_its_extractor() {
 fn an_attribute_that_nobody_keeps_is_a_warning() {
     let text = "plugins: [{type: endpoint-attribute-filter, parameters: {attribute: mine, algorithm: {type: threshold, threshold: {operator: Equal, value: 1}}}}]\n";
     let config = resolve_alpha(text).unwrap();
-    let told = config
-        .warnings
-        .iter()
-        .any(|w| w.contains("nobody produces mine/core-metrics-extractor"));
+    let told = config.warnings.iter().any(|w| {
+        w.text
+            .contains("nobody produces mine/core-metrics-extractor")
+    });
     assert!(told, "{:?}", config.warnings);
 }

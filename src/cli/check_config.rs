@@ -24,22 +24,24 @@ pub(super) struct CheckConfigArgs {
     reason = "the output that was asked for"
 )]
 pub(super) fn run(args: &CheckConfigArgs) -> anyhow::Result<()> {
-    let mut text = String::new();
-    if args.file.as_os_str() == "-" {
+    let name = args.file.display().to_string();
+    let text = if args.file.as_os_str() == "-" {
+        let mut text = String::new();
         std::io::stdin()
             .read_to_string(&mut text)
             .context("standard input")?;
+        text
     } else {
-        text =
-            std::fs::read_to_string(&args.file).with_context(|| args.file.display().to_string())?;
-    }
+        config::read_file(&args.file).context(name.clone())?
+    };
     let options = LoadOptions {
         allow_experimental: args.allow_experimental_plugins,
     };
-    let config = config::load(Some(&text), &options, &config::builtin::registry())?;
+    let registry = config::builtin::registry();
+    let config = config::load(Some(&text), &options, &registry).context(name.clone())?;
     for warning in &config.warnings {
-        eprintln!("warning: {warning}");
+        eprintln!("warning: {name}: {warning}");
     }
-    print!("{}", show::resolved(&config));
+    print!("{}", show::resolved(&config, &registry));
     Ok(())
 }

@@ -44,7 +44,7 @@ enum Command {
     /// Check an EndpointPickerConfig and show what it resolves to
     CheckConfig(check_config::CheckConfigArgs),
     /// List every plugin with its parameters
-    Plugins,
+    Plugins(plugins::PluginsArgs),
     /// A picker that always answers the same: the floor to measure against
     #[command(hide = true)]
     Noop(noop::NoopArgs),
@@ -77,7 +77,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => report(demo::run(&args)),
         Command::Sim(args) => report(sim::run(&args)),
         Command::CheckConfig(args) => report(check_config::run(&args)),
-        Command::Plugins => report(plugins::run()),
+        Command::Plugins(args) => report(plugins::run(&args)),
         Command::Noop(args) => report(noop::run(&args)),
     }
 }

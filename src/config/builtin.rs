@@ -22,6 +22,7 @@ use crate::datalayer::sources::{
     DataSource, DcgmDataSource, EndpointNotificationSource, K8sNotificationSource,
     MetricsDataSource, ModelsDataSource, MulticlusterMetricsDataSource,
 };
+use crate::plugin::data::Declaration;
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError, TypedName};
 use crate::request::Parser;
 use crate::request::anthropic::AnthropicParser;
@@ -99,8 +100,23 @@ pub struct Instance {
     pub name: TypedName,
     /// Its entry in the registry.
     pub plugin_type: &'static str,
+    /// What it was built from; `None` when the type ignores parameters.
+    pub parameters: Option<serde_json::Value>,
+    /// Why it is there.
+    pub origin: Origin,
     /// What it can do.
     pub roles: Roles,
+    /// Data keys it declared while it was built.
+    pub declared: Vec<Declaration>,
+}
+
+/// Why an instance is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// The document lists it, at this position of `plugins`.
+    Written(usize),
+    /// Defaulting added it, for this reason.
+    Added(String),
 }
 
 /// Builds an instance's roles.
@@ -123,8 +139,28 @@ pub struct PluginType {
     pub about: &'static str,
     /// For a deprecated name: what to write instead.
     pub replacement: Option<&'static str>,
+    /// Type that instances report in metrics and logs.
+    pub reported: &'static str,
     build: Option<Factory>,
 }
+
+/// Parameters that name another instance, which must exist and is built first. `deciders.*` stands for
+/// every value of the object.
+const REFERENCES: &[(&str, &[&str])] = &[
+    (
+        "disagg-profile-handler",
+        &[
+            "deciders.*",
+            "deciderPluginName",
+            "prefillDeciderPluginName",
+            "encodeDeciderPluginName",
+        ],
+    ),
+    (
+        "pd-profile-handler",
+        &["deciderPluginName", "prefixPluginName"],
+    ),
+];
 
 impl PluginType {
     /// Builds an instance; `None` for a type of a later version.
@@ -137,16 +173,60 @@ impl PluginType {
         self.build.is_some()
     }
 
+    /// Default of the parameter called `name`, when it is a value.
+    pub fn default_of(&self, name: &str) -> Option<serde_json::Value> {
+        let mut parameters = self.parameters.iter();
+        parameters.find(|p| p.name == name)?.default_value()
+    }
+
+    /// Names of the instances that `parameters` refer to.
+    pub fn references<'a>(&self, parameters: Option<&'a serde_json::Value>) -> Vec<&'a str> {
+        let paths = REFERENCES.iter().find(|(name, _)| *name == self.type_name);
+        let Some(((_, paths), object)) = paths.zip(parameters.and_then(|p| p.as_object())) else {
+            return Vec::new();
+        };
+        let mut names = Vec::new();
+        for path in *paths {
+            let (key, inner) = path
+                .split_once(".*")
+                .map_or((*path, false), |(key, _)| (key, true));
+            let values = object
+                .iter()
+                .filter(|(k, _)| k.eq_ignore_ascii_case(key))
+                .map(|(_, value)| value);
+            for value in values {
+                match value.as_object().filter(|_| inner) {
+                    Some(object) => names.extend(object.values().filter_map(|v| v.as_str())),
+                    None => names.extend(value.as_str()),
+                }
+            }
+        }
+        names.retain(|name| !name.is_empty());
+        names
+    }
+
     /// The same plugin under the name it has where endpoints are whole clusters.
     fn over_clusters(mut self, name: &'static str) -> Self {
         self.type_name = name;
+        self.reported = name;
         self.maturity = Maturity::Alpha;
         self
     }
 
     fn deprecated(mut self, name: &'static str, replacement: &'static str) -> Self {
         self.type_name = name;
+        self.reported = name;
         self.replacement = Some(replacement);
+        self
+    }
+
+    fn instead(mut self, replacement: &'static str) -> Self {
+        self.replacement = Some(replacement);
+        self
+    }
+
+    fn reports(mut self, type_name: &'static str) -> Self {
+        self.reported = type_name;
         self
     }
 }
@@ -183,6 +263,7 @@ macro_rules! plugin {
             lenient: <$type as Plugin>::LENIENT,
             about: <$type as Plugin>::ABOUT,
             replacement: None,
+            reported: <$type as Plugin>::TYPE,
             build: Some(|build| {
                 let plugin = Arc::new(<$type as Plugin>::build(build)?);
                 Ok(Roles { $($role: Some(Arc::clone(&plugin) as _),)* ..Roles::default() })
@@ -205,57 +286,74 @@ fn inert(
         lenient: true,
         about,
         replacement: None,
+        reported: type_name,
         build: Some(|_| Ok(Roles::default())),
     }
 }
 
 /// A type of the catalogue that a later version brings.
-fn later(type_name: &'static str) -> PluginType {
+fn later(
+    type_name: &'static str,
+    kinds: &'static [&'static str],
+    maturity: Maturity,
+) -> PluginType {
     PluginType {
         type_name,
-        kinds: &[],
-        maturity: Maturity::Beta,
+        kinds,
+        maturity,
         parameters: &[],
         lenient: true,
         about: "Known, not yet available in this version.",
         replacement: None,
+        reported: type_name,
         build: None,
     }
 }
 
 /// Types of the catalogue that are not available yet.
-const LATER: &[&str] = &[
-    "slo-headroom-tier-filter",
-    "latency-scorer",
-    "disagg-profile-handler",
-    "data-parallel-profile-handler",
-    "prefix-based-pd-decider",
-    "always-disagg-pd-decider",
-    "always-disagg-multimodal-decider",
-    "precise-prefix-cache-producer",
-    "predicted-latency-producer",
-    "p2p-source-producer",
-    "latency-slo-admitter",
-    "round-robin-fairness-policy",
-    "program-aware-fairness",
-    "edf-ordering-policy",
-    "slo-deadline-ordering-policy",
-    "priority-holdback-policy",
-    "soft-reflective-ceiling-policy",
-    "disagg-headers-handler",
-    "prefill-header-handler",
-    "pd-profile-handler",
-    "precise-prefix-cache-scorer",
-];
+fn catalogue_to_come() -> Vec<PluginType> {
+    use Maturity::{Alpha, Beta};
+    vec![
+        later("slo-headroom-tier-filter", &["filter"], Beta),
+        later("latency-scorer", &["scorer"], Beta),
+        later("disagg-profile-handler", &["profile handler"], Beta),
+        later("data-parallel-profile-handler", &["profile handler"], Beta)
+            .instead("single-profile-handler, with a gateway that supports several target ports"),
+        later("prefix-based-pd-decider", &["decider"], Beta),
+        later("always-disagg-pd-decider", &["decider"], Beta),
+        later("always-disagg-multimodal-decider", &["decider"], Beta),
+        later("precise-prefix-cache-producer", &["data producer"], Beta),
+        later("predicted-latency-producer", &["data producer"], Beta),
+        later("p2p-source-producer", &["data producer"], Alpha),
+        later("latency-slo-admitter", &["admitter"], Beta),
+        later("round-robin-fairness-policy", &["fairness"], Beta),
+        later("program-aware-fairness", &["fairness"], Beta),
+        later("edf-ordering-policy", &["ordering"], Beta),
+        later("slo-deadline-ordering-policy", &["ordering"], Beta),
+        later("priority-holdback-policy", &["usage limit"], Alpha),
+        later("soft-reflective-ceiling-policy", &["usage limit"], Alpha),
+        later("disagg-headers-handler", &["pre-request"], Beta).instead("disagg-profile-handler"),
+        later("prefill-header-handler", &["pre-request"], Beta)
+            .instead("disagg-profile-handler")
+            .reports("disagg-headers-handler"),
+        later("pd-profile-handler", &["profile handler"], Beta).instead("disagg-profile-handler"),
+        later(
+            "precise-prefix-cache-scorer",
+            &["scorer", "data producer"],
+            Beta,
+        )
+        .instead("precise-prefix-cache-producer and prefix-cache-scorer"),
+    ]
+}
 
 /// The registry of this build.
 pub fn registry() -> Registry {
     let mut types = vec![
         plugin!(SingleProfileHandler, ["profile handler" => profile_handler]),
         plugin!(HeaderProfileHandler, ["profile handler" => profile_handler]),
-        plugin!(DecodeFilter, ["filter" => filter]),
-        plugin!(PrefillFilter, ["filter" => filter]),
-        plugin!(EncodeFilter, ["filter" => filter]),
+        plugin!(DecodeFilter, ["filter" => filter]).reports("by-label"),
+        plugin!(PrefillFilter, ["filter" => filter]).reports("by-label"),
+        plugin!(EncodeFilter, ["filter" => filter]).reports("by-label"),
         plugin!(LabelSelectorFilter, ["filter" => filter]),
         plugin!(LabelSelectorFilter, ["filter" => filter])
             .deprecated("by-label-selector", "label-selector-filter"),
@@ -344,6 +442,6 @@ pub fn registry() -> Registry {
             "Accepted: has no effect without flow control.",
         ),
     ];
-    types.extend(LATER.iter().map(|name| later(name)));
+    types.extend(catalogue_to_come());
     Registry::new(types)
 }

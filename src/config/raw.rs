@@ -2,8 +2,12 @@
 //! case-sensitive; only `parameters` are left to their plugins.
 
 use serde::Deserialize;
+use serde_json::Value;
 
-use super::ConfigError;
+use super::quantity::Quantity;
+use super::{ConfigError, Problem};
+use crate::plugin::duration::GoDuration;
+use crate::plugin::go_value::{Names, read_value};
 
 /// Current group and version.
 pub const API_VERSION: &str = "llm-d.ai/v1alpha1";
@@ -49,7 +53,7 @@ pub struct Document {
     /// Sources, extractors, discovery.
     pub data_layer: Option<DataLayer>,
     /// Queueing; only its detector counts without the gate.
-    pub flow_control: Option<serde_json::Map<String, serde_json::Value>>,
+    pub flow_control: Option<FlowControl>,
     /// Parsers.
     pub request_handler: Option<RequestHandler>,
     /// Deprecated: `flowControl.saturationDetector`.
@@ -70,7 +74,7 @@ pub struct PluginEntry {
     pub name: String,
     /// Handed to the plugin.
     #[serde(default)]
-    pub parameters: Option<serde_json::Value>,
+    pub parameters: Option<Value>,
 }
 
 /// One scheduling profile.
@@ -108,7 +112,7 @@ pub struct DataLayer {
     /// Accepted when empty; no such plugin exists.
     pub cross_replica_syncer_plugin_ref: String,
     /// Accepted with the above.
-    pub cross_replica_sync_interval: Option<crate::plugin::duration::GoDuration>,
+    pub cross_replica_sync_interval: Option<GoDuration>,
 }
 
 /// A data source and what reads it.
@@ -137,23 +141,72 @@ pub struct Reference {
     pub plugin_ref: String,
 }
 
-/// Decodes YAML or JSON and checks group, version and kind.
-pub fn read(text: &str) -> Result<Document, ConfigError> {
-    let document: Document =
-        serde_saphyr::from_str(text).map_err(|error| ConfigError::Decode(error.to_string()))?;
+/// `flowControl`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct FlowControl {
+    /// Bytes queued over all bands; absent and 0 mean no limit.
+    pub max_bytes: Option<Quantity>,
+    /// Requests queued over all bands; absent and 0 mean no limit.
+    pub max_requests: Option<Quantity>,
+    /// How long a request may wait.
+    #[serde(rename = "defaultRequestTTL")]
+    pub default_request_ttl: Option<GoDuration>,
+    /// How long a request may wait while there is no endpoint.
+    #[serde(rename = "noEndpointRequestTTL")]
+    pub no_endpoint_request_ttl: Option<GoDuration>,
+    /// Template of bands that are made as priorities appear.
+    pub default_priority_band: Option<PriorityBand>,
+    /// The same for priorities below 0.
+    pub default_negative_priority_band: Option<PriorityBand>,
+    /// Bands with settings of their own.
+    pub priority_bands: Vec<PriorityBand>,
+    /// Usage limit policy instance.
+    pub usage_limit_policy_plugin_ref: String,
+    /// Saturation detector instance; counts with the gate off, too.
+    pub saturation_detector: Option<Reference>,
+    /// Revoke requests in flight.
+    pub enable_eviction: Option<bool>,
+}
+
+/// A priority band of `flowControl`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct PriorityBand {
+    /// Higher is served first.
+    pub priority: i64,
+    /// Bytes queued in the band.
+    pub max_bytes: Option<Quantity>,
+    /// Requests queued in the band.
+    pub max_requests: Option<Quantity>,
+    /// Fairness policy instance.
+    pub fairness_policy_ref: String,
+    /// Ordering policy instance.
+    pub ordering_policy_ref: String,
+}
+
+/// Decodes a document and checks group, version and kind.
+pub fn decode(value: Value) -> Result<Document, ConfigError> {
+    let document: Document = read_value(value, Names::Exact)
+        .map_err(|error| Problem::Decode(error.problem).at(error.path))?;
     if document.kind != "EndpointPickerConfig" {
-        let text = format!(
-            "kind: expected EndpointPickerConfig, got {:?}",
-            document.kind
-        );
-        return Err(ConfigError::Decode(text));
+        let text = format!("expected EndpointPickerConfig, got {:?}", document.kind);
+        return Err(Problem::Decode(text).at("kind"));
     }
     if ![API_VERSION, LEGACY_API_VERSION].contains(&document.api_version.as_str()) {
-        let text = format!(
-            "apiVersion: expected {API_VERSION}, got {:?}",
-            document.api_version
-        );
-        return Err(ConfigError::Decode(text));
+        let text = format!("expected {API_VERSION}, got {:?}", document.api_version);
+        return Err(Problem::Decode(text).at("apiVersion"));
     }
     Ok(document)
+}
+
+impl PluginEntry {
+    /// The name, or the type when none is written.
+    pub fn instance_name(&self) -> &str {
+        if self.name.is_empty() {
+            &self.type_name
+        } else {
+            &self.name
+        }
+    }
 }

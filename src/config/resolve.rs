@@ -2,23 +2,22 @@
 
 use std::sync::Arc;
 
-use super::ConfigError;
-use super::builtin::{Instance, PluginType, Registry, Roles};
-use super::raw::{Document, LEGACY_API_VERSION, PluginEntry, ProfileEntry, Reference, SourceEntry};
+use super::builtin::{Instance, Origin, PluginType, Registry, Roles};
+use super::raw::{Document, LEGACY_API_VERSION, PluginEntry};
+use super::{ConfigError, Problem, Warning, flow, lint, raw, tree};
 use crate::control::director::ActiveConfig;
 use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::Discovery;
 use crate::datalayer::extractors::Extractor;
-use crate::datalayer::sources::{DataSource, Payload};
+use crate::datalayer::sources::DataSource;
 use crate::plugin::data::KeyUse;
+use crate::plugin::params::field_of;
 use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, Plugin, TypedName};
 use crate::request::parsers::ParserSet;
 use crate::response::ResponseHooks;
 use crate::scheduling::attributes::{
-    AGENT_IDENTITY, APPROX_PREFIX_PRODUCER, ENCODER_CACHE_MATCH, IN_FLIGHT, IN_FLIGHT_PRODUCER,
-    MEDIA_FEATURES, MM_EMBEDDINGS_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_PRODUCER,
-    TOKENIZED_PROMPT, UNCACHED_TOKENS,
+    AGENT_IDENTITY, IN_FLIGHT_PRODUCER, PREFIX_MATCH, PrefixMatch,
 };
 use crate::scheduling::scheduler::{Profile, Scheduler};
 use crate::scheduling::{DataProducer, Filter, Picker, ProfileHandler, SaturationDetector, Scorer};
@@ -37,28 +36,11 @@ const DEFAULT_PARSERS: [&str; 4] = [
     "vllmhttp-parser",
     "passthrough-parser",
 ];
-const METRICS_SOURCE: &str = "metrics-data-source";
-const METRICS_EXTRACTOR: &str = "core-metrics-extractor";
+/// Instances a document may list; checks compare each with each.
+const MAX_PLUGINS: usize = 1000;
+/// Text of two errors about orders that do not exist.
+pub(super) const CYCLE: &str = "cycle detected: graph is not a DAG";
 const DETECTOR: &str = "utilization-detector";
-/// Types that documents list under an endpoint source. They follow endpoints by themselves.
-const FOLLOW_ENDPOINTS: [&str; 4] = [
-    IN_FLIGHT_PRODUCER,
-    "precise-prefix-cache-producer",
-    "precise-prefix-cache-scorer",
-    "mm-embeddings-cache-producer",
-];
-/// Types that documents list under a source of pods.
-const READ_PODS: [&str; 2] = ["topology-extractor", "disaggregatedset-rollout-screener"];
-
-/// Producer that is made for a required key nobody publishes: (data type, producer name, plugin type).
-const DEFAULT_PRODUCERS: &[(&str, &str)] = &[
-    (TOKENIZED_PROMPT, TOKEN_PRODUCER),
-    (MEDIA_FEATURES, TOKEN_PRODUCER),
-    (PREFIX_MATCH, APPROX_PREFIX_PRODUCER),
-    (IN_FLIGHT, IN_FLIGHT_PRODUCER),
-    (UNCACHED_TOKENS, IN_FLIGHT_PRODUCER),
-    (ENCODER_CACHE_MATCH, MM_EMBEDDINGS_PRODUCER),
-];
 
 /// A configuration with everything looked up.
 #[derive(Debug)]
@@ -85,8 +67,14 @@ pub struct ResolvedConfig {
     pub discovery: Option<Arc<dyn Discovery>>,
     /// Plugins that follow endpoints.
     pub listeners: Vec<Arc<dyn EndpointListener>>,
+    /// The document, its data sources completed and its profiles as written.
+    pub document: Document,
+    /// Who makes and who reads what.
+    pub keys: Vec<KeyUse>,
     /// What an operator should know; logged at start.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Warning>,
+    /// Where every key is kept, for the configuration after this one.
+    slots: DataKeys,
 }
 
 /// One polling source.
@@ -174,146 +162,294 @@ impl ResolvedConfig {
     }
 }
 
-/// Builds everything the document asks for and everything defaulting adds.
-pub fn resolve(
-    mut document: Document,
-    options: &LoadOptions,
-    registry: &Registry,
-) -> Result<ResolvedConfig, ConfigError> {
-    let mut loader = Loader {
-        registry,
-        keys: DataKeys::default(),
-        instances: Vec::new(),
-        warnings: Vec::new(),
-    };
-    loader.check_envelope(&document)?;
-    // Slot 0 belongs to the default producer, which always runs: it is the accounting of every pick.
-    loader
-        .keys
-        .in_flight(IN_FLIGHT_PRODUCER)
-        .map_err(|e| ConfigError::Invalid(e.to_string()))?;
-    for entry in std::mem::take(&mut document.plugins) {
-        loader.add(entry)?;
+/// Loads configurations one after the other, so that what can survive does.
+///
+/// An instance is used again when its name, its type and its parameters are unchanged, and so are the
+/// instances its parameters refer to. It keeps its state: a prefix index, an LRU, sessions. What it reads
+/// from others it reads through data keys, `<type>/<producer name>`, whose slots stay for the life of
+/// the process; so it does not matter whether the producer behind a key was built anew. A producer that
+/// is gone is what it would be at start: an error for those that require it, absent for the others.
+#[derive(Debug)]
+pub struct ConfigLoader {
+    options: LoadOptions,
+    registry: Registry,
+    keys: DataKeys,
+    instances: Vec<Instance>,
+}
+
+impl ConfigLoader {
+    /// A loader that has loaded nothing yet.
+    pub fn new(options: LoadOptions, registry: Registry) -> Self {
+        Self {
+            options,
+            registry,
+            keys: DataKeys::default(),
+            instances: Vec::new(),
+        }
     }
-    loader.default_profiles(&mut document.scheduling_profiles)?;
-    let detector = loader.detector(&document)?;
-    let parsers = loader.parsers(&document)?;
-    let layer = document.data_layer.take().unwrap_or_default();
-    let discovery = loader.discovery(layer.discovery.as_ref())?;
-    let sources = loader.data_layer(layer.sources, layer.inject_defaults.unwrap_or(true))?;
-    loader.ensure(IN_FLIGHT_PRODUCER)?;
-    loader.complete_producers()?;
-    let profile_handler = loader.profile_handler(&document.scheduling_profiles)?;
-    let profiles = document
-        .scheduling_profiles
-        .iter()
-        .map(|p| loader.profile(p))
-        .collect::<Result<_, _>>()?;
-    loader.check_maturity(*options)?;
-    let producers = loader.producers_in_order()?;
-    let agents = loader.keys.published(AGENT_IDENTITY, |_| true);
-    let agent_identity = agents.into_iter().next();
-    let prefix_matches = loader
-        .keys
-        .published(PREFIX_MATCH, |name| loader.knows_caches(name));
-    let instances = loader.instances;
-    Ok(ResolvedConfig {
-        profiles,
-        profile_handler,
-        producers,
-        agent_identity,
-        prefix_matches,
-        parsers,
-        saturation_detector: detector,
-        sources,
-        discovery,
-        listeners: instances
-            .iter()
-            .filter_map(|i| i.roles.listener.clone())
-            .collect(),
-        instances,
-        warnings: loader.warnings,
-    })
+
+    /// Loads a document, or the built-in one when `text` is `None`. What it builds counts for the next
+    /// one only once it is in use, see [`Self::adopt`].
+    pub fn load(&self, text: Option<&str>) -> Result<ResolvedConfig, ConfigError> {
+        let (value, lines) = tree::read(text.unwrap_or(raw::BUILT_IN))?;
+        let mut keys = self.keys.clone();
+        keys.restart();
+        let line = |field: &str| lines.of(field).filter(|_| !field.is_empty());
+        let loaded = raw::decode(value).and_then(|document| {
+            let loader = Loader {
+                registry: &self.registry,
+                keys,
+                before: &self.instances,
+                instances: Vec::new(),
+                reused: Vec::new(),
+                warnings: Vec::new(),
+            };
+            loader.resolve(document, self.options)
+        });
+        match loaded {
+            Ok(mut config) => {
+                for warning in &mut config.warnings {
+                    warning.line = line(&warning.field);
+                }
+                Ok(config)
+            }
+            Err(mut error) => {
+                error.line = error.line.or_else(|| line(&error.field));
+                Err(error)
+            }
+        }
+    }
+
+    /// `config` is in use: its instances are the ones to use again.
+    pub fn adopt(&mut self, config: ResolvedConfig) {
+        self.keys = config.slots;
+        self.instances = config.instances;
+    }
 }
 
 /// A producer and its identity.
-type NamedProducer = (TypedName, Arc<dyn DataProducer>);
+pub(super) type NamedProducer = (TypedName, Arc<dyn DataProducer>);
 
-struct Loader<'a> {
+/// One load: what was built so far.
+pub(super) struct Loader<'a> {
     registry: &'a Registry,
-    keys: DataKeys,
-    instances: Vec<Instance>,
-    warnings: Vec<String>,
+    pub(super) keys: DataKeys,
+    /// Instances of the configuration in use, to be used again.
+    before: &'a [Instance],
+    pub(super) instances: Vec<Instance>,
+    /// Names of the instances that are used again.
+    reused: Vec<String>,
+    warnings: Vec<Warning>,
 }
 
-fn invalid<T>(text: String) -> Result<T, ConfigError> {
-    Err(ConfigError::Invalid(text))
+pub(super) fn invalid<T>(text: String) -> Result<T, ConfigError> {
+    Err(Problem::Invalid(text).at(""))
 }
 
 impl Loader<'_> {
+    /// Builds everything the document asks for and everything defaulting adds.
+    fn resolve(
+        mut self,
+        mut document: Document,
+        options: LoadOptions,
+    ) -> Result<ResolvedConfig, ConfigError> {
+        self.check_envelope(&document)?;
+        // Slot 0 belongs to the default producer, which always runs: it is the accounting of every pick.
+        self.keys
+            .in_flight(IN_FLIGHT_PRODUCER)
+            .map_err(|e| Problem::Invalid(e.to_string()).at(""))?;
+        self.build_written(&document.plugins)?;
+        let written_profiles = document.scheduling_profiles.clone();
+        self.default_profiles(&mut document.scheduling_profiles)?;
+        let detector = self.detector(&document)?;
+        let parsers = self.parsers(&document)?;
+        let mut layer = document.data_layer.take().unwrap_or_default();
+        self.default_sources(&mut layer)?;
+        let source_entries = layer.sources.clone();
+        let discovery = self.discovery(layer.discovery.as_ref())?;
+        let sources = self.data_sources(&source_entries)?;
+        self.complete_producers()?;
+        self.check_sources(&source_entries)?;
+        self.ensure(
+            IN_FLIGHT_PRODUCER,
+            "every pick is booked on its endpoint until the request ends",
+        )?;
+        self.complete_producers()?;
+        self.check_keys()?;
+        let profile_handler = self.profile_handler(&document.scheduling_profiles)?;
+        let profiles = document
+            .scheduling_profiles
+            .iter()
+            .enumerate()
+            .map(|(position, profile)| self.profile(position, profile))
+            .collect::<Result<Vec<_>, _>>()?;
+        self.check_maturity(options)?;
+        let producers = self.producers_in_order()?;
+        let agents = self.keys.published(AGENT_IDENTITY, |_| true);
+        let agent_identity = agents.into_iter().next();
+        let prefix_matches = self
+            .keys
+            .published(PREFIX_MATCH, |name| self.knows_caches(name));
+        let keys: Vec<KeyUse> = self.keys.all().filter(|k| k.is_used()).cloned().collect();
+        let instances = std::mem::take(&mut self.instances);
+        document.scheduling_profiles = written_profiles;
+        document.data_layer = Some(layer);
+        let mut warnings = std::mem::take(&mut self.warnings);
+        warnings.extend(lint::without_effect(&lint::Loaded {
+            document: &document,
+            registry: self.registry,
+            instances: &instances,
+            profiles: &profiles,
+            detector: &detector.0.name,
+            parsers: &parsers,
+            keys: &keys,
+        }));
+        Ok(ResolvedConfig {
+            profiles,
+            profile_handler,
+            producers,
+            agent_identity,
+            prefix_matches,
+            parsers,
+            saturation_detector: detector,
+            sources,
+            discovery,
+            listeners: instances
+                .iter()
+                .filter_map(|i| i.roles.listener.clone())
+                .collect(),
+            instances,
+            document,
+            keys,
+            warnings,
+            slots: self.keys,
+        })
+    }
+
+    pub(super) fn warn(&mut self, field: impl Into<String>, text: String) {
+        self.warnings.push(Warning {
+            line: None,
+            field: field.into(),
+            text,
+        });
+    }
+
     fn check_envelope(&mut self, document: &Document) -> Result<(), ConfigError> {
         if document.api_version == LEGACY_API_VERSION {
-            self.warnings.push(format!(
-                "DEPRECATION: apiVersion {LEGACY_API_VERSION}, use {}",
-                super::raw::API_VERSION
-            ));
-        }
-        for gate in &document.feature_gates {
-            let (name, value) = gate.split_once('=').unwrap_or((gate, "true"));
-            let value = value.trim().to_ascii_lowercase();
-            let on = match value.as_str() {
-                "1" | "t" | "true" => true,
-                "0" | "f" | "false" => false,
-                _ => {
-                    return invalid(format!(
-                        "{value} is not a valid value for the feature gate {name}"
-                    ));
-                }
-            };
-            match name.trim() {
-                "flowControl" if on => {
-                    return invalid(
-                        "feature gate 'flowControl' is known but not yet available in this version"
-                            .into(),
-                    );
-                }
-                "flowControl" | "haPopulateNonLeaderDatastore" => {}
-                other => {
-                    return invalid(format!("feature gate '{other}' is unknown or unregistered"));
-                }
-            }
-        }
-        if let Some(flow) = &document.flow_control
-            && flow.keys().any(|key| key != "saturationDetector")
-        {
-            self.warnings.push(
-                "flowControl is ignored without its feature gate, except saturationDetector".into(),
+            self.warn(
+                "apiVersion",
+                format!(
+                    "DEPRECATION: {LEGACY_API_VERSION}, use {}",
+                    raw::API_VERSION
+                ),
             );
+        }
+        let queueing = flow_control_gate(&document.feature_gates)?;
+        for (field, text) in flow::problems(document) {
+            if queueing {
+                return Err(Problem::Invalid(text).at(field));
+            }
+            self.warn(field, text);
+        }
+        if queueing {
+            let text = "feature gate 'flowControl' is known but not yet available in this version";
+            return Err(Problem::Invalid(text.to_owned()).at("featureGates"));
+        }
+        if document.flow_control.as_ref().is_some_and(flow::is_used) {
+            let text = "ignored without its feature gate, except saturationDetector";
+            self.warn("flowControl", text.to_owned());
         }
         if let Some(layer) = &document.data_layer
             && !layer.cross_replica_syncer_plugin_ref.is_empty()
         {
-            return invalid(format!(
+            return Err(Problem::Invalid(format!(
                 "the plugin {} is not registered",
                 layer.cross_replica_syncer_plugin_ref
-            ));
+            ))
+            .at("dataLayer.crossReplicaSyncerPluginRef"));
         }
         Ok(())
     }
 
-    /// Builds one written instance.
-    fn add(&mut self, entry: PluginEntry) -> Result<(), ConfigError> {
-        if entry.type_name.is_empty() {
-            return invalid(format!("plugin '{}' is missing a type", entry.name));
+    /// Checks the list, then builds it: instances that others refer to first, the rest as written.
+    fn build_written(&mut self, entries: &[PluginEntry]) -> Result<(), ConfigError> {
+        if entries.len() > MAX_PLUGINS {
+            let text = format!("{} plugins, at most {MAX_PLUGINS}", entries.len());
+            return Err(Problem::Invalid(text).at("plugins"));
         }
-        let name = if entry.name.is_empty() {
-            entry.type_name.clone()
-        } else {
-            entry.name
-        };
-        if self.find(&name).is_some() {
-            return invalid(format!("duplicate plugin name '{name}'"));
+        for (position, entry) in entries.iter().enumerate() {
+            let fail = |key: &str, text: String| {
+                Err(Problem::Invalid(text).at(format!("plugins[{position}]{key}")))
+            };
+            if entry.type_name.is_empty() {
+                return fail("", format!("plugin '{}' is missing a type", entry.name));
+            }
+            let name = entry.instance_name();
+            let mut before = entries.iter().take(position);
+            if before.any(|other| other.instance_name() == name) {
+                let key = if entry.name.is_empty() {
+                    ".type"
+                } else {
+                    ".name"
+                };
+                return fail(key, format!("duplicate plugin name '{name}'"));
+            }
+            if self.registry.get(&entry.type_name).is_none() {
+                let text = format!("plugin type '{}' is not registered", entry.type_name);
+                return fail(".type", text);
+            }
         }
+        for position in self.build_order(entries)? {
+            if let Some(entry) = entries.get(position) {
+                self.build_entry(position, entry)?;
+            }
+        }
+        // Hooks run and defaults apply in the order of the document.
+        self.instances.sort_by_key(|i| match i.origin {
+            Origin::Written(position) => position,
+            Origin::Added(_) => usize::MAX,
+        });
+        Ok(())
+    }
+
+    /// Positions so that an instance comes after those its parameters name.
+    fn build_order(&self, entries: &[PluginEntry]) -> Result<Vec<usize>, ConfigError> {
+        let mut needs: Vec<Vec<usize>> = Vec::with_capacity(entries.len());
+        for (position, entry) in entries.iter().enumerate() {
+            let plugin_type = self.registry.get(&entry.type_name);
+            let names = plugin_type.map(|t| t.references(entry.parameters.as_ref()));
+            let mut found = Vec::new();
+            for name in names.unwrap_or_default() {
+                match entries.iter().position(|e| e.instance_name() == name) {
+                    Some(other) => found.push(other),
+                    None => {
+                        return Err(Problem::Invalid(format!(
+                            "a plugin has a dependency on the unregistered plugin {name}"
+                        ))
+                        .at(format!("plugins[{position}].parameters")));
+                    }
+                }
+            }
+            needs.push(found);
+        }
+        let mut order: Vec<usize> = Vec::with_capacity(entries.len());
+        let mut done = vec![false; entries.len()];
+        while order.len() < entries.len() {
+            let is_done = |p: &usize| done.get(*p).copied().unwrap_or(true);
+            let mut open = needs.iter().enumerate().filter(|(p, _)| !is_done(p));
+            let Some((next, _)) = open.find(|(_, needs)| needs.iter().all(is_done)) else {
+                return Err(Problem::Invalid(CYCLE.to_owned()).at("plugins"));
+            };
+            order.push(next);
+            if let Some(flag) = done.get_mut(next) {
+                *flag = true;
+            }
+        }
+        Ok(order)
+    }
+
+    fn build_entry(&mut self, position: usize, entry: &PluginEntry) -> Result<(), ConfigError> {
+        let field = format!("plugins[{position}]");
         let Some(plugin_type) = self.registry.get(&entry.type_name) else {
             return invalid(format!(
                 "plugin type '{}' is not registered",
@@ -321,43 +457,95 @@ impl Loader<'_> {
             ));
         };
         if let Some(replacement) = plugin_type.replacement {
-            self.warnings.push(format!(
-                "DEPRECATION warning: plugin is deprecated: type '{}', use '{replacement}'",
-                entry.type_name
-            ));
+            self.warn(
+                format!("{field}.type"),
+                format!(
+                    "DEPRECATION warning: plugin is deprecated: type '{}', use {replacement}",
+                    entry.type_name
+                ),
+            );
         }
-        let given = entry
-            .parameters
-            .as_ref()
-            .and_then(|p| p.as_object())
-            .is_some_and(|p| !p.is_empty());
-        if plugin_type.lenient && given {
-            self.warnings.push(format!(
-                "plugin '{name}' (type: {}) ignores its parameters",
-                entry.type_name
-            ));
-        }
-        let instance = build(
+        self.build(
             plugin_type,
-            name,
-            &Parameters(entry.parameters),
-            &mut self.keys,
-        )?;
-        self.instances.push(instance);
+            entry.instance_name().to_owned(),
+            entry.parameters.clone(),
+            Origin::Written(position),
+        )
+        .map_err(|error| at_parameter(error, &field))
+    }
+
+    /// Builds an instance, or takes the one of the configuration in use.
+    fn build(
+        &mut self,
+        plugin_type: &PluginType,
+        name: String,
+        parameters: Option<serde_json::Value>,
+        origin: Origin,
+    ) -> Result<(), ConfigError> {
+        let parameters = parameters.filter(|_| !plugin_type.lenient);
+        self.keys.enter(&name);
+        let same = self.before.iter().find(|i| {
+            i.name.name == name
+                && i.plugin_type == plugin_type.type_name
+                && i.parameters == parameters
+        });
+        let references = plugin_type.references(parameters.as_ref());
+        let settled = references
+            .iter()
+            .all(|r| self.reused.iter().any(|name| name == r));
+        if let Some(same) = same.filter(|_| settled) {
+            self.keys.declare_again(&same.declared);
+            self.reused.push(name);
+            self.instances.push(Instance {
+                origin,
+                ..same.clone()
+            });
+            return Ok(());
+        }
+        let input = Parameters(parameters);
+        let mut build = Build {
+            name: &name,
+            parameters: &input,
+            keys: &mut self.keys,
+        };
+        let Some(built) = plugin_type.build(&mut build) else {
+            let type_name = plugin_type.type_name;
+            return invalid(format!(
+                "plugin type '{type_name}' is known but not yet available in this version"
+            ));
+        };
+        let roles = built.map_err(|error| {
+            Problem::Plugin {
+                name: name.clone(),
+                type_name: plugin_type.type_name.to_owned(),
+                reason: error.to_string(),
+            }
+            .at("")
+        })?;
+        self.instances.push(Instance {
+            name: TypedName {
+                type_name: plugin_type.reported,
+                name,
+            },
+            plugin_type: plugin_type.type_name,
+            parameters: input.0,
+            origin,
+            roles,
+            declared: self.keys.declared(),
+        });
         Ok(())
     }
 
-    /// The instance called `type_name`, made without parameters when there is none.
-    fn ensure(&mut self, type_name: &str) -> Result<(), ConfigError> {
+    /// Makes the instance called `type_name`, without parameters, when there is none.
+    pub(super) fn ensure(&mut self, type_name: &str, why: &str) -> Result<(), ConfigError> {
         if self.find(type_name).is_some() {
             return Ok(());
         }
-        let entry = PluginEntry {
-            type_name: type_name.to_owned(),
-            name: String::new(),
-            parameters: None,
+        let Some(plugin_type) = self.registry.get(type_name) else {
+            return invalid(format!("plugin type '{type_name}' is not registered"));
         };
-        self.add(entry)
+        let origin = Origin::Added(why.to_owned());
+        self.build(plugin_type, type_name.to_owned(), None, origin)
     }
 
     /// True when the instance's prefix matches say what an endpoint holds. Those of a burst say where
@@ -367,128 +555,8 @@ impl Loader<'_> {
             .is_some_and(|i| i.plugin_type != BurstPrefixProducer::TYPE)
     }
 
-    fn find(&self, name: &str) -> Option<&Instance> {
+    pub(super) fn find(&self, name: &str) -> Option<&Instance> {
         self.instances.iter().find(|i| i.name.name == name)
-    }
-
-    /// Section 6.2: a profile over everything listed, a picker for each profile.
-    fn default_profiles(&mut self, profiles: &mut Vec<ProfileEntry>) -> Result<(), ConfigError> {
-        if profiles.is_empty() {
-            let usable = self.instances.iter().filter(|i| {
-                i.roles.filter.is_some() || i.roles.scorer.is_some() || i.roles.picker.is_some()
-            });
-            let plugins = usable.map(|i| super::raw::ProfilePlugin {
-                plugin_ref: i.name.name.clone(),
-                weight: None,
-            });
-            profiles.push(ProfileEntry {
-                name: "default".into(),
-                plugins: plugins.collect(),
-            });
-        }
-        for (position, profile) in profiles.iter().enumerate() {
-            if profile.name.is_empty() {
-                return invalid(format!("schedulingProfiles[{position}] is missing a name"));
-            }
-            if profiles
-                .iter()
-                .take(position)
-                .any(|p| p.name == profile.name)
-            {
-                return invalid(format!(
-                    "schedulingProfiles[{position}] has duplicate name '{}'",
-                    profile.name
-                ));
-            }
-        }
-        if !self.instances.iter().any(|i| i.roles.picker.is_some()) {
-            self.ensure("max-score-picker")?;
-        }
-        if profiles.len() == 1
-            && !self
-                .instances
-                .iter()
-                .any(|i| i.roles.profile_handler.is_some())
-        {
-            self.ensure("single-profile-handler")?;
-        }
-        Ok(())
-    }
-
-    fn profile_handler(
-        &self,
-        profiles: &[ProfileEntry],
-    ) -> Result<(TypedName, Arc<dyn ProfileHandler>), ConfigError> {
-        let mut handlers = self
-            .instances
-            .iter()
-            .filter_map(|i| Some((i.name.clone(), i.roles.profile_handler.clone()?)));
-        let Some(first) = handlers.next() else {
-            return invalid("no profile handler configured".into());
-        };
-        if let Some(second) = handlers.next() {
-            let (a, b) = (first.0.name, second.0.name);
-            return invalid(format!(
-                "multiple profile handlers found ('{a}', '{b}'); only one is allowed"
-            ));
-        }
-        if first.0.type_name == "single-profile-handler" && profiles.len() > 1 {
-            return invalid(
-                "SingleProfileHandler cannot support multiple scheduling profiles".into(),
-            );
-        }
-        Ok(first)
-    }
-
-    fn profile(&self, entry: &ProfileEntry) -> Result<ResolvedProfile, ConfigError> {
-        let mut filters = Vec::new();
-        let mut scorers = Vec::new();
-        let mut picker: Option<(TypedName, Arc<dyn Picker>)> = None;
-        for (position, plugin) in entry.plugins.iter().enumerate() {
-            if plugin.plugin_ref.is_empty() {
-                return invalid(format!(
-                    "schedulingProfiles[{}].plugins[{position}] is missing a 'pluginRef'",
-                    entry.name
-                ));
-            }
-            let Some(instance) = self.find(&plugin.plugin_ref) else {
-                return invalid(format!(
-                    "schedulingProfiles[{}] references undefined plugin '{}'",
-                    entry.name, plugin.plugin_ref
-                ));
-            };
-            let name = || instance.name.clone();
-            if let Some(filter) = &instance.roles.filter {
-                filters.push((name(), Arc::clone(filter)));
-            }
-            if let Some(scorer) = &instance.roles.scorer {
-                scorers.push((name(), Arc::clone(scorer), plugin.weight.unwrap_or(1.0)));
-            }
-            if let Some(own) = &instance.roles.picker {
-                if let Some((before, _)) = &picker {
-                    return invalid(format!(
-                        "failed to set '{}' as picker, already have a registered picker plugin '{}'",
-                        instance.name.name, before.name
-                    ));
-                }
-                picker = Some((name(), Arc::clone(own)));
-            }
-        }
-        // Any picker will do for a profile that names none.
-        let any = || {
-            self.instances
-                .iter()
-                .find_map(|i| Some((i.name.clone(), i.roles.picker.clone()?)))
-        };
-        let Some(picker) = picker.or_else(any) else {
-            return invalid(format!("schedulingProfiles[{}] has no picker", entry.name));
-        };
-        Ok(ResolvedProfile {
-            name: entry.name.clone(),
-            filters,
-            scorers,
-            picker,
-        })
     }
 
     fn detector(
@@ -498,258 +566,84 @@ impl Loader<'_> {
         let nested = document
             .flow_control
             .as_ref()
-            .and_then(|flow| flow.get("saturationDetector"));
-        let nested: Option<Reference> = match nested {
-            None | Some(serde_json::Value::Null) => None,
-            Some(value) => Some(serde_json::from_value(value.clone()).map_err(|e| {
-                ConfigError::Decode(format!("flowControl.saturationDetector: {e}"))
-            })?),
+            .and_then(|flow| flow.saturation_detector.as_ref());
+        let (field, reference) = match (nested, &document.saturation_detector) {
+            (Some(reference), _) => ("flowControl.saturationDetector", &*reference.plugin_ref),
+            (None, Some(reference)) => ("saturationDetector", &*reference.plugin_ref),
+            (None, None) => ("", ""),
         };
-        let reference = match nested.as_ref().or(document.saturation_detector.as_ref()) {
-            Some(reference) if !reference.plugin_ref.is_empty() => reference.plugin_ref.clone(),
-            _ => DETECTOR.to_owned(),
+        let reference = if reference.is_empty() {
+            DETECTOR
+        } else {
+            reference
         };
         if reference == DETECTOR {
-            self.ensure(DETECTOR)?;
+            self.ensure(DETECTOR, "no saturation detector is named")?;
         }
-        let Some(instance) = self.find(&reference) else {
-            return invalid(format!(
+        let Some(instance) = self.find(reference) else {
+            return Err(Problem::Invalid(format!(
                 "saturation detector references undefined plugin '{reference}'"
-            ));
+            ))
+            .at(field));
         };
         match &instance.roles.saturation_detector {
             Some(detector) => Ok((instance.name.clone(), Arc::clone(detector))),
-            None => invalid(format!(
+            None => Err(Problem::Invalid(format!(
                 "plugin '{reference}' is not a fwkfc.SaturationDetector"
-            )),
+            ))
+            .at(field)),
         }
     }
 
     fn parsers(&mut self, document: &Document) -> Result<Vec<Instance>, ConfigError> {
-        let listed = document
-            .request_handler
-            .as_ref()
-            .map(|h| h.parsers.as_slice())
-            .unwrap_or_default();
-        let mut names: Vec<String> = listed.iter().map(|r| r.plugin_ref.clone()).collect();
+        let handler = document.request_handler.as_ref();
+        let listed = handler.map(|h| h.parsers.as_slice()).unwrap_or_default();
+        let mut names: Vec<(String, String)> = (0..)
+            .zip(listed)
+            .map(|(i, r)| {
+                let field = format!("requestHandler.parsers[{i}].pluginRef");
+                (field, r.plugin_ref.clone())
+            })
+            .collect();
         if names.is_empty() {
             match document.parser.as_ref() {
-                Some(reference) => names.push(reference.plugin_ref.clone()),
-                None => names.extend(DEFAULT_PARSERS.map(str::to_owned)),
+                Some(reference) => {
+                    names.push(("parser.pluginRef".to_owned(), reference.plugin_ref.clone()));
+                }
+                None => {
+                    names.extend(DEFAULT_PARSERS.map(|name| (String::new(), name.to_owned())));
+                }
             }
         }
+        let why = if names.iter().any(|(field, _)| field.is_empty()) {
+            "no parsers are named"
+        } else {
+            "a parser reference without an instance names a type"
+        };
         let mut parsers = Vec::new();
-        for name in names {
+        for (field, name) in names {
             if self.find(&name).is_none() && self.registry.get(&name).is_none() {
-                return invalid(format!("parser references undefined plugin '{name}'"));
+                let text = format!("parser references undefined plugin '{name}'");
+                return Err(Problem::Invalid(text).at(field));
             }
-            // A reference without an instance names a type.
-            self.ensure(&name)?;
+            self.ensure(&name, why).map_err(|e| e.at(field.clone()))?;
             match self.find(&name) {
                 Some(instance) if instance.roles.parser.is_some() => parsers.push(instance.clone()),
-                _ => return invalid(format!("the plugin {name:?} is not a parser plugin")),
+                _ => {
+                    let text = format!("the plugin {name:?} is not a parser plugin");
+                    return Err(Problem::Invalid(text).at(field));
+                }
             }
         }
         Ok(parsers)
     }
 
-    /// Section 6.5 and 8: sources with their extractors, the default ones included.
-    fn data_layer(
-        &mut self,
-        mut entries: Vec<SourceEntry>,
-        inject_defaults: bool,
-    ) -> Result<Vec<ResolvedSource>, ConfigError> {
-        // The comparison is with the reference's name, not its type: a source of the same type under
-        // another name does not suppress the default one.
-        if inject_defaults && !entries.iter().any(|s| s.plugin_ref == METRICS_SOURCE) {
-            self.ensure(METRICS_SOURCE)?;
-            self.ensure(METRICS_EXTRACTOR)?;
-            entries.push(SourceEntry {
-                plugin_ref: METRICS_SOURCE.to_owned(),
-                extractors: vec![Reference {
-                    plugin_ref: METRICS_EXTRACTOR.to_owned(),
-                }],
-            });
+    /// The field of the document that an instance comes from.
+    pub(super) fn field_of(&self, name: &str) -> String {
+        match self.find(name).map(|i| &i.origin) {
+            Some(Origin::Written(position)) => format!("plugins[{position}]"),
+            _ => String::new(),
         }
-        let mut sources = Vec::new();
-        for (position, entry) in entries.iter().enumerate() {
-            let name = &entry.plugin_ref;
-            if entries.iter().take(position).any(|e| e.plugin_ref == *name) {
-                return invalid(format!("duplicate polling source name: '{name}'"));
-            }
-            sources.extend(self.source(entry)?);
-        }
-        self.warn_of_idle_extractors(&entries);
-        Ok(sources)
-    }
-
-    /// One entry; `None` for a source that is told instead of polled.
-    fn source(&mut self, entry: &SourceEntry) -> Result<Option<ResolvedSource>, ConfigError> {
-        let instance = self.registered(&entry.plugin_ref)?;
-        let Some(source) = instance.roles.data_source.clone() else {
-            return invalid(format!(
-                "the plugin {} is not a fwkdl.DataSource",
-                entry.plugin_ref
-            ));
-        };
-        let name = instance.name.clone();
-        let payload = source.payload();
-        let mut readers: Vec<&Instance> = Vec::new();
-        for reference in &entry.extractors {
-            let reader = self.registered(&reference.plugin_ref)?;
-            if !fits(reader, &payload) {
-                return invalid(format!(
-                    "the plugin {} (type: {}) cannot read source '{}', which delivers {payload}",
-                    reference.plugin_ref, reader.plugin_type, name.name
-                ));
-            }
-            if readers.iter().any(|r| r.plugin_type == reader.plugin_type) {
-                return invalid(format!(
-                    "duplicate extractor type configured for the same source: '{}' (type: {}) on '{}'",
-                    reference.plugin_ref, reader.plugin_type, name.name
-                ));
-            }
-            readers.push(reader);
-        }
-        let extractors: Vec<_> = readers
-            .iter()
-            .filter_map(|i| Some((i.name.clone(), i.roles.extractor.clone()?)))
-            .collect();
-        if let Payload::Objects(_) = payload {
-            self.warnings.push(format!(
-                "source '{}' delivers nothing: Kubernetes is not available in this version",
-                name.name
-            ));
-        }
-        if source.http().is_none() {
-            return Ok(None);
-        }
-        if extractors.is_empty() {
-            self.warnings.push(format!(
-                "source '{}' has no extractors and is not polled",
-                name.name
-            ));
-            return Ok(None);
-        }
-        Ok(Some(ResolvedSource {
-            name,
-            source,
-            extractors,
-        }))
-    }
-
-    fn warn_of_idle_extractors(&mut self, entries: &[SourceEntry]) {
-        let fed = |name: &str| {
-            let mut references = entries.iter().flat_map(|e| &e.extractors);
-            references.any(|r| r.plugin_ref == name)
-        };
-        let idle = self
-            .instances
-            .iter()
-            .filter(|i| i.roles.extractor.is_some());
-        let warnings = idle.filter(|i| !fed(&i.name.name)).map(|i| {
-            format!(
-                "extractor '{}' is on no source: it reads nothing",
-                i.name.name
-            )
-        });
-        self.warnings.extend(warnings);
-    }
-
-    fn discovery(
-        &self,
-        reference: Option<&Reference>,
-    ) -> Result<Option<Arc<dyn Discovery>>, ConfigError> {
-        let Some(reference) = reference else {
-            return Ok(None);
-        };
-        match &self.registered(&reference.plugin_ref)?.roles.discovery {
-            Some(discovery) => Ok(Some(Arc::clone(discovery))),
-            None => invalid(format!(
-                "the plugin {} is not an endpoint discovery",
-                reference.plugin_ref
-            )),
-        }
-    }
-
-    fn registered(&self, name: &str) -> Result<&Instance, ConfigError> {
-        self.find(name)
-            .ok_or_else(|| ConfigError::Invalid(format!("the plugin {name} is not registered")))
-    }
-
-    /// Section 6.6: makes default producers until every required key has one.
-    fn complete_producers(&mut self) -> Result<(), ConfigError> {
-        loop {
-            if let Some(key) = self.keys.mismatches().first() {
-                return invalid(format!(
-                    "data type mismatch between produced and consumed data for key {key}"
-                ));
-            }
-            let missing = self
-                .keys
-                .all()
-                .find(|k| k.produced_by.is_empty() && !k.required_by.is_empty());
-            let Some(key) = missing else { break };
-            let (data_type, producer, consumer) = (
-                key.data_type.clone(),
-                key.producer.clone(),
-                key.required_by.first().cloned().unwrap_or_default(),
-            );
-            let default = DEFAULT_PRODUCERS
-                .iter()
-                .any(|(t, p)| *t == data_type && *p == producer);
-            if !default || self.find(&producer).is_some() {
-                return invalid(format!(
-                    "no default producer found for missing data key {data_type}/{producer}, consumed by {consumer}"
-                ));
-            }
-            self.ensure(&producer)?;
-        }
-        // A default that nobody asked for is simply not there; a name the document gives must exist.
-        let is_default =
-            |k: &&KeyUse| DEFAULT_PRODUCERS.contains(&(k.data_type.as_ref(), k.producer.as_str()));
-        let missing = self.keys.all().filter(|k| k.produced_by.is_empty());
-        for key in missing.filter(|k| !is_default(k)) {
-            if let Some(consumer) = key.optional_for.first() {
-                let (data_type, producer) = (&key.data_type, &key.producer);
-                self.warnings.push(format!(
-                    "nobody produces {data_type}/{producer}, which {consumer} would use"
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    /// Producers so that each runs after those whose keys it reads; ties in document order.
-    fn producers_in_order(&self) -> Result<Vec<NamedProducer>, ConfigError> {
-        let mut waiting: Vec<(TypedName, Arc<dyn DataProducer>)> = self
-            .instances
-            .iter()
-            .filter_map(|i| Some((i.name.clone(), i.roles.producer.clone()?)))
-            .collect();
-        let mut ordered = Vec::new();
-        while !waiting.is_empty() {
-            let depends = |name: &str| {
-                let reads = self.keys.all().filter(move |k| {
-                    k.required_by
-                        .iter()
-                        .chain(&k.optional_for)
-                        .any(|consumer| consumer == name)
-                });
-                let names: Vec<&String> = reads
-                    .flat_map(|k| &k.produced_by)
-                    .filter(|p| *p != name)
-                    .collect();
-                waiting
-                    .iter()
-                    .any(|(other, _)| names.contains(&&other.name))
-            };
-            let Some(next) = waiting.iter().position(|(name, _)| !depends(&name.name)) else {
-                return invalid("cycle detected: graph is not a DAG".into());
-            };
-            ordered.push(waiting.remove(next));
-        }
-        Ok(ordered)
     }
 
     fn check_maturity(&self, options: LoadOptions) -> Result<(), ConfigError> {
@@ -759,72 +653,54 @@ impl Loader<'_> {
                 .get(instance.plugin_type)
                 .is_some_and(|t| t.maturity == Maturity::Alpha);
             if alpha && !options.allow_experimental {
-                return invalid(format!(
+                return Err(Problem::Invalid(format!(
                     "plugin '{}' (type: '{}') has Alpha stability level, but command line flag \
                      --allow-experimental-plugins is not set",
                     instance.name.name, instance.plugin_type
-                ));
+                ))
+                .at(self.field_of(&instance.name.name)));
             }
         }
         Ok(())
     }
 }
 
-/// Whether `instance` may be listed under a source that delivers `payload`.
-fn fits(instance: &Instance, payload: &Payload) -> bool {
-    match payload {
-        Payload::Endpoints => {
-            instance.roles.listener.is_some() || FOLLOW_ENDPOINTS.contains(&instance.plugin_type)
+/// Whether flow control is on; an unknown gate is an error.
+fn flow_control_gate(gates: &[String]) -> Result<bool, ConfigError> {
+    let mut on = false;
+    for (position, gate) in gates.iter().enumerate() {
+        let fail =
+            |text: String| Err(Problem::Invalid(text).at(format!("featureGates[{position}]")));
+        let (name, value) = gate.split_once('=').unwrap_or((gate, "true"));
+        let value = value.trim().to_ascii_lowercase();
+        let enabled = match value.as_str() {
+            "1" | "t" | "true" => true,
+            "0" | "f" | "false" => false,
+            _ => {
+                return fail(format!(
+                    "{value} is not a valid value for the feature gate {name} (error: expected a \
+                     boolean)"
+                ));
+            }
+        };
+        match name.trim() {
+            "flowControl" => on = enabled,
+            "haPopulateNonLeaderDatastore" => {}
+            other => return fail(format!("feature gate '{other}' is unknown or unregistered")),
         }
-        Payload::Objects(kind) => kind.is_pod() && READ_PODS.contains(&instance.plugin_type),
-        polled => instance
-            .roles
-            .extractor
-            .as_ref()
-            .is_some_and(|e| e.reads() == *polled),
     }
+    Ok(on)
 }
 
-fn build(
-    plugin_type: &PluginType,
-    name: String,
-    parameters: &Parameters,
-    keys: &mut DataKeys,
-) -> Result<Instance, ConfigError> {
-    keys.enter(&name);
-    let ignored = Parameters::default();
-    let parameters = if plugin_type.lenient {
-        &ignored
-    } else {
-        parameters
-    };
-    let mut input = Build {
-        name: &name,
-        parameters,
-        keys,
-    };
-    let Some(built) = plugin_type.build(&mut input) else {
-        let type_name = plugin_type.type_name;
-        return invalid(format!(
-            "plugin type '{type_name}' is known but not yet available in this version"
-        ));
-    };
-    let roles = built.map_err(|error| ConfigError::Plugin {
-        name: name.clone(),
-        type_name: plugin_type.type_name.to_owned(),
-        reason: error.to_string(),
-    })?;
-    // Role filters report the type they grew out of.
-    let reported = match plugin_type.type_name {
-        "decode-filter" | "prefill-filter" | "encode-filter" => "by-label",
-        other => other,
-    };
-    Ok(Instance {
-        name: TypedName {
-            type_name: reported,
-            name,
+/// Points an error of a plugin at its parameter, if the text names one.
+fn at_parameter(error: ConfigError, entry: &str) -> ConfigError {
+    let field = match &error.problem {
+        Problem::Plugin { reason, .. } => match field_of(reason) {
+            "" => entry.to_owned(),
+            "parameters" => format!("{entry}.parameters"),
+            field => format!("{entry}.parameters.{field}"),
         },
-        plugin_type: plugin_type.type_name,
-        roles,
-    })
+        _ => format!("{entry}.type"),
+    };
+    error.at(field)
 }

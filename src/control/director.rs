@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use smallvec::SmallVec;
 use tokio::time::Instant;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::RequestError;
 use super::candidates::{CandidatePool, Lent, Subset};
@@ -163,7 +163,7 @@ pub struct DirectorOptions {
     pub emit_scores: bool,
     /// `--strip-routing-headers`.
     pub strip_control_headers: bool,
-    /// Makes picks reproducible for equal request ids.
+    /// Makes picks reproducible for equal requests in an equal state of the pool.
     pub seed: Option<u64>,
 }
 
@@ -294,7 +294,12 @@ impl Director {
                 *produced = config.producers.len();
             }
         }
-        WORKSPACE.with_borrow_mut(|workspace| self.go_on(draft, workspace))
+        WORKSPACE.with_borrow_mut(|workspace| {
+            // Other requests drew from these numbers while this one waited.
+            let request = &draft.request;
+            self.seed(&workspace.rng, &request.headers, &request.body);
+            self.go_on(draft, workspace)
+        })
     }
 
     /// A request was refused before it came here.
@@ -317,7 +322,7 @@ impl Director {
         workspace: &mut Workspace,
     ) -> Result<Decision, RequestError> {
         let id = request_id(&intake.headers);
-        self.seed(&workspace.rng, id.as_str());
+        self.seed(&workspace.rng, &intake.headers, &intake.body);
         let candidates = self.collect(&intake.subset, &mut workspace.pool);
         let count = candidates.len();
         if count == 0 {
@@ -402,7 +407,7 @@ impl Director {
         workspace: &mut Workspace,
     ) -> Result<(), RequestError> {
         let now = Instant::now();
-        self.seed(&workspace.rng, &request.id);
+        self.seed(&workspace.rng, &request.headers, &request.body);
         if request.priority < 0 {
             let all = self.collect(&Subset::Any, &mut workspace.pool);
             if config.saturation.saturation(all, now) >= 1.0 {
@@ -542,10 +547,22 @@ impl Director {
         pool.collect(&self.store, subset)
     }
 
-    fn seed(&self, rng: &RefCell<fastrand::Rng>, request_id: &str) {
-        if let Some(seed) = self.options.seed {
-            rng.borrow_mut().seed(seed ^ xxh3_64(request_id.as_bytes()));
-        }
+    /// With `--seed`, makes this request's random numbers depend on its id alone, or on its body when
+    /// the client sent no id.
+    fn seed(&self, rng: &RefCell<fastrand::Rng>, headers: &Headers, body: &Body) {
+        let Some(seed) = self.options.seed else {
+            return;
+        };
+        let input = if let Some(id) = received_id(headers) {
+            xxh3_64(id.as_bytes())
+        } else {
+            let mut hash = Xxh3::new();
+            for piece in body.pieces() {
+                hash.update(piece);
+            }
+            hash.digest()
+        };
+        rng.borrow_mut().seed(seed ^ input);
     }
 
     fn series(&self, request: &InferenceRequest) -> Arc<crate::telemetry::metrics::RequestSeries> {
@@ -727,8 +744,12 @@ impl RequestId {
     }
 }
 
+fn received_id(headers: &Headers) -> Option<&str> {
+    headers.get_str("x-request-id").filter(|id| !id.is_empty())
+}
+
 fn request_id(headers: &Headers) -> RequestId {
-    match headers.get_str("x-request-id").filter(|id| !id.is_empty()) {
+    match received_id(headers) {
         Some(id) => RequestId::Received(id.to_owned()),
         None => RequestId::Generated(uuid::Uuid::new_v4().to_string()),
     }

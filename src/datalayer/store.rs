@@ -63,6 +63,16 @@ impl EndpointStore {
         writer.listeners.push(listener);
     }
 
+    /// Takes a listener off the list. It is told nothing more, not even that endpoints are removed, so
+    /// nothing that requests use may depend on it any longer.
+    pub fn unsubscribe(&self, listener: &Arc<dyn EndpointListener>) {
+        let mut writer = self.writer.lock();
+        let same = |other: &Arc<dyn EndpointListener>| {
+            std::ptr::addr_eq(Arc::as_ptr(other), Arc::as_ptr(listener))
+        };
+        writer.listeners.retain(|other| !same(other));
+    }
+
     /// True once discovery delivered a first set, even an empty one.
     pub fn is_synced(&self) -> bool {
         self.writer.lock().synced

@@ -4,5 +4,6 @@
 
 pub mod health;
 pub mod options;
+mod reload;
 pub mod run;
 pub mod tls;

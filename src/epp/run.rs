@@ -13,23 +13,21 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::health::{HealthService, HealthState};
-use super::options::{ScrapeFlags, ServeOptions};
+use super::options::ServeOptions;
+use super::reload::{Live, LiveFlags, Reloader};
 use super::tls;
-use crate::config::{self, LoadOptions, ResolvedConfig};
+use crate::config::{self, ConfigLoader, LoadOptions, ResolvedConfig};
 use crate::control::Director;
 use crate::control::director::DirectorOptions;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
-use crate::datalayer::discovery::list;
+use crate::datalayer::EndpointStore;
 use crate::datalayer::pool_gauges::PoolGauges;
-use crate::datalayer::scrape::{Poll, Scraper, base_tick};
-use crate::datalayer::sources::{HttpSource, MetricsDataSource};
-use crate::datalayer::{EndpointListener, EndpointStore};
 use crate::extproc::proto::health::health_server::HealthServer;
 use crate::extproc::server::{Routes, Server, ServerConfigs};
 use crate::extproc::service::{MessageLimits, Processor};
 use crate::extproc::stream::StreamSettings;
 use crate::plugin::{InFlightSlot, Plugin};
-use crate::telemetry::metrics::{ExtProcStreams, Metrics};
+use crate::telemetry::metrics::{ConfigReloads, ExtProcStreams, Metrics};
 use crate::telemetry::{self, log};
 
 /// Room of a gRPC message around a body piece.
@@ -54,16 +52,18 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let exposition = telemetry::metrics::install()?;
     let metrics = Metrics::new();
     metrics.announce_build();
-    let config = load_config(&options)?;
+    let (mut loader, config, text) = load_config(&options)?;
 
     let store = Arc::new(EndpointStore::default());
     let shutdown = CancellationToken::new();
     let tasks = TaskTracker::new();
-    for listener in &config.listeners {
-        store.subscribe(Arc::clone(listener));
-    }
-    start_polling(&options, &config, &store)?;
-    start_discovery(&options, &config, &store, &tasks, &shutdown).await?;
+    let flags = LiveFlags {
+        endpoints: options.endpoints.clone(),
+        scrape: options.scrape.clone(),
+        refresh_metrics_interval: options.refresh_metrics_interval,
+    };
+    let mut live = Live::new(flags, Arc::clone(&store), tasks.clone(), shutdown.clone());
+    live.apply(&config).await?;
 
     let director = Arc::new(Director::new(
         Arc::clone(&store),
@@ -76,7 +76,19 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         },
         metrics,
     ));
+    loader.adopt(config);
     let health = Arc::new(HealthState::new(Arc::clone(&store)));
+    if let Some((path, text)) = options.config_file.clone().zip(text) {
+        let reloader = Reloader {
+            path,
+            text,
+            loader,
+            live,
+            director: Arc::clone(&director),
+            metrics: ConfigReloads::new(),
+        };
+        tasks.spawn(reloader.run(shutdown.clone()));
+    }
     let servers = start_servers(&options, director, &health, &tasks, &shutdown)?;
     start_metrics(&options, &store, exposition, &tasks, &shutdown).await?;
     tracing::info!(extproc = %servers[0].address(), health = %servers[1].address(), "serving");
@@ -88,58 +100,13 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Subscribes a scraper for each polling source.
-fn start_polling(
+/// The loader, what it loaded, and the text of it.
+fn load_config(
     options: &ServeOptions,
-    config: &ResolvedConfig,
-    store: &EndpointStore,
-) -> anyhow::Result<()> {
-    let polled = || {
-        let sources = config.sources.iter();
-        sources.filter_map(|s| Some((s, s.source.http()?)))
-    };
-    let tick = base_tick(
-        options.refresh_metrics_interval,
-        polled().map(|(_, http)| http.interval),
-    );
-    for (source, http) in polled() {
-        let poll = Poll {
-            name: source.name.clone(),
-            http: if source.name.type_name == MetricsDataSource::TYPE {
-                overridden(http.clone(), &options.scrape)?
-            } else {
-                http.clone()
-            },
-            payload: source.source.payload(),
-            extractors: source.extractors.clone(),
-        };
-        let scraper = Scraper::new(poll, tick, tokio::runtime::Handle::current())
-            .with_context(|| format!("plugin '{}'", source.name.name))?;
-        store.subscribe(Arc::new(scraper) as Arc<dyn EndpointListener>);
-    }
-    Ok(())
-}
-
-/// A metrics source as the flags of earlier releases want it.
-fn overridden(mut source: HttpSource, flags: &ScrapeFlags) -> anyhow::Result<HttpSource> {
-    if let Some(scheme) = &flags.scheme {
-        source.tls = scheme == "https";
-    }
-    if let Some(path) = &flags.path {
-        source
-            .set_path(path)
-            .context("--model-server-metrics-path")?;
-    }
-    if let Some(skip) = flags.insecure_skip_verify {
-        source.insecure_skip_verify = skip;
-    }
-    Ok(source)
-}
-
-fn load_config(options: &ServeOptions) -> anyhow::Result<ResolvedConfig> {
+) -> anyhow::Result<(ConfigLoader, ResolvedConfig, Option<String>)> {
     let text = match (&options.config_file, &options.config_text) {
         (Some(path), _) => {
-            let text = std::fs::read_to_string(path)
+            let text = config::read_file(path)
                 .with_context(|| format!("--config-file {}", path.display()))?;
             Some(text)
         }
@@ -148,38 +115,12 @@ fn load_config(options: &ServeOptions) -> anyhow::Result<ResolvedConfig> {
     let load = LoadOptions {
         allow_experimental: options.allow_experimental_plugins,
     };
-    let config = config::load(text.as_deref(), &load, &config::builtin::registry())?;
+    let loader = ConfigLoader::new(load, config::builtin::registry());
+    let config = loader.load(text.as_deref())?;
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    Ok(config)
-}
-
-async fn start_discovery(
-    options: &ServeOptions,
-    config: &ResolvedConfig,
-    store: &Arc<EndpointStore>,
-    tasks: &TaskTracker,
-    shutdown: &CancellationToken,
-) -> anyhow::Result<()> {
-    if let Some(endpoints) = &options.endpoints {
-        store.replace(list::parse(endpoints).map_err(anyhow::Error::msg)?);
-        return Ok(());
-    }
-    let Some(discovery) = config.discovery.clone() else {
-        anyhow::bail!(
-            "no endpoints: give --endpoints, or a file-discovery plugin in dataLayer.discovery; \
-             Kubernetes discovery is not available in this version"
-        );
-    };
-    discovery
-        .load(store)
-        .await
-        .map_err(anyhow::Error::msg)
-        .context("endpoint discovery")?;
-    let (store, shutdown) = (Arc::clone(store), shutdown.clone());
-    tasks.spawn(async move { discovery.watch(&store, shutdown).await });
-    Ok(())
+    Ok((loader, config, text))
 }
 
 fn start_servers(

@@ -16,6 +16,9 @@ use super::PluginError;
 /// Instances of `inflight-load-producer` a configuration may have; more is a start-up error.
 pub const MAX_IN_FLIGHT_PRODUCERS: usize = 4;
 
+/// Request columns the process may have, over all configurations it loads; more is an error.
+pub const MAX_COLUMNS: usize = 512;
+
 /// Endpoint columns the process may have, over all configurations it loads; more is an error.
 pub const MAX_ENDPOINT_COLUMNS: usize = 64;
 
@@ -110,25 +113,81 @@ impl KeyUse {
     fn is(&self, data_type: &str, producer: &str) -> bool {
         self.data_type == data_type && self.producer == producer
     }
+
+    fn users(&mut self, role: Role) -> &mut Vec<String> {
+        match role {
+            Role::Produces => &mut self.produced_by,
+            Role::Requires => &mut self.required_by,
+            Role::Reads => &mut self.optional_for,
+        }
+    }
+
+    /// False for a key that only an earlier configuration used.
+    pub fn is_used(&self) -> bool {
+        !(self.produced_by.is_empty()
+            && self.required_by.is_empty()
+            && self.optional_for.is_empty())
+    }
+
+    /// Notes a user; false when it means another type than the users before it.
+    fn note(&mut self, user: &str, role: Role, value_type: &'static str) -> bool {
+        if !self.is_used() {
+            self.value_type = value_type;
+        }
+        self.users(role).push(user.to_owned());
+        self.value_type == value_type
+    }
+}
+
+/// What an instance has to do with a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Produces,
+    Requires,
+    Reads,
+}
+
+/// One thing an instance asked of [`DataKeys`] while it was built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Declaration {
+    on_endpoint: bool,
+    slot: usize,
+    role: Role,
+    value_type: &'static str,
 }
 
 /// Collects the keys of one configuration while its plugins are built.
 ///
 /// Slots outlive a configuration: after [`Self::restart`] the same key gets the same slot, so that
 /// values already on endpoints and requests in flight stay readable.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct DataKeys {
     columns: Vec<KeyUse>,
     endpoint: Vec<KeyUse>,
     in_flight: Vec<String>,
     mismatches: Vec<String>,
     current: String,
+    declared: Vec<Declaration>,
 }
 
 impl DataKeys {
     /// Names the instance being built; the following calls are its own.
     pub fn enter(&mut self, instance: &str) {
         instance.clone_into(&mut self.current);
+        self.declared.clear();
+    }
+
+    /// What the current instance declared, to be given to [`Self::declare_again`].
+    pub fn declared(&mut self) -> Vec<Declaration> {
+        std::mem::take(&mut self.declared)
+    }
+
+    /// The current instance was built for an earlier configuration and is used again: its columns are
+    /// still the right ones, because slots outlive configurations.
+    pub fn declare_again(&mut self, declarations: &[Declaration]) {
+        for declaration in declarations {
+            self.note(declaration.clone());
+        }
     }
 
     /// Forgets who uses what and keeps every slot: the start of another configuration.
@@ -153,7 +212,7 @@ impl DataKeys {
         data_type: impl Into<Cow<'static, str>>,
         producer: &str,
     ) -> Column<T> {
-        self.column(data_type.into(), producer, |key| &mut key.produced_by)
+        self.column(data_type.into(), producer, Role::Produces)
     }
 
     /// The current instance cannot work without `data_type` from the instance called `producer`.
@@ -162,7 +221,7 @@ impl DataKeys {
         data_type: impl Into<Cow<'static, str>>,
         producer: &str,
     ) -> Column<T> {
-        self.column(data_type.into(), producer, |key| &mut key.required_by)
+        self.column(data_type.into(), producer, Role::Requires)
     }
 
     /// The current instance reads `data_type` from `producer` when it is there.
@@ -171,7 +230,7 @@ impl DataKeys {
         data_type: impl Into<Cow<'static, str>>,
         producer: &str,
     ) -> Column<T> {
-        self.column(data_type.into(), producer, |key| &mut key.optional_for)
+        self.column(data_type.into(), producer, Role::Reads)
     }
 
     /// The current instance keeps `data_type` on endpoints, under its own name.
@@ -189,7 +248,7 @@ impl DataKeys {
         data_type: impl Into<Cow<'static, str>>,
         producer: &str,
     ) -> Result<EndpointColumn<T>, PluginError> {
-        self.endpoint_column(data_type.into(), producer, |key| &mut key.produced_by)
+        self.endpoint_column(data_type.into(), producer, Role::Produces)
     }
 
     /// The current instance cannot work without what `producer` keeps on endpoints as `data_type`.
@@ -198,7 +257,7 @@ impl DataKeys {
         data_type: impl Into<Cow<'static, str>>,
         producer: &str,
     ) -> Result<EndpointColumn<T>, PluginError> {
-        self.endpoint_column(data_type.into(), producer, |key| &mut key.required_by)
+        self.endpoint_column(data_type.into(), producer, Role::Requires)
     }
 
     /// The current instance reads what `producer` keeps on endpoints as `data_type`, when it is there.
@@ -207,7 +266,7 @@ impl DataKeys {
         data_type: impl Into<Cow<'static, str>>,
         producer: &str,
     ) -> Result<EndpointColumn<T>, PluginError> {
-        self.endpoint_column(data_type.into(), producer, |key| &mut key.optional_for)
+        self.endpoint_column(data_type.into(), producer, Role::Reads)
     }
 
     /// Every column of `data_type` that an instance of a name `by` accepts publishes.
@@ -268,21 +327,19 @@ impl DataKeys {
         &mut self,
         data_type: Cow<'static, str>,
         producer: &str,
-        users: fn(&mut KeyUse) -> &mut Vec<String>,
+        role: Role,
     ) -> Column<T> {
-        let elsewhere = self.endpoint.iter().any(|k| k.is(&data_type, producer));
         let found = self.columns.iter().position(|k| k.is(&data_type, producer));
         let slot = found.unwrap_or(self.columns.len());
         if slot == self.columns.len() {
             self.columns.push(KeyUse::new::<T>(data_type, producer));
         }
-        let me = self.current.clone();
-        let key = &mut self.columns[slot];
-        users(key).push(me);
-        if elsewhere || key.value_type != std::any::type_name::<T>() {
-            let name = format!("{}/{producer}", key.data_type);
-            self.mismatches.push(name);
-        }
+        self.note(Declaration {
+            on_endpoint: false,
+            slot,
+            role,
+            value_type: std::any::type_name::<T>(),
+        });
         Column {
             slot,
             of: PhantomData,
@@ -293,9 +350,8 @@ impl DataKeys {
         &mut self,
         data_type: Cow<'static, str>,
         producer: &str,
-        users: fn(&mut KeyUse) -> &mut Vec<String>,
+        role: Role,
     ) -> Result<EndpointColumn<T>, PluginError> {
-        let elsewhere = self.columns.iter().any(|k| k.is(&data_type, producer));
         let found = self
             .endpoint
             .iter()
@@ -309,17 +365,37 @@ impl DataKeys {
         if slot == self.endpoint.len() {
             self.endpoint.push(KeyUse::new::<T>(data_type, producer));
         }
-        let me = self.current.clone();
-        let key = &mut self.endpoint[slot];
-        users(key).push(me);
-        if elsewhere || key.value_type != std::any::type_name::<T>() {
-            let name = format!("{}/{producer}", key.data_type);
-            self.mismatches.push(name);
-        }
+        self.note(Declaration {
+            on_endpoint: true,
+            slot,
+            role,
+            value_type: std::any::type_name::<T>(),
+        });
         Ok(EndpointColumn {
             slot,
             of: PhantomData,
         })
+    }
+
+    /// Notes what the current instance declares, and whether it fits what others declared.
+    fn note(&mut self, declaration: Declaration) {
+        let (own, other) = if declaration.on_endpoint {
+            (&mut self.endpoint, &self.columns)
+        } else {
+            (&mut self.columns, &self.endpoint)
+        };
+        let Some(key) = own.get_mut(declaration.slot) else {
+            return;
+        };
+        let fits = key.note(&self.current, declaration.role, declaration.value_type);
+        let elsewhere = other
+            .iter()
+            .any(|k| k.is(&key.data_type, &key.producer) && k.is_used());
+        if elsewhere || !fits {
+            self.mismatches
+                .push(format!("{}/{}", key.data_type, key.producer));
+        }
+        self.declared.push(declaration);
     }
 }
 
@@ -462,5 +538,37 @@ mod tests {
             keys.endpoint_produce::<f64>("0").is_ok(),
             "known keys stay usable"
         );
+    }
+
+    #[test]
+    fn an_instance_that_is_used_again_declares_the_same_slots() {
+        let mut keys = DataKeys::default();
+        keys.enter("scorer");
+        let read = keys.require::<u32>("Match", "maker");
+        let scorer = keys.declared();
+        keys.restart();
+        assert!(!keys.keys()[0].is_used());
+        keys.enter("scorer");
+        keys.declare_again(&scorer);
+        assert_eq!(keys.keys()[0].required_by, ["scorer"]);
+        keys.enter("maker");
+        let write = keys.produce::<u32>("Match");
+        assert_eq!(read.slot, write.slot);
+        assert!(keys.mismatches().is_empty());
+        assert_eq!(keys.declared().len(), 1);
+    }
+
+    #[test]
+    fn a_key_may_change_its_type_with_the_configuration_but_not_within_one() {
+        let mut keys = DataKeys::default();
+        keys.enter("maker");
+        keys.produce::<u32>("Match");
+        keys.restart();
+        keys.enter("maker");
+        keys.produce::<u64>("Match");
+        assert!(keys.mismatches().is_empty());
+        keys.enter("scorer");
+        keys.require::<u32>("Match", "maker");
+        assert_eq!(keys.mismatches(), ["Match/maker"]);
     }
 }

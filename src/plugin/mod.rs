@@ -5,12 +5,13 @@
 
 pub mod data;
 pub mod duration;
+pub mod go_value;
 mod hook;
 mod lease;
 pub mod params;
 
 pub use data::{
-    Attributes, Column, DataKeys, EndpointColumn, InFlightSlot, MAX_ENDPOINT_COLUMNS,
+    Attributes, Column, DataKeys, EndpointColumn, InFlightSlot, MAX_COLUMNS, MAX_ENDPOINT_COLUMNS,
     MAX_IN_FLIGHT_PRODUCERS,
 };
 pub use hook::Hook;
@@ -53,10 +54,35 @@ pub struct ParamDoc {
     pub name: &'static str,
     /// `int`, `float`, `bool`, `string`, `duration`, `list` or `object`.
     pub kind: &'static str,
-    /// Default in words.
+    /// The default as a value of that kind, or in words when there is none: `none`, `required`, or where
+    /// it comes from. Empty means that absence is the default.
     pub default: &'static str,
     /// What it does, with unit and range.
     pub help: &'static str,
+}
+
+impl ParamDoc {
+    /// The default, when it is a value: writing it down changes nothing. Empty lists and objects are
+    /// left out, as absent says the same.
+    pub fn default_value(&self) -> Option<serde_json::Value> {
+        let text = self.default;
+        match self.kind {
+            _ if ["", "none", "required"].contains(&text) => None,
+            "int" => text.parse::<i64>().ok().map(Into::into),
+            "float" => text.parse::<f64>().ok().map(Into::into),
+            "bool" => text.parse::<bool>().ok().map(Into::into),
+            // Several words describe a value.
+            "string" => (!text.contains(' ')).then(|| text.into()),
+            "duration" => text
+                .parse::<duration::GoDuration>()
+                .ok()
+                .map(|_| text.into()),
+            "list" | "object" => serde_json::from_str(text)
+                .ok()
+                .filter(|value| ![serde_json::json!([]), serde_json::json!({})].contains(value)),
+            _ => None,
+        }
+    }
 }
 
 /// What a plugin gets to build one instance from.

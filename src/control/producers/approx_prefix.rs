@@ -127,7 +127,7 @@ impl Plugin for ApproxPrefixProducer {
             name: "maxPrefixBlocksToMatch",
             kind: "int",
             default: "none",
-            help: "Deprecated: the cap in blocks, used when the token cap is 0 or absent.",
+            help: "Deprecated: the cap in blocks, used when maxPrefixTokensToMatch is 0.",
         },
         ParamDoc {
             name: "lruCapacityPerServer",
@@ -191,7 +191,8 @@ impl Settings {
         let blocks = read("maxPrefixBlocksToMatch", self.max_prefix_blocks_to_match)?;
         Ok(match (tokens, blocks) {
             (Some(tokens), _) if tokens > 0 => Cap::Tokens(tokens),
-            (_, Some(blocks)) if blocks > 0 => Cap::Blocks(blocks),
+            // As in the reference, whose token cap has a default, only beside a token cap of 0.
+            (Some(_), Some(blocks)) if blocks > 0 => Cap::Blocks(blocks),
             _ => Cap::None,
         })
     }

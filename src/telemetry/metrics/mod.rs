@@ -48,6 +48,48 @@ fn describe() {
     }
 }
 
+/// How changes of the configuration file went.
+pub struct ConfigReloads {
+    ok: Counter,
+    error: Counter,
+    last_success: Gauge,
+}
+
+impl std::fmt::Debug for ConfigReloads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ConfigReloads")
+    }
+}
+
+impl ConfigReloads {
+    /// The series of a process whose first configuration is in use.
+    pub fn new() -> Self {
+        let count = |result| metrics::counter!("pinpod_config_reloads_total", "result" => result);
+        let reloads = Self {
+            ok: count("ok"),
+            error: count("error"),
+            last_success: metrics::gauge!("pinpod_config_last_reload_success"),
+        };
+        // Both results are there from the start, so that a rate can be taken of them.
+        reloads.ok.increment(0);
+        reloads.error.increment(0);
+        reloads.last_success.set(1.0);
+        reloads
+    }
+
+    /// Counts a reload.
+    pub fn record(&self, ok: bool) {
+        if ok { &self.ok } else { &self.error }.increment(1);
+        self.last_success.set(if ok { 1.0 } else { 0.0 });
+    }
+}
+
+impl Default for ConfigReloads {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// A current series and its legacy twin, written together.
 #[derive(Clone)]
 pub struct Pair<T> {
