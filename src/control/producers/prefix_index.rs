@@ -5,6 +5,10 @@
 //! `SEGMENT_BLOCKS` of a chain share a shard, so that a walk takes few locks. Lookups and refreshes
 //! take a shard's read lock for well under a microsecond; only blocks new to an endpoint write.
 //!
+//! A walk looks at the last block of each segment: whoever was sent that one was sent the whole chain
+//! before it, and its engine used those blocks no earlier. Only the segment in which an endpoint drops
+//! out is walked block by block.
+//!
 //! Recency is a clock per endpoint that ticks when a block enters, or returns to, the younger half
 //! of its capacity. A holder is live while its stamp is less than `capacity` ticks old, so an
 //! endpoint never has more than `capacity` live blocks, exactly, and the least recently sent go
@@ -84,6 +88,7 @@ impl EndpointClock {
 #[derive(Debug, Default)]
 pub struct WalkScratch {
     alive: Vec<Walker>,
+    dropping: Vec<Walker>,
     found: Vec<Found>,
 }
 
@@ -94,7 +99,7 @@ pub struct Found {
     pub endpoint: u32,
     /// Consecutive blocks from the first.
     pub blocks: u32,
-    /// Leading ones that need no refreshing when the chain is sent there again.
+    /// Leading ones, in whole segments, that need no refreshing when the chain is sent there again.
     pub young: u32,
 }
 
@@ -104,24 +109,44 @@ struct Walker {
     endpoint: u32,
     now: u32,
     capacity: u32,
-    /// Depth of the first block in the older half.
-    old_from: u32,
+    /// Leading blocks of segments whose last block is in the younger half.
+    young: u32,
+    all_young: bool,
 }
 
 impl Walker {
-    fn holds(&mut self, holder: &Holder, depth: u32) -> bool {
+    fn new(endpoint: u32, clocks: &[Arc<EndpointClock>]) -> Option<Self> {
+        let clock = clocks.get(endpoint as usize)?;
+        Some(Self {
+            endpoint,
+            now: clock.now.load(Ordering::Relaxed),
+            capacity: clock.capacity(),
+            young: 0,
+            all_young: true,
+        })
+    }
+
+    /// Age of its holder in an entry, while that is live.
+    fn age(&self, holders: &[Holder]) -> Option<u32> {
+        let at = holders.binary_search_by_key(&self.endpoint, |h| h.endpoint);
+        let holder = holders.get(at.ok()?)?;
         let age = self.now.wrapping_sub(holder.stamp.load(Ordering::Relaxed));
-        if age >= self.capacity / 2 {
-            self.old_from = self.old_from.min(depth);
+        (age < self.capacity).then_some(age)
+    }
+
+    /// It holds a segment of `blocks`, whose last one is `age` old.
+    fn pass(&mut self, blocks: u32, age: u32) {
+        self.all_young &= age < self.capacity / 2;
+        if self.all_young {
+            self.young += blocks;
         }
-        holder.endpoint == self.endpoint && age < self.capacity
     }
 
     fn found(&self, depth: u32) -> Found {
         Found {
             endpoint: self.endpoint,
             blocks: depth,
-            young: self.old_from.min(depth),
+            young: self.young,
         }
     }
 }
@@ -148,74 +173,65 @@ impl PrefixIndex {
     }
 
     /// How many consecutive blocks of `chain`, from its first, each endpoint holds; endpoints that
-    /// hold none are not listed. One walk, whatever the number of endpoints; stops when nobody matches.
+    /// hold none are not listed. `chain` must be whole, from a prompt's first block. One walk, whatever
+    /// the number of endpoints that do not match; stops when nobody does.
     pub fn match_chain<'s>(&self, chain: &[u64], scratch: &'s mut WalkScratch) -> &'s [Found] {
-        let WalkScratch { alive, found } = scratch;
+        let WalkScratch {
+            alive,
+            dropping,
+            found,
+        } = scratch;
         alive.clear();
         found.clear();
         let mut depth = 0;
-        'walk: for segment in chain.chunks(SEGMENT_BLOCKS) {
-            let Some(shard) = self.shard(segment) else {
+        for segment in chain.chunks(SEGMENT_BLOCKS) {
+            let (Some(shard), Some((last, front))) = (self.shard(segment), segment.split_last())
+            else {
                 break;
             };
             let shard = shard.read();
-            for hash in segment {
-                let Some(entry) = shard.table.find(*hash, |entry| entry.hash == *hash) else {
-                    break 'walk;
-                };
-                let holders = entry.holders.as_slice();
-                if depth == 0 {
-                    self.begin_walk(holders, alive);
-                }
-                // Mostly the same endpoints hold block after block.
-                let same = holders.len() == alive.len()
-                    && holders
-                        .iter()
-                        .zip(alive.iter_mut())
-                        .all(|(holder, walker)| walker.holds(holder, depth));
-                if !same {
-                    let mut rest = holders.iter().peekable();
-                    alive.retain_mut(|walker| {
-                        while rest
-                            .next_if(|holder| holder.endpoint < walker.endpoint)
-                            .is_some()
-                        {}
-                        let stays = rest
-                            .next_if(|holder| holder.endpoint == walker.endpoint)
-                            .is_some_and(|holder| walker.holds(holder, depth));
-                        if !stays && depth > 0 {
-                            found.push(walker.found(depth));
-                        }
-                        stays
-                    });
-                }
-                if alive.is_empty() {
-                    break 'walk;
-                }
-                depth += 1;
+            let holders = shard.holders(*last);
+            if depth == 0 {
+                let first = front.first().map(|hash| shard.holders(*hash));
+                self.begin_walk(first.unwrap_or_default(), holders, alive);
             }
+            let blocks = u32::try_from(segment.len()).unwrap_or(u32::MAX);
+            dropping.clear();
+            alive.retain_mut(|walker| match walker.age(holders) {
+                Some(age) => {
+                    walker.pass(blocks, age);
+                    true
+                }
+                None => {
+                    dropping.push(*walker);
+                    false
+                }
+            });
+            shard.walk_blocks(front, depth, dropping, found);
+            if alive.is_empty() {
+                return found;
+            }
+            depth += blocks;
         }
-        if depth > 0 {
-            found.extend(alive.iter().map(|walker| walker.found(depth)));
-        }
+        found.extend(alive.iter().map(|walker| walker.found(depth)));
         found
     }
 
-    /// Every holder of the first block starts; the walk drops those that no longer hold it.
-    fn begin_walk(&self, holders: &[Holder], alive: &mut Vec<Walker>) {
+    /// Everyone who holds the first block or the last one of the first segment starts.
+    fn begin_walk(&self, first: &[Holder], last: &[Holder], alive: &mut Vec<Walker>) {
         let clocks = self.clocks.load();
-        alive.extend(holders.iter().filter_map(|holder| {
-            let clock = clocks.get(holder.endpoint as usize)?;
-            Some(Walker {
-                endpoint: holder.endpoint,
-                now: clock.now.load(Ordering::Relaxed),
-                capacity: clock.capacity(),
-                old_from: u32::MAX,
-            })
-        }));
+        let start = |holder: &Holder| Walker::new(holder.endpoint, &clocks);
+        alive.extend(first.iter().filter_map(start));
+        let known = |holder: &&Holder| {
+            first
+                .binary_search_by_key(&holder.endpoint, |h| h.endpoint)
+                .is_err()
+        };
+        alive.extend(last.iter().filter(known).filter_map(start));
     }
 
-    /// Records that `endpoint` was sent `chain`, and that it keeps `capacity` blocks. Nothing is
+    /// Records that `endpoint` was sent `chain`, from its start or from what [`Found::young`] says, and
+    /// that it keeps `capacity` blocks. Nothing is
     /// recorded once `is_gone` says so; it is asked under the lock that [`Self::forget`] takes.
     pub fn insert(&self, endpoint: u32, chain: &[u64], capacity: u32, is_gone: impl Fn() -> bool) {
         let clock = self.clock(endpoint);
@@ -289,6 +305,42 @@ impl PrefixIndex {
 impl Shard {
     fn bytes(&self) -> usize {
         self.table.capacity() * ENTRY_BYTES + self.extra_holders * EXTRA_HOLDER_BYTES
+    }
+
+    /// Who holds the block `hash`, by endpoint.
+    fn holders(&self, hash: u64) -> &[Holder] {
+        let entry = self.table.find(hash, |entry| entry.hash == hash);
+        entry.map(|e| e.holders.as_slice()).unwrap_or_default()
+    }
+
+    /// Finds out where in a segment, whose last block is not in `front`, each of `walkers` drops out.
+    fn walk_blocks(
+        &self,
+        front: &[u64],
+        mut depth: u32,
+        walkers: &mut Vec<Walker>,
+        found: &mut Vec<Found>,
+    ) {
+        let mut drop_out = |walker: &Walker, depth: u32| {
+            if depth > 0 {
+                found.push(walker.found(depth));
+            }
+        };
+        for hash in front {
+            if walkers.is_empty() {
+                return;
+            }
+            let holders = self.holders(*hash);
+            walkers.retain(|walker| {
+                let stays = walker.age(holders).is_some();
+                if !stays {
+                    drop_out(walker, depth);
+                }
+                stays
+            });
+            depth += 1;
+        }
+        walkers.iter().for_each(|walker| drop_out(walker, depth));
     }
 
     /// Refreshes the stamps of `segment`; false when the endpoint lacks one of its blocks.
@@ -418,28 +470,53 @@ mod tests {
     }
 
     #[test]
-    fn only_the_older_half_needs_refreshing() {
+    fn only_segments_in_the_older_half_need_refreshing() {
         let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
         let young = |chain: &[u64]| index.match_chain(chain, &mut WalkScratch::default())[0].young;
         let blocks = chain(8, 10);
         insert(&index, 0, &blocks, 40);
-        // Ticks 1 to 10, the tail first: the head is 0 ticks old, the tail 9.
+        // Ticks 1 to 10, the tail first: the tail is 9 ticks old.
         assert_eq!(young(&blocks), 10);
-        // 15 ticks later block 5 is 20 ticks old, half of 40: it and those behind it count as old.
+        // 15 ticks later it is 24 old, over half of 40.
         insert(&index, 0, &chain(9, 15), 40);
-        assert_eq!(young(&blocks), 5);
-        insert(&index, 0, &blocks[5..], 40);
-        assert_eq!(young(&blocks), 0, "five ticks more make the head 20 old");
+        assert_eq!(young(&blocks), 0);
+        // Sent again, the blocks of 20 ticks and more move to the front: 5 to 9, at ticks 30 to 26.
+        insert(&index, 0, &blocks, 40);
+        assert_eq!(young(&blocks), 10);
     }
 
     #[test]
-    fn a_gap_ends_the_match() {
+    fn a_prefix_lives_as_long_as_a_chain_through_it_is_used() {
         let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
-        let blocks = chain(3, 10);
-        insert(&index, 1, &blocks, 1000);
-        insert(&index, 0, &blocks[5..], 1000);
-        insert(&index, 0, &blocks[..2], 1000);
-        assert_eq!(matched(&index, &blocks, 2), [2, 10]);
+        let shared = chain(20, 10);
+        let session = |i: u64| [shared.clone(), chain(100 + i, 54)].concat();
+        // Each session is told only what is not young, as a pick does; 40 of them are 2,560 blocks.
+        for round in 0..200 {
+            let blocks = session(round % 40);
+            let found = index
+                .match_chain(&blocks, &mut WalkScratch::default())
+                .first()
+                .copied();
+            let young = found.map_or(0, |f| f.young as usize);
+            insert(&index, 0, &blocks[young..], 3000);
+            assert_eq!(
+                matched(&index, &session(1000 + round), 1),
+                [10],
+                "round {round}"
+            );
+        }
+    }
+
+    #[test]
+    fn endpoints_drop_out_in_any_segment() {
+        let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
+        let blocks = chain(3, 300);
+        let lengths = [0, 1, 63, 64, 65, 127, 128, 129, 299, 300];
+        for (endpoint, length) in (0..).zip(lengths) {
+            insert(&index, endpoint, &blocks[..length], 1000);
+        }
+        let wanted: Vec<u32> = lengths.map(|n| u32::try_from(n).unwrap()).to_vec();
+        assert_eq!(matched(&index, &blocks, lengths.len()), wanted);
     }
 
     #[test]
