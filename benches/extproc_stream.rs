@@ -21,6 +21,7 @@ use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http2::{SendRequest, handshake};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use pinpod::demo::processes::{Picker, Process, free_ports};
+use pinpod::demo::report::percentile;
 use pinpod::extproc::proto::processing_request::Request as Message;
 use pinpod::extproc::proto::processing_response::Response as Reply;
 use pinpod::extproc::proto::{
@@ -82,6 +83,8 @@ struct Measured {
     requests: usize,
     requests_per_second: f64,
     cpu_us_per_request: f64,
+    /// To the first server, measured right before.
+    ratio: f64,
     decision_p50_us: f64,
     decision_p99_us: f64,
 }
@@ -97,8 +100,8 @@ fn main() -> anyhow::Result<()> {
     };
     let has = |name: &str| arguments.iter().any(|a| a == name);
     let plan = Plan {
-        seconds: value("--seconds").map_or(Ok(2.0), |s| s.parse())?,
-        rounds: value("--rounds").map_or(Ok(3), |s| s.parse())?,
+        seconds: value("--seconds").map_or(Ok(1.0), |s| s.parse())?,
+        rounds: value("--rounds").map_or(Ok(7), |s| s.parse())?,
         case: value("--case").unwrap_or_default(),
         streams: match value("--streams") {
             Some(streams) => vec![streams.parse()?],
@@ -255,7 +258,8 @@ struct Plan {
     streams: Vec<usize>,
 }
 
-/// Every case and stream count, servers in turn; of the rounds the one with the median CPU counts.
+/// Every case and stream count, servers in turn, round after round: the machine's speed drifts, so a
+/// ratio is that of two neighbours. The round with the median CPU and the median ratio count.
 async fn measure_all(servers: &[Server], plan: &Plan) -> anyhow::Result<Vec<Measured>> {
     let mut results: Vec<Measured> = Vec::new();
     for case in CASES.iter().filter(|c| c.name.contains(&plan.case)) {
@@ -263,14 +267,22 @@ async fn measure_all(servers: &[Server], plan: &Plan) -> anyhow::Result<Vec<Meas
         for &streams in &plan.streams {
             let mut rounds: Vec<Vec<Measured>> = vec![Vec::new(); servers.len()];
             for _ in 0..plan.rounds {
+                let mut first = None;
                 for (server, rounds) in servers.iter().zip(&mut rounds) {
-                    rounds.push(measure(server, case, streams, plan.seconds, &messages).await?);
+                    let mut round = measure(server, case, streams, plan.seconds, &messages).await?;
+                    let base = *first.get_or_insert(round.cpu_us_per_request);
+                    round.ratio = round.cpu_us_per_request / base;
+                    rounds.push(round);
                 }
             }
             for mut rounds in rounds {
+                let mut ratios: Vec<f64> = rounds.iter().map(|r| r.ratio).collect();
                 rounds.sort_by(|a, b| a.cpu_us_per_request.total_cmp(&b.cpu_us_per_request));
                 let median = rounds.len() / 2;
-                results.extend(rounds.into_iter().nth(median));
+                if let Some(mut round) = rounds.into_iter().nth(median) {
+                    round.ratio = percentile(&mut ratios, 0.5);
+                    results.push(round);
+                }
             }
         }
     }
@@ -343,8 +355,9 @@ async fn measure(
         requests,
         requests_per_second: requests as f64 / elapsed,
         cpu_us_per_request: cpu * 1e6 / requests as f64,
-        decision_p50_us: pinpod::demo::report::percentile(&mut decisions, 0.5),
-        decision_p99_us: pinpod::demo::report::percentile(&mut decisions, 0.99),
+        ratio: 1.0,
+        decision_p50_us: percentile(&mut decisions, 0.5),
+        decision_p99_us: percentile(&mut decisions, 0.99),
     })
 }
 
@@ -628,19 +641,14 @@ fn report(results: &[Measured], json: bool) -> anyhow::Result<()> {
     );
     show("|---|---|---|---|---|---|---|---|");
     for measured in results {
-        let floor = results
-            .iter()
-            .find(|r| r.case == measured.case && r.streams == measured.streams);
-        let ratio = floor.map_or(f64::NAN, |f| {
-            measured.cpu_us_per_request / f.cpu_us_per_request
-        });
         show(&format!(
-            "| {} | {} | {} | {:.0} | {:.0} | {ratio:.2} | {:.0} | {:.0} |",
+            "| {} | {} | {} | {:.0} | {:.0} | {:.2} | {:.0} | {:.0} |",
             measured.case,
             measured.streams,
             measured.server,
             measured.requests_per_second,
             measured.cpu_us_per_request,
+            measured.ratio,
             measured.decision_p50_us,
             measured.decision_p99_us,
         ));
