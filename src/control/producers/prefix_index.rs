@@ -197,15 +197,13 @@ impl PrefixIndex {
             }
             let blocks = u32::try_from(segment.len()).unwrap_or(u32::MAX);
             dropping.clear();
-            alive.retain_mut(|walker| match walker.age(holders) {
-                Some(age) => {
-                    walker.pass(blocks, age);
-                    true
+            alive.retain_mut(|walker| {
+                let age = walker.age(holders);
+                match age {
+                    Some(age) => walker.pass(blocks, age),
+                    None => dropping.push(*walker),
                 }
-                None => {
-                    dropping.push(*walker);
-                    false
-                }
+                age.is_some()
             });
             shard.walk_blocks(front, depth, dropping, found);
             if alive.is_empty() {
@@ -340,7 +338,9 @@ impl Shard {
             });
             depth += 1;
         }
-        walkers.iter().for_each(|walker| drop_out(walker, depth));
+        for walker in walkers.iter() {
+            drop_out(walker, depth);
+        }
     }
 
     /// Refreshes the stamps of `segment`; false when the endpoint lacks one of its blocks.
