@@ -40,7 +40,7 @@ demo: $(ENVOY) build ## random picks against the recommended configuration, unde
 demo-full: $(ENVOY) build ## the published workload
 	$(BIN) demo --full
 
-bench: build ## a cycle, a decision, a request against a no-op picker, idle scraping; six minutes
+bench: build ## a cycle, a decision, a request against a no-op picker, idle scraping; nine minutes
 	$(CARGO) bench --locked --bench schedule
 	$(CARGO) bench --locked --bench decision
 	$(CARGO) bench --locked --bench extproc_stream
