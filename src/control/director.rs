@@ -18,9 +18,13 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::RequestError;
 use super::candidates::{CandidatePool, Lent, Subset};
+use super::intake::{
+    BodyKnowledge, DEFAULT_FLOW, Intake, RequestId, headers_to_remove, read_request, received_id,
+    request_id, wants_cached_prefix,
+};
 use crate::datalayer::EndpointStore;
 use crate::plugin::{Attributes, Column, Hook, Leases};
-use crate::request::parsers::{ParserSet, request_path};
+use crate::request::parsers::ParserSet;
 use crate::request::rewrite::rewrite_model;
 use crate::request::{ApiKind, Body, Headers, InferenceRequest, Payload};
 use crate::response::accounting::RequestFacts;
@@ -33,78 +37,6 @@ use crate::scheduling::{
     RequestHeaderProcessor, SaturationDetector, SchedulingResult, Screener,
 };
 use crate::telemetry::metrics::Metrics;
-
-/// Request header that names the objective; current spelling first.
-const OBJECTIVE: [&str; 2] = [
-    "x-llm-d-inference-objective",
-    "x-gateway-inference-objective",
-];
-/// Request header with the fairness id.
-const FAIRNESS: [&str; 2] = [
-    "x-llm-d-inference-fairness-id",
-    "x-gateway-inference-fairness-id",
-];
-/// Request header with the model name to forward.
-const MODEL_REWRITE: [&str; 2] = ["x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"];
-/// Fairness id of requests that name none.
-const DEFAULT_FLOW: &str = "default-flow";
-/// Longest value of a header that becomes a label or a model name; longer ones count as absent.
-const MAX_NAME_BYTES: usize = 1024;
-
-/// Headers that steer endpoints or belong to the gateway: what a client sends of them must not reach
-/// an engine or its sidecar. Removed unless this process sets them itself.
-const ROUTING_HEADERS: [&str; 7] = [
-    "x-prefiller-host-port",
-    "x-encoder-hosts-ports",
-    "x-data-parallel-host-port",
-    "x-kv-cache-source-host-port",
-    "x-gateway-destination-endpoint-subset",
-    "x-gateway-destination-endpoint-served",
-    "x-llm-d-request-dropped-reason",
-];
-
-/// Headers that speak to the picker only; removed with `--strip-routing-headers` (the default).
-const CONTROL_HEADERS: [&str; 13] = [
-    "x-llm-d-inference-objective",
-    "x-gateway-inference-objective",
-    "x-llm-d-inference-fairness-id",
-    "x-gateway-inference-fairness-id",
-    "x-llm-d-model-name-rewrite",
-    "x-gateway-model-name-rewrite",
-    "x-llm-d-slo-ttft-ms",
-    "x-slo-ttft-ms",
-    "x-llm-d-slo-tpot-ms",
-    "x-slo-tpot-ms",
-    "x-llm-d-video-fps",
-    "x-llm-d-video-duration-seconds",
-    "x-llm-d-video-resolution",
-];
-
-/// How much of the body the decision may rely on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BodyKnowledge {
-    /// All of it was received.
-    Complete,
-    /// It was received but the proxy may have cut it (BUFFERED_PARTIAL).
-    MaybeCut,
-    /// There is one, but it cannot be waited for.
-    Unseen,
-    /// The request has none (GET, DELETE, an empty POST).
-    Absent,
-}
-
-/// A request as the proxy delivered it.
-#[derive(Debug)]
-pub struct Intake {
-    /// Headers, pseudo headers included.
-    pub headers: Headers,
-    /// What was received of the body.
-    pub body: Body,
-    /// The proxy's subset hint.
-    pub subset: Subset,
-    /// When the first message arrived.
-    pub received_at: Instant,
-}
 
 /// Where the request goes and what changes on the way.
 #[derive(Debug)]
@@ -346,7 +278,7 @@ impl Director {
             destination: endpoint.host_port.clone(),
             scores: None,
             set_headers: id.header().into_iter().collect(),
-            remove_headers: self.headers_to_remove(&intake.headers),
+            remove_headers: headers_to_remove(&intake.headers, self.options.strip_control_headers),
             body: intake.body,
             rewritten: false,
             account: Accounting::new(facts, Leases::default(), None),
@@ -520,7 +452,8 @@ impl Director {
             leases,
             mut set_headers,
         } = outcome;
-        let mut remove_headers = self.headers_to_remove(&request.headers);
+        let mut remove_headers =
+            headers_to_remove(&request.headers, self.options.strip_control_headers);
         remove_headers.retain(|name| !set_headers.iter().any(|(own, _)| own == name));
         set_headers.extend(id.header());
         Decision {
@@ -572,22 +505,6 @@ impl Director {
             &request.fairness_id,
             request.priority,
         )
-    }
-
-    fn headers_to_remove(&self, headers: &Headers) -> Vec<String> {
-        let control: &[&str] = if self.options.strip_control_headers {
-            &CONTROL_HEADERS
-        } else {
-            &[]
-        };
-        let mut remove = Vec::new();
-        for header in headers.iter().filter(|h| h.name.starts_with("x-")) {
-            let name = header.name.as_str();
-            if ROUTING_HEADERS.contains(&name) || control.contains(&name) {
-                remove.push(name.to_owned());
-            }
-        }
-        remove
     }
 }
 
@@ -695,17 +612,6 @@ fn screen(
     candidates.retain(|_| counts.next() == Some(screeners.len()));
 }
 
-/// `Prefer: if-available` (RFC 7240, parameters ignored): serve only from a cached prefix.
-fn wants_cached_prefix(headers: &Headers) -> bool {
-    headers
-        .iter()
-        .filter(|h| h.name == "prefer")
-        .filter_map(|h| std::str::from_utf8(&h.value).ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|preference| preference.split(';').next())
-        .any(|token| token.trim().eq_ignore_ascii_case("if-available"))
-}
-
 /// True when the first pick holds at least one block of the prompt.
 fn holds_prefix(
     columns: &[Column<PrefixMatch>],
@@ -719,81 +625,6 @@ fn holds_prefix(
         .iter()
         .filter_map(|column| attributes.get(*column)?.get(pick as usize))
         .any(|found| found.matched_blocks > 0)
-}
-
-/// Where a request's id came from.
-#[derive(Debug)]
-enum RequestId {
-    Received(String),
-    Generated(String),
-}
-
-impl RequestId {
-    fn as_str(&self) -> &str {
-        match self {
-            Self::Received(id) | Self::Generated(id) => id,
-        }
-    }
-
-    /// The header is set only when the client sent none.
-    fn header(&self) -> Option<(&'static str, Bytes)> {
-        match self {
-            Self::Received(_) => None,
-            Self::Generated(id) => Some(("x-request-id", Bytes::copy_from_slice(id.as_bytes()))),
-        }
-    }
-}
-
-fn received_id(headers: &Headers) -> Option<&str> {
-    headers.get_str("x-request-id").filter(|id| !id.is_empty())
-}
-
-fn request_id(headers: &Headers) -> RequestId {
-    match received_id(headers) {
-        Some(id) => RequestId::Received(id.to_owned()),
-        None => RequestId::Generated(uuid::Uuid::new_v4().to_string()),
-    }
-}
-
-fn named<'a>(headers: &'a Headers, names: &[&str]) -> Option<&'a str> {
-    headers
-        .first_present(names)
-        .filter(|v| !v.is_empty() && v.len() <= MAX_NAME_BYTES)
-}
-
-/// Parses the body and applies the model rewrite header.
-fn read_request(
-    parsers: &ParserSet,
-    headers: Headers,
-    body: Body,
-    knowledge: BodyKnowledge,
-) -> Result<(InferenceRequest, RequestId), RequestError> {
-    let path = request_path(&headers).to_owned();
-    let payload = match knowledge {
-        BodyKnowledge::Complete => parsers.resolve(&path)?.parse(&path, &body)?,
-        // What cannot be read in full is routed by load alone.
-        BodyKnowledge::MaybeCut => parsers
-            .resolve(&path)?
-            .parse(&path, &body)
-            .unwrap_or_else(|_| Payload::raw(false)),
-        BodyKnowledge::Unseen | BodyKnowledge::Absent => Payload::raw(false),
-    };
-    let id = request_id(&headers);
-    let mut request = InferenceRequest::new(id.as_str(), payload, body);
-    if let Some(target) = named(&headers, &MODEL_REWRITE) {
-        target.clone_into(&mut request.target_model);
-    }
-    if request.payload.rewritable && request.target_model.is_empty() {
-        return Err(RequestError::NoModel);
-    }
-    if let Some(objective) = named(&headers, &OBJECTIVE) {
-        objective.clone_into(&mut request.objective);
-    }
-    request.path = path;
-    // Empty until the plugins that read headers have run.
-    request.fairness_id = named(&headers, &FAIRNESS).unwrap_or_default().to_owned();
-    request.headers = headers;
-    Ok((request, id))
 }
 
 fn usage_format(payload: &Payload) -> Option<UsageFormat> {

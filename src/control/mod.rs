@@ -6,10 +6,12 @@ pub mod candidates;
 pub mod director;
 mod error;
 pub mod header_processors;
+mod intake;
 pub mod producers;
 pub mod screeners;
 pub mod session_affinity;
 
 pub use candidates::Subset;
-pub use director::{BodyKnowledge, Decision, Director, Intake, Step, Waiting};
+pub use director::{Decision, Director, Step, Waiting};
 pub use error::RequestError;
+pub use intake::{BodyKnowledge, Intake};

@@ -1,0 +1,181 @@
+//! What a request says before it is scheduled: id, headers for the picker, parsed body.
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::RequestError;
+use super::candidates::Subset;
+use crate::request::parsers::{ParserSet, request_path};
+use crate::request::{Body, Headers, InferenceRequest, Payload};
+
+/// Request header that names the objective; current spelling first.
+const OBJECTIVE: [&str; 2] = [
+    "x-llm-d-inference-objective",
+    "x-gateway-inference-objective",
+];
+/// Request header with the fairness id.
+const FAIRNESS: [&str; 2] = [
+    "x-llm-d-inference-fairness-id",
+    "x-gateway-inference-fairness-id",
+];
+/// Request header with the model name to forward.
+const MODEL_REWRITE: [&str; 2] = ["x-llm-d-model-name-rewrite", "x-gateway-model-name-rewrite"];
+/// Fairness id of requests that name none.
+pub(super) const DEFAULT_FLOW: &str = "default-flow";
+/// Longest value of a header that becomes a label or a model name; longer ones count as absent.
+const MAX_NAME_BYTES: usize = 1024;
+
+/// Headers that steer endpoints or belong to the gateway: what a client sends of them must not reach
+/// an engine or its sidecar. Removed unless this process sets them itself.
+const ROUTING_HEADERS: [&str; 7] = [
+    "x-prefiller-host-port",
+    "x-encoder-hosts-ports",
+    "x-data-parallel-host-port",
+    "x-kv-cache-source-host-port",
+    "x-gateway-destination-endpoint-subset",
+    "x-gateway-destination-endpoint-served",
+    "x-llm-d-request-dropped-reason",
+];
+
+/// Headers that speak to the picker only; removed with `--strip-routing-headers` (the default).
+const CONTROL_HEADERS: [&str; 13] = [
+    "x-llm-d-inference-objective",
+    "x-gateway-inference-objective",
+    "x-llm-d-inference-fairness-id",
+    "x-gateway-inference-fairness-id",
+    "x-llm-d-model-name-rewrite",
+    "x-gateway-model-name-rewrite",
+    "x-llm-d-slo-ttft-ms",
+    "x-slo-ttft-ms",
+    "x-llm-d-slo-tpot-ms",
+    "x-slo-tpot-ms",
+    "x-llm-d-video-fps",
+    "x-llm-d-video-duration-seconds",
+    "x-llm-d-video-resolution",
+];
+
+/// How much of the body the decision may rely on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BodyKnowledge {
+    /// All of it was received.
+    Complete,
+    /// It was received but the proxy may have cut it (BUFFERED_PARTIAL).
+    MaybeCut,
+    /// There is one, but it cannot be waited for.
+    Unseen,
+    /// The request has none (GET, DELETE, an empty POST).
+    Absent,
+}
+
+/// A request as the proxy delivered it.
+#[derive(Debug)]
+pub struct Intake {
+    /// Headers, pseudo headers included.
+    pub headers: Headers,
+    /// What was received of the body.
+    pub body: Body,
+    /// The proxy's subset hint.
+    pub subset: Subset,
+    /// When the first message arrived.
+    pub received_at: Instant,
+}
+
+/// Where a request's id came from.
+#[derive(Debug)]
+pub(super) enum RequestId {
+    Received(String),
+    Generated(String),
+}
+
+impl RequestId {
+    pub(super) fn as_str(&self) -> &str {
+        match self {
+            Self::Received(id) | Self::Generated(id) => id,
+        }
+    }
+
+    /// The header is set only when the client sent none.
+    pub(super) fn header(&self) -> Option<(&'static str, Bytes)> {
+        match self {
+            Self::Received(_) => None,
+            Self::Generated(id) => Some(("x-request-id", Bytes::copy_from_slice(id.as_bytes()))),
+        }
+    }
+}
+
+pub(super) fn received_id(headers: &Headers) -> Option<&str> {
+    headers.get_str("x-request-id").filter(|id| !id.is_empty())
+}
+
+pub(super) fn request_id(headers: &Headers) -> RequestId {
+    match received_id(headers) {
+        Some(id) => RequestId::Received(id.to_owned()),
+        None => RequestId::Generated(uuid::Uuid::new_v4().to_string()),
+    }
+}
+
+fn named<'a>(headers: &'a Headers, names: &[&str]) -> Option<&'a str> {
+    headers
+        .first_present(names)
+        .filter(|v| !v.is_empty() && v.len() <= MAX_NAME_BYTES)
+}
+
+/// Parses the body and applies the model rewrite header.
+pub(super) fn read_request(
+    parsers: &ParserSet,
+    headers: Headers,
+    body: Body,
+    knowledge: BodyKnowledge,
+) -> Result<(InferenceRequest, RequestId), RequestError> {
+    let path = request_path(&headers).to_owned();
+    let payload = match knowledge {
+        BodyKnowledge::Complete => parsers.resolve(&path)?.parse(&path, &body)?,
+        // What cannot be read in full is routed by load alone.
+        BodyKnowledge::MaybeCut => parsers
+            .resolve(&path)?
+            .parse(&path, &body)
+            .unwrap_or_else(|_| Payload::raw(false)),
+        BodyKnowledge::Unseen | BodyKnowledge::Absent => Payload::raw(false),
+    };
+    let id = request_id(&headers);
+    let mut request = InferenceRequest::new(id.as_str(), payload, body);
+    if let Some(target) = named(&headers, &MODEL_REWRITE) {
+        target.clone_into(&mut request.target_model);
+    }
+    if request.payload.rewritable && request.target_model.is_empty() {
+        return Err(RequestError::NoModel);
+    }
+    if let Some(objective) = named(&headers, &OBJECTIVE) {
+        objective.clone_into(&mut request.objective);
+    }
+    request.path = path;
+    // Empty until the plugins that read headers have run.
+    request.fairness_id = named(&headers, &FAIRNESS).unwrap_or_default().to_owned();
+    request.headers = headers;
+    Ok((request, id))
+}
+
+/// `Prefer: if-available` (RFC 7240, parameters ignored): serve only from a cached prefix.
+pub(super) fn wants_cached_prefix(headers: &Headers) -> bool {
+    headers
+        .iter()
+        .filter(|h| h.name == "prefer")
+        .filter_map(|h| std::str::from_utf8(&h.value).ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|preference| preference.split(';').next())
+        .any(|token| token.trim().eq_ignore_ascii_case("if-available"))
+}
+
+/// Names of the received headers that must not go on: what steers endpoints and, with `control`, what
+/// speaks to the picker only.
+pub(super) fn headers_to_remove(headers: &Headers, control: bool) -> Vec<String> {
+    let control: &[&str] = if control { &CONTROL_HEADERS } else { &[] };
+    let mut remove = Vec::new();
+    for header in headers.iter().filter(|h| h.name.starts_with("x-")) {
+        let name = header.name.as_str();
+        if ROUTING_HEADERS.contains(&name) || control.contains(&name) {
+            remove.push(name.to_owned());
+        }
+    }
+    remove
+}
