@@ -120,10 +120,7 @@ pub fn join(slices: &[Bytes]) -> Bytes {
 
 /// Received bytes that are not consumed yet.
 #[derive(Debug, Default)]
-pub struct Inbox {
-    frames: VecDeque<Bytes>,
-    buffered: usize,
-}
+pub struct Inbox(Segments);
 
 /// A gRPC message as it came.
 #[derive(Debug)]
@@ -137,24 +134,21 @@ pub struct Framed {
 impl Inbox {
     /// Appends what one HTTP/2 frame brought.
     pub fn push(&mut self, frame: Bytes) {
-        if !frame.is_empty() {
-            self.buffered += frame.len();
-            self.frames.push_back(frame);
-        }
+        self.0.push(frame);
     }
 
     /// True when no byte waits.
     pub fn is_empty(&self) -> bool {
-        self.buffered == 0
+        self.0.is_empty()
     }
 
     /// The next complete message, if it is there; an error when it is longer than `limit`.
     pub fn next(&mut self, limit: usize) -> Result<Option<Framed>, Status> {
-        if self.buffered < PREFIX_BYTES {
+        if self.0.len() < PREFIX_BYTES {
             return Ok(None);
         }
         let mut prefix = [0; PREFIX_BYTES];
-        let bytes = self.frames.iter().flat_map(|frame| frame.iter());
+        let bytes = self.0.parts.iter().flat_map(|part| part.iter());
         prefix
             .iter_mut()
             .zip(bytes)
@@ -166,10 +160,10 @@ impl Inbox {
                 "grpc: received message larger than max ({length} vs. {limit})"
             )));
         }
-        if self.buffered < PREFIX_BYTES + length {
+        if self.0.len() < PREFIX_BYTES + length {
             return Ok(None);
         }
-        self.take(PREFIX_BYTES);
+        self.0.advance(PREFIX_BYTES);
         let compressed = match flag {
             0 => false,
             1 => true,
@@ -177,26 +171,8 @@ impl Inbox {
         };
         Ok(Some(Framed {
             compressed,
-            slices: self.take(length),
+            slices: self.0.split_front(length),
         }))
-    }
-
-    /// Removes `count` bytes, at most those that are there.
-    fn take(&mut self, mut count: usize) -> Slices {
-        let mut taken = Slices::new();
-        while count > 0
-            && let Some(front) = self.frames.front_mut()
-        {
-            let now = count.min(front.len());
-            if now == front.len() {
-                taken.extend(self.frames.pop_front());
-            } else {
-                taken.push(front.split_to(now));
-            }
-            count -= now;
-            self.buffered -= now;
-        }
-        taken
     }
 }
 
@@ -347,21 +323,25 @@ impl Segments {
         if length > self.remaining {
             return Err(malformed());
         }
+        Ok(self.split_front(length))
+    }
+
+    /// Removes `count` bytes, at most those that are there.
+    fn split_front(&mut self, mut count: usize) -> Slices {
         let mut taken = Slices::new();
-        let mut missing = length;
-        while missing > 0
+        while count > 0
             && let Some(front) = self.parts.front_mut()
         {
-            let now = missing.min(front.len());
+            let now = count.min(front.len());
             if now == front.len() {
                 taken.extend(self.parts.pop_front());
             } else {
                 taken.push(front.split_to(now));
             }
-            missing -= now;
+            count -= now;
+            self.remaining -= now;
         }
-        self.remaining -= length;
-        Ok(taken)
+        taken
     }
 }
 
