@@ -4,7 +4,8 @@
 //! [`request::InferenceRequest`]) → [`control`] (the use case, top to bottom) → [`scheduling`]
 //! (filter, score, pick) → [`response`] (usage, timing, release).
 //!
-//! Beside the path: [`datalayer`] (endpoints and what is scraped from them), [`plugin`] (what all
+//! Beside the path: [`datalayer`] (endpoints and what is scraped from them), [`kvcache`] (what every
+//! endpoint's KV cache holds), [`plugin`] (what all
 //! plugins share), [`config`] (`EndpointPickerConfig` to running plugins), [`telemetry`] (logs and
 //! metrics), [`epp`] (the process). Separate rooms: [`sim`] (a stand-in for a vLLM pod), [`demo`].
 
@@ -15,6 +16,7 @@ pub mod datalayer;
 pub mod demo;
 pub mod epp;
 pub mod extproc;
+pub mod kvcache;
 pub mod plugin;
 pub mod request;
 pub mod response;

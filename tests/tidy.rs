@@ -8,6 +8,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("plugin", &["telemetry"]),
     ("request", &["plugin", "telemetry"]),
     ("datalayer", &["plugin", "telemetry"]),
+    ("kvcache", &["request", "datalayer", "plugin", "telemetry"]),
     ("response", &["plugin", "request", "datalayer", "telemetry"]),
     (
         "scheduling",
@@ -18,6 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "scheduling",
             "response",
+            "kvcache",
             "request",
             "datalayer",
             "plugin",
@@ -29,6 +31,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "config",
         &[
             "control",
+            "kvcache",
             "response",
             "scheduling",
             "request",

@@ -1,0 +1,1 @@
+//! Which endpoints hold which blocks.

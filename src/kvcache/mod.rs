@@ -1,0 +1,8 @@
+//! What every endpoint's KV cache holds, block by block: the events engines publish ([`events`]), the
+//! index made of them ([`index`]), and the tokens that name a block ([`tokens`]).
+//!
+//! Does not know ext_proc, scheduling or plugins.
+
+pub mod events;
+pub mod index;
+pub mod tokens;
