@@ -67,6 +67,7 @@ fn measure(endpoints: usize, prompt_bytes: usize) -> anyhow::Result<(f64, f64)> 
         let intake = Intake {
             headers: headers(),
             body: pieces.iter().cloned().collect::<Body>(),
+            early: None,
             subset: Subset::Any,
             received_at: Instant::now(),
         };

@@ -24,9 +24,9 @@ use super::intake::{
 };
 use crate::datalayer::EndpointStore;
 use crate::plugin::{Attributes, Column, Hook, Leases};
-use crate::request::parsers::ParserSet;
+use crate::request::parsers::{ParserSet, request_path};
 use crate::request::rewrite::rewrite_model;
-use crate::request::{ApiKind, Body, Headers, InferenceRequest, Payload};
+use crate::request::{ApiKind, Body, Early, Headers, InferenceRequest, Payload};
 use crate::response::accounting::RequestFacts;
 use crate::response::usage::UsageFormat;
 use crate::response::{Accounting, ResponseHooks};
@@ -191,6 +191,16 @@ impl Director {
         self.active.store(Arc::new(config));
     }
 
+    /// Begins to read a body whose end is still to come. `None` when its parser wants it whole.
+    pub fn read_early(&self, headers: &Headers) -> Option<Early> {
+        let config = self.active.load();
+        let path = request_path(headers);
+        let reading = config.parsers.resolve(path).ok()?.begin(path)?;
+        let mut producers = config.producers.iter();
+        let block_tokens = producers.find_map(|hook| hook.plugin.early_block_tokens());
+        Some(Early::new(reading, block_tokens))
+    }
+
     /// Decides, as far as possible without waiting.
     pub fn decide(&self, intake: Intake, knowledge: BodyKnowledge) -> Step {
         let started = Instant::now();
@@ -292,10 +302,12 @@ impl Director {
         let Intake {
             headers,
             body,
+            early,
             subset,
             received_at,
         } = intake;
-        let (mut request, id) = match read_request(&config.parsers, headers, body, knowledge) {
+        let read = read_request(&config.parsers, headers, body, early, knowledge);
+        let (mut request, id) = match read {
             Ok(read) => read,
             Err(error) => {
                 self.note_refusal(&error);

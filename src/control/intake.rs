@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use super::RequestError;
 use super::candidates::Subset;
 use crate::request::parsers::{ParserSet, request_path};
-use crate::request::{Body, Headers, InferenceRequest, Payload};
+use crate::request::{Body, Early, Headers, InferenceRequest, Payload};
 
 /// Request header that names the objective; current spelling first.
 const OBJECTIVE: [&str; 2] = [
@@ -74,6 +74,8 @@ pub struct Intake {
     pub headers: Headers,
     /// What was received of the body.
     pub body: Body,
+    /// What was read of the body while it arrived.
+    pub early: Option<Early>,
     /// The proxy's subset hint.
     pub subset: Subset,
     /// When the first message arrived.
@@ -125,11 +127,20 @@ pub(super) fn read_request(
     parsers: &ParserSet,
     headers: Headers,
     body: Body,
+    early: Option<Early>,
     knowledge: BodyKnowledge,
 ) -> Result<(InferenceRequest, RequestId), RequestError> {
     let path = request_path(&headers).to_owned();
+    let mut first_blocks = None;
     let payload = match knowledge {
-        BodyKnowledge::Complete => parsers.resolve(&path)?.parse(&path, &body)?,
+        BodyKnowledge::Complete => match early {
+            Some(early) => {
+                let (payload, blocks) = early.finish(&body)?;
+                first_blocks = blocks;
+                payload
+            }
+            None => parsers.resolve(&path)?.parse(&path, &body)?,
+        },
         // What cannot be read in full is routed by load alone.
         BodyKnowledge::MaybeCut => parsers
             .resolve(&path)?
@@ -139,6 +150,7 @@ pub(super) fn read_request(
     };
     let id = request_id(&headers);
     let mut request = InferenceRequest::new(id.as_str(), payload, body);
+    request.first_blocks = first_blocks;
     if let Some(target) = named(&headers, &MODEL_REWRITE) {
         target.clone_into(&mut request.target_model);
     }

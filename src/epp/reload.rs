@@ -428,6 +428,7 @@ mod tests {
                 .into_iter()
                 .collect(),
             body: [Bytes::from(body)].into_iter().collect(),
+            early: None,
             subset: Subset::Any,
             received_at: Instant::now(),
         };

@@ -29,7 +29,7 @@ use super::wire::{Incoming, Reply, Slices, join};
 use crate::control::{
     BodyKnowledge, Decision, Director, Intake, RequestError, Step, Subset, Waiting,
 };
-use crate::request::{Body, Headers};
+use crate::request::{Body, Early, Headers};
 use crate::response::{Accounting, MetadataNumber, ModelNameRewriter, Served};
 
 /// Destination key in headers and metadata.
@@ -52,6 +52,10 @@ const UPSTREAM_ADDRESS: &str = "upstream.address";
 /// a decision cannot wait for the end of a long body: past this many bytes it is made without the
 /// prompt. The smallest buffer seen in published gateway configurations is 32 KiB.
 const STREAMED_DECISION_BYTES: usize = 32 * 1024;
+
+/// Bytes of an incomplete body from which on it is read as it arrives. A shorter one is still in the
+/// processor's cache when its end comes.
+const READ_AHEAD_BYTES: usize = 8 * 1024;
 
 /// Limits of an exchange; the same for all.
 #[derive(Debug, Clone)]
@@ -100,6 +104,16 @@ struct Unanswered {
     trailers: bool,
 }
 
+/// A body that is read while it arrives.
+#[derive(Debug, Default)]
+enum ReadAhead {
+    #[default]
+    NotBegun,
+    /// Its parser wants it whole.
+    Unwanted,
+    Begun(Early),
+}
+
 /// One HTTP request and its response.
 #[derive(Debug)]
 pub struct Exchange {
@@ -113,6 +127,7 @@ pub struct Exchange {
     received_at: Instant,
     headers: Headers,
     body: Body,
+    early: ReadAhead,
     subset: Subset,
     unanswered: Unanswered,
     request_ended: bool,
@@ -137,6 +152,7 @@ impl Exchange {
             received_at: Instant::now(),
             headers: Headers::default(),
             body: Body::default(),
+            early: ReadAhead::NotBegun,
             subset: Subset::Any,
             unanswered: Unanswered::default(),
             request_ended: false,
@@ -322,9 +338,23 @@ impl Exchange {
                 self.decide(BodyKnowledge::Unseen);
             }
             _ if end_of_stream => self.decide(BodyKnowledge::Complete),
-            _ => {}
+            _ => self.read_ahead(),
         }
         Ok(())
+    }
+
+    /// More of the body is to come: reads what is there while it is hot.
+    fn read_ahead(&mut self) {
+        if self.body.len() < READ_AHEAD_BYTES {
+            return;
+        }
+        if let ReadAhead::NotBegun = self.early {
+            let early = self.director.read_early(&self.headers);
+            self.early = early.map_or(ReadAhead::Unwanted, ReadAhead::Begun);
+        }
+        if let ReadAhead::Begun(early) = &mut self.early {
+            early.advance(&self.body);
+        }
     }
 
     /// Trailers end the body: its last piece came without an end-of-stream mark.
@@ -377,6 +407,10 @@ impl Exchange {
         let intake = Intake {
             headers: std::mem::take(&mut self.headers),
             body: std::mem::take(&mut self.body),
+            early: match std::mem::take(&mut self.early) {
+                ReadAhead::Begun(early) => Some(early),
+                ReadAhead::NotBegun | ReadAhead::Unwanted => None,
+            },
             subset: std::mem::take(&mut self.subset),
             received_at: self.received_at,
         };

@@ -6,6 +6,7 @@
 
 pub mod anthropic;
 pub mod body;
+pub mod early;
 mod fields;
 pub mod grpc;
 pub mod headers;
@@ -25,6 +26,7 @@ pub mod vllm_grpc;
 pub mod vllm_http;
 
 pub use body::Body;
+pub use early::{Early, PromptBlocks, Reading, Settled};
 pub use headers::{Header, Headers};
 pub use payload::{
     ApiKind, Extent, MediaItem, ModelField, ParseError, Payload, Prompt, Segment, TextEncoding,
@@ -43,6 +45,12 @@ pub trait Parser: Send + Sync + std::fmt::Debug {
 
     /// Reads a complete body that was sent to `path` (no query string, no trailing slash).
     fn parse(&self, path: &str, body: &Body) -> Result<Payload, ParseError>;
+
+    /// Begins to read a body that will be sent to `path`, so that it is read while it arrives. `None`,
+    /// the default, waits for the whole body.
+    fn begin(&self, _path: &str) -> Option<Box<dyn Reading>> {
+        None
+    }
 }
 
 /// `InferencePool.spec.appProtocol`.
@@ -77,6 +85,9 @@ pub struct InferenceRequest {
     pub payload: Payload,
     /// The body as received.
     pub body: Body,
+    /// Hashes of the first prompt's text, made while the body arrived; `None` for short bodies and
+    /// wherever the order of the prompt was not what it seemed.
+    pub first_blocks: Option<Box<PromptBlocks>>,
 }
 
 impl InferenceRequest {
@@ -98,6 +109,7 @@ impl InferenceRequest {
             objective: String::new(),
             payload,
             body,
+            first_blocks: None,
         }
     }
 }

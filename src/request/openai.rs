@@ -2,11 +2,14 @@
 
 use std::ops::Range;
 
-use super::fields::{Audio, Common, Text, raw_segment, text_of, token_id};
+use super::fields::{Audio, Common, raw_segment, text_of, token_id};
 use super::keys::Key;
 use super::media::{image_url, video_url};
-use super::scan::{Event, Step, Visitor, scan_range};
-use super::{ApiKind, AppProtocol, Body, MediaItem, ParseError, Parser, Payload, Prompt, Segment};
+use super::scan::{Event, OpenString, ScanError, Scanner, Step, Visitor, scan_range};
+use super::{
+    ApiKind, AppProtocol, Body, MediaItem, ParseError, Parser, Payload, Prompt, Reading, Segment,
+    Settled,
+};
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
 
 /// Reads OpenAI bodies and their vLLM extensions. No parameters.
@@ -50,6 +53,54 @@ impl Parser for OpenAiParser {
     fn parse(&self, path: &str, body: &Body) -> Result<Payload, ParseError> {
         parse_range(api_of(path), body, 0..body.len())
     }
+
+    fn begin(&self, path: &str) -> Option<Box<dyn Reading>> {
+        Some(Box::new(ReadAhead {
+            scanner: Scanner::default(),
+            reader: Reader::new(api_of(path)),
+            read: 0,
+            failed: None,
+        }))
+    }
+}
+
+/// A body that is read while it arrives.
+#[derive(Debug)]
+struct ReadAhead {
+    scanner: Scanner,
+    reader: Reader,
+    /// Bytes of the body that were read.
+    read: usize,
+    failed: Option<ScanError>,
+}
+
+impl Reading for ReadAhead {
+    fn advance(&mut self, body: &Body) {
+        let reader = &mut self.reader;
+        for slice in body.slices(self.read..body.len()) {
+            if self.failed.is_none() {
+                let mut over = Over { reader, body };
+                self.failed = self.scanner.feed(slice, &mut over).err();
+            }
+        }
+        self.read = body.len();
+    }
+
+    fn settled(&self) -> Settled<'_> {
+        let open = self.scanner.open_string();
+        self.reader.settled(open.filter(|_| self.failed.is_none()))
+    }
+
+    fn finish(mut self: Box<Self>, body: &Body) -> Result<Payload, ParseError> {
+        self.advance(body);
+        let scanned = self.failed.map_or_else(|| self.scanner.finish(), Err);
+        scanned.map_err(malformed)?;
+        self.reader.finish(body)
+    }
+}
+
+fn malformed(error: ScanError) -> ParseError {
+    ParseError::new(format!("error unmarshaling request bodyMap: {error}"))
 }
 
 /// Reads the part of `body` at `range` as a request of `api`. Positions in the payload address the
@@ -59,10 +110,13 @@ pub(super) fn parse_range(
     body: &Body,
     range: Range<usize>,
 ) -> Result<Payload, ParseError> {
-    let mut reader = Reader::new(api, body);
-    scan_range(body, range, &mut reader)
-        .map_err(|error| ParseError::new(format!("error unmarshaling request bodyMap: {error}")))?;
-    reader.finish()
+    let mut reader = Reader::new(api);
+    let mut over = Over {
+        reader: &mut reader,
+        body,
+    };
+    scan_range(body, range, &mut over).map_err(malformed)?;
+    reader.finish(body)
 }
 
 /// The API by path, in the reference's order; anything else is read as completions.
@@ -81,11 +135,11 @@ fn api_of(path: &str) -> ApiKind {
 }
 
 /// Collects what one API needs while the body is scanned.
-struct Reader<'a> {
+#[derive(Debug)]
+struct Reader {
     api: ApiKind,
-    body: &'a Body,
     common: Common,
-    tools: Option<Range<usize>>,
+    tools: Option<Segment>,
     instructions: Option<Segment>,
     raw_input: Option<Range<usize>>,
     inline: Inline,
@@ -95,9 +149,9 @@ struct Reader<'a> {
 }
 
 /// Prompts in the three forms of `prompt` and `input`.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Texts {
-    strings: Vec<Text>,
+    strings: Vec<Segment>,
     /// Token arrays; a flat array is one.
     ids: Vec<Vec<u32>>,
     /// The ids stand in the array itself, not in arrays of it.
@@ -106,7 +160,7 @@ struct Texts {
 }
 
 /// Chat messages.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Messages {
     count: u32,
     segments: Vec<Segment>,
@@ -116,17 +170,16 @@ struct Messages {
 }
 
 /// Media inside a value that is otherwise taken as raw JSON: where each string lies, in order.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Inline {
     items: Vec<(Range<usize>, MediaItem)>,
     audio: Audio,
 }
 
-impl<'a> Reader<'a> {
-    fn new(api: ApiKind, body: &'a Body) -> Self {
+impl Reader {
+    fn new(api: ApiKind) -> Self {
         Self {
             api,
-            body,
             common: Common::default(),
             tools: None,
             instructions: None,
@@ -138,13 +191,48 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn finish(self) -> Result<Payload, ParseError> {
+    /// What of the first prompt cannot change any more, if the rest of the body is as usual: chat
+    /// messages with their role first, tools before them or not at all, one `prompt`.
+    fn settled(&self, open: Option<OpenString<'_>>) -> Settled<'_> {
+        let (closed, at_text): ([&[Segment]; 4], fn(&Self, &[Step]) -> bool) = match self.api {
+            ApiKind::ChatCompletions => {
+                let Messages {
+                    segments,
+                    role,
+                    content,
+                    ..
+                } = &self.messages;
+                let content = role.as_ref().map_or(&[][..], |_| content);
+                let closed = [self.tools.as_slice(), segments, role.as_slice(), content];
+                (closed, |reader, path| reader.messages.is_text(path))
+            }
+            ApiKind::Completions => {
+                let first = self.texts.strings.first();
+                let whole = first.map_or(&[][..], std::slice::from_ref);
+                ([whole, &[], &[], &[]], |reader, path| {
+                    reader.texts.strings.is_empty()
+                        && matches!(
+                            path,
+                            [Step::Key(Key::Prompt)] | [Step::Key(Key::Prompt), Step::Index(0)]
+                        )
+                })
+            }
+            _ => return Settled::default(),
+        };
+        let open = open.filter(|open| at_text(self, open.path));
+        Settled {
+            closed,
+            open: open.map(|open| (open.start, open.escaped)),
+        }
+    }
+
+    fn finish(self, body: &Body) -> Result<Payload, ParseError> {
         let missing = |api: &str, field: &str| {
             Err(ParseError::new(format!(
                 "invalid {api} request: must have {field} field"
             )))
         };
-        let tools = self.tools.map(raw_segment);
+        let tools = self.tools;
         let prompts = match self.api {
             ApiKind::ChatCompletions if self.messages.count == 0 => {
                 return missing("chat completions", "valid messages");
@@ -182,26 +270,26 @@ impl<'a> Reader<'a> {
                 }
             },
         };
-        Ok(self.common.payload(self.api, self.body, prompts))
+        Ok(self.common.payload(self.api, body, prompts))
     }
 
-    fn chat(&mut self, path: &[Step], event: &Event<'_>) {
+    fn chat(&mut self, path: &[Step], event: &Event<'_>, body: &Body) {
         let [Step::Key(Key::Messages), rest @ ..] = path else {
             return self.tools(path, event);
         };
-        self.messages.visit(rest, event, self.body);
+        self.messages.visit(rest, event, body);
     }
 
     fn tools(&mut self, path: &[Step], event: &Event<'_>) {
         if let ([Step::Key(Key::Tools)], Event::End(range)) = (path, event) {
-            self.tools = Some(range.clone());
+            self.tools = Some(raw_segment(range.clone()));
         }
     }
 
-    fn responses(&mut self, path: &[Step], event: &Event<'_>) {
+    fn responses(&mut self, path: &[Step], event: &Event<'_>, body: &Body) {
         match path {
             [Step::Key(Key::Input)] => self.raw(event),
-            [Step::Key(Key::Input), part @ ..] => self.inline.visit(part, event, self.body),
+            [Step::Key(Key::Input), part @ ..] => self.inline.visit(part, event, body),
             [Step::Key(Key::Instructions)] => {
                 if let Some(text) = text_of(event) {
                     self.instructions = Some(text.segment());
@@ -211,7 +299,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn conversations(&mut self, path: &[Step], event: &Event<'_>) {
+    fn conversations(&mut self, path: &[Step], event: &Event<'_>, body: &Body) {
         match (path, event) {
             ([Step::Key(Key::Items)], Event::ArrayStart) => {
                 self.items = 0;
@@ -219,7 +307,7 @@ impl<'a> Reader<'a> {
             }
             ([Step::Key(Key::Items)], _) => self.raw(event),
             ([Step::Key(Key::Items), Step::Index(_)], Event::ObjectStart) => self.items += 1,
-            ([Step::Key(Key::Items), part @ ..], _) => self.inline.visit(part, event, self.body),
+            ([Step::Key(Key::Items), part @ ..], _) => self.inline.visit(part, event, body),
             _ => {}
         }
     }
@@ -233,17 +321,24 @@ impl<'a> Reader<'a> {
     }
 }
 
-impl Visitor for Reader<'_> {
+/// A reader with the body it reads.
+struct Over<'a> {
+    reader: &'a mut Reader,
+    body: &'a Body,
+}
+
+impl Visitor for Over<'_> {
     fn visit(&mut self, path: &[Step], event: Event<'_>) {
-        if self.common.visit(path, &event) {
+        let Self { reader, body } = self;
+        if reader.common.visit(path, &event) {
             return;
         }
-        match self.api {
-            ApiKind::ChatCompletions => self.chat(path, &event),
-            ApiKind::Responses => self.responses(path, &event),
-            ApiKind::Conversations => self.conversations(path, &event),
-            ApiKind::Embeddings => self.texts.visit(path, &event, Key::Input),
-            _ => self.texts.visit(path, &event, Key::Prompt),
+        match reader.api {
+            ApiKind::ChatCompletions => reader.chat(path, &event, body),
+            ApiKind::Responses => reader.responses(path, &event, body),
+            ApiKind::Conversations => reader.conversations(path, &event, body),
+            ApiKind::Embeddings => reader.texts.visit(path, &event, Key::Input),
+            _ => reader.texts.visit(path, &event, Key::Prompt),
         }
     }
 }
@@ -298,12 +393,15 @@ impl Texts {
             {
                 *self = Self::default();
                 match text_of(event) {
-                    Some(text) => self.strings.push(text),
+                    Some(text) => self.strings.push(text.segment()),
                     None => self.invalid = *event != Event::ArrayStart,
                 }
             }
             [Step::Key(key), Step::Index(_)] if *key == field => match event {
-                Event::String { .. } => self.strings.extend(text_of(event)),
+                Event::String { .. } => {
+                    self.strings
+                        .extend(text_of(event).map(|text| text.segment()));
+                }
                 Event::Scalar(_) => match (token_id(event), self.ids.last_mut()) {
                     (Some(id), None) => {
                         self.flat = true;
@@ -333,15 +431,15 @@ impl Texts {
         if self.invalid || empty_ids || self.strings.is_empty() == self.ids.is_empty() {
             return None;
         }
-        if let [only] = self.strings.as_slice()
-            && only.range.is_empty()
+        if let [Segment::Body { range, .. }] = self.strings.as_slice()
+            && range.is_empty()
         {
             return None;
         }
         let texts = self
             .strings
-            .iter()
-            .map(|text| Prompt::Text(vec![text.segment()]));
+            .into_iter()
+            .map(|text| Prompt::Text(vec![text]));
         let tokens = self.ids.into_iter().map(|ids| Prompt::Tokens {
             ids,
             media: Vec::new(),
@@ -351,6 +449,26 @@ impl Texts {
 }
 
 impl Messages {
+    /// The string that is being read at `path` is the next text of the prompt: the role is known, and
+    /// the content is a string or a text part.
+    fn is_text(&self, path: &[Step]) -> bool {
+        let [
+            Step::Key(Key::Messages),
+            Step::Index(_),
+            Step::Key(Key::Content),
+            part @ ..,
+        ] = path
+        else {
+            return false;
+        };
+        let place = match part {
+            [] => self.content.is_empty(),
+            [Step::Index(_), Step::Key(Key::Text)] => true,
+            _ => false,
+        };
+        place && self.role.is_some()
+    }
+
     fn visit(&mut self, path: &[Step], event: &Event<'_>, body: &Body) {
         match path {
             [] if *event == Event::ArrayStart => *self = Self::default(),

@@ -274,7 +274,7 @@ mod tests {
             return false;
         };
         for prompt in &payload.prompts {
-            token_count(prompt, body, &mut |_, _| 1);
+            token_count(prompt, body, None, &mut |_, _| 1);
             if let Prompt::Text(segments) = prompt {
                 for_each_piece(segments, body, &mut |_| {});
             }

@@ -102,6 +102,17 @@ pub fn scan_range(
     scanner.finish()
 }
 
+/// A string value while it is read.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenString<'a> {
+    /// Path of the value.
+    pub path: &'a [Step],
+    /// Absolute offset behind the opening quote.
+    pub start: usize,
+    /// It has at least one backslash so far.
+    pub escaped: bool,
+}
+
 /// Bytes that are looked at together.
 const STRIDE: usize = 64;
 
@@ -188,6 +199,21 @@ impl Scanner {
         }
         self.base += piece.len();
         Ok(())
+    }
+
+    /// The string value, not key, whose end was not read yet.
+    pub fn open_string(&self) -> Option<OpenString<'_>> {
+        let in_value = matches!(
+            self.state,
+            State::String { key: false }
+                | State::Escape { key: false }
+                | State::Hex { key: false, .. }
+        );
+        in_value.then_some(OpenString {
+            path: &self.path,
+            start: self.start,
+            escaped: self.escaped,
+        })
     }
 
     /// Checks that the root value is complete.

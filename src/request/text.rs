@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Body, MediaItem, Prompt, Segment, TextEncoding};
+use super::{Body, MediaItem, Prompt, PromptBlocks, Segment, TextEncoding};
 
 /// UTF-8 bytes that count as one token where no tokenizer is asked.
 pub const BYTES_PER_TOKEN: u64 = 4;
@@ -66,10 +66,11 @@ pub fn for_each_piece(segments: &[Segment], body: &Body, f: &mut impl FnMut(Piec
 
 /// Tokens of a prompt: its ids, or one per four decoded bytes (rounded up) and its media. `media` is
 /// asked for the tokens of each item of a text, and told at which token the item begins; the media of
-/// a token prompt are part of its ids.
+/// a token prompt are part of its ids. `early` is what was read of this prompt while it arrived.
 pub fn token_count(
     prompt: &Prompt,
     body: &Body,
+    early: Option<&PromptBlocks>,
     media: &mut impl FnMut(&MediaItem, u64) -> u64,
 ) -> u64 {
     let segments = match prompt {
@@ -77,8 +78,8 @@ pub fn token_count(
         Prompt::Text(segments) => segments,
     };
     let mut tokens = 0;
-    let mut bytes = 0u64;
-    for segment in segments {
+    let (read, mut bytes) = early.map_or((0, 0), |early| (early.segments(), early.bytes()));
+    for segment in segments.get(read..).unwrap_or_default() {
         match segment {
             Segment::Body {
                 range,
@@ -102,8 +103,8 @@ pub fn token_count(
 
 /// JSON string unescaping over pieces. The scanner has checked the syntax; what still cannot be
 /// decoded (a lone surrogate) becomes U+FFFD.
-#[derive(Debug, Default)]
-struct Unescape {
+#[derive(Debug, Clone, Default)]
+pub(super) struct Unescape {
     pending: Pending,
     /// A high surrogate that waits for its low half.
     high: Option<u16>,
@@ -121,7 +122,7 @@ enum Pending {
 }
 
 impl Unescape {
-    fn push(&mut self, mut bytes: &[u8], f: &mut impl FnMut(&[u8])) {
+    pub(super) fn push(&mut self, mut bytes: &[u8], f: &mut impl FnMut(&[u8])) {
         while let Some((&first, rest)) = bytes.split_first() {
             match self.pending {
                 Pending::None => {
@@ -162,7 +163,8 @@ impl Unescape {
         }
     }
 
-    fn finish(&mut self, f: &mut impl FnMut(&[u8])) {
+    /// The string ended.
+    pub(super) fn finish(&mut self, f: &mut impl FnMut(&[u8])) {
         self.drop_lone_surrogate(f);
     }
 
@@ -255,7 +257,7 @@ mod tests {
         };
         let count = |segments| {
             let mut offsets = Vec::new();
-            let tokens = token_count(&Prompt::Text(segments), &body, &mut |_, at| {
+            let tokens = token_count(&Prompt::Text(segments), &body, None, &mut |_, at| {
                 offsets.push(at);
                 7
             });

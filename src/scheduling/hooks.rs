@@ -75,6 +75,12 @@ pub trait DataProducer: Send + Sync + Debug {
     ) -> Result<(), ProducerError> {
         self.produce(request, candidates, attributes)
     }
+
+    /// Tokens of a block, if this producer hashes the text of a prompt in blocks and is glad when that
+    /// is done while the body arrives. It is a guess that may turn out wrong.
+    fn early_block_tokens(&self) -> Option<u32> {
+        None
+    }
 }
 
 /// A producer could not do its work.

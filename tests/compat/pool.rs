@@ -200,6 +200,7 @@ impl Pool {
             body: [Bytes::copy_from_slice(body.as_bytes())]
                 .into_iter()
                 .collect(),
+            early: None,
             subset: Subset::Any,
             received_at: Instant::now(),
         };

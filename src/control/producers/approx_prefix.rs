@@ -2,11 +2,12 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use metrics::{Gauge, Histogram};
 use serde::Deserialize;
 
-use super::block_hash::hash_request;
+use super::block_hash::{Cut, hash_request};
 use super::prefix_index::{DEFAULT_BUDGET_BYTES, PrefixIndex, WalkScratch};
 use crate::datalayer::{Endpoint, EndpointListener};
 use crate::plugin::{
@@ -38,6 +39,8 @@ pub struct ApproxPrefixProducer {
     index: PrefixIndex,
     auto_tune: bool,
     block_tokens: u32,
+    /// Block size of the last request, which the next one most likely has too.
+    last_block_tokens: AtomicU32,
     /// Cap in tokens, or in blocks when only the deprecated parameter is set.
     cap: Cap,
     capacity: u32,
@@ -142,10 +145,12 @@ impl Plugin for ApproxPrefixProducer {
         let settings: Settings = build.read::<Self, _>()?;
         let own = labels(&[("plugin_name", build.name), ("plugin_type", Self::TYPE)]);
         build.keys.require::<u64>(TOKENIZED_PROMPT, TOKEN_PRODUCER);
+        let block_tokens = settings.block_tokens()?;
         Ok(Self {
             index: PrefixIndex::new(DEFAULT_BUDGET_BYTES),
             auto_tune: settings.auto_tune,
-            block_tokens: settings.block_tokens()?,
+            block_tokens,
+            last_block_tokens: AtomicU32::new(block_tokens),
             cap: settings.cap()?,
             capacity: u32::try_from(settings.lru_capacity_per_server)
                 .ok()
@@ -242,8 +247,10 @@ impl ApproxPrefixProducer {
         hash_request(
             request,
             media,
-            block_tokens as usize,
-            max_blocks,
+            Cut {
+                block_tokens: block_tokens as usize,
+                max_blocks,
+            },
             &mut chain.hashes,
             &mut chain.ends,
         );
@@ -287,6 +294,10 @@ impl DataProducer for ApproxPrefixProducer {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         let block_tokens = self.block_tokens(candidates);
+        if self.last_block_tokens.load(Ordering::Relaxed) != block_tokens {
+            self.last_block_tokens
+                .store(block_tokens, Ordering::Relaxed);
+        }
         // Last request's chain lends its memory.
         let mut chain = attributes.reuse(self.chain).pop().unwrap_or_default();
         chain.clear();
@@ -336,6 +347,10 @@ impl DataProducer for ApproxPrefixProducer {
         }
         attributes.reuse(self.chain).push(chain);
         Ok(())
+    }
+
+    fn early_block_tokens(&self) -> Option<u32> {
+        Some(self.last_block_tokens.load(Ordering::Relaxed))
     }
 }
 

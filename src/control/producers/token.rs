@@ -106,7 +106,8 @@ impl DataProducer for TokenProducer {
                     media.read(index, item, item.token_offset.unwrap_or(0).into());
                 }
             }
-            token_count(prompt, &request.body, &mut |item, offset| {
+            let early = request.first_blocks.as_deref().filter(|_| index == 0);
+            token_count(prompt, &request.body, early, &mut |item, offset| {
                 media.read(index, item, offset).into()
             })
         });
@@ -164,7 +165,7 @@ impl<'a> MediaReader<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::producers::block_hash::{chain_seed, hash_prompt};
+    use crate::control::producers::block_hash::{Cut, chain_seed, hash_prompt};
     use crate::request::openai::OpenAiParser;
     use crate::request::{Body, Parser};
     use crate::scheduling::test_support::Pool;
@@ -252,15 +253,11 @@ mod tests {
         let seed = chain_seed("", None);
         let media = features.iter().map(|(.., tokens)| *tokens);
         let prompt = &request.payload.prompts[0];
-        hash_prompt(
-            prompt,
-            &request.body,
-            seed,
-            4,
-            usize::MAX,
-            media,
-            &mut hashes,
-        );
+        let cut = Cut {
+            block_tokens: 4,
+            max_blocks: usize::MAX,
+        };
+        hash_prompt(prompt, &request.body, None, seed, cut, media, &mut hashes);
         // The same bytes as text: the low half of the URL's hash, ten times.
         let hash = xxhash_rust::xxh64::xxh64(url.as_bytes(), 0);
         let mut bytes = b"user".to_vec();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::block_hash::hash_request;
+use super::block_hash::{Cut, hash_request};
 use crate::plugin::{
     Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
 };
@@ -205,8 +205,10 @@ impl BurstPrefixProducer {
         hash_request(
             request,
             media,
-            self.block_tokens as usize,
-            self.max_blocks,
+            Cut {
+                block_tokens: self.block_tokens as usize,
+                max_blocks: self.max_blocks,
+            },
             &mut chain,
             &mut ends,
         );
