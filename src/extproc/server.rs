@@ -155,7 +155,7 @@ impl Server {
 /// Accepts and deals connections to the workers in turn; a worker that is busy is skipped.
 async fn deal(
     listener: std::net::TcpListener,
-    queues: Vec<mpsc::Sender<TcpStream>>,
+    queues: Vec<mpsc::Sender<std::net::TcpStream>>,
     shutdown: CancellationToken,
 ) {
     let listener = match TcpListener::from_std(listener) {
@@ -173,6 +173,11 @@ async fn deal(
         };
         match accepted {
             Ok((stream, _)) => {
+                // A socket wakes its tasks through the runtime it was registered with: the worker's
+                // own must do that, or every message crosses threads.
+                let Ok(stream) = stream.into_std() else {
+                    continue;
+                };
                 turn = turn.wrapping_add(1);
                 if let Some(queue) = queues.get(turn % queues.len().max(1)) {
                     // Waits while that worker's queue is full: the kernel holds further connections.
@@ -198,7 +203,7 @@ struct Worker<S> {
 }
 
 impl<S> Worker<S> {
-    async fn run<B>(self, mut connections: mpsc::Receiver<TcpStream>)
+    async fn run<B>(self, mut connections: mpsc::Receiver<std::net::TcpStream>)
     where
         S: Service<Request<Incoming>, Response = Response<B>, Error = Infallible>
             + Clone
@@ -214,6 +219,13 @@ impl<S> Worker<S> {
                 stream = connections.recv() => stream,
             };
             let Some(stream) = stream else { break };
+            let stream = match TcpStream::from_std(stream) {
+                Ok(stream) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "a connection cannot be served");
+                    continue;
+                }
+            };
             open.spawn(serve_connection(
                 stream,
                 self.tls.as_ref().map(|tls| tls.load_full()),
