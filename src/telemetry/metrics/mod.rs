@@ -153,10 +153,16 @@ impl Pair<Gauge> {
 
 impl Pair<Histogram> {
     /// Handles for `name` with `labels`, and its twin with `twin_labels`.
+    ///
+    /// With equal labels both are one distribution under two names, which the recorder sees to, so
+    /// that an observation is recorded once.
     pub fn histogram(name: &'static str, labels: Vec<Label>, twin_labels: Vec<Label>) -> Self {
+        let same = labels == twin_labels;
+        let current = metrics::histogram!(name, labels);
+        let twin = twin_of(name).map(|twin| metrics::histogram!(twin, twin_labels));
         Self {
-            current: metrics::histogram!(name, labels),
-            twin: twin_of(name).map(|twin| metrics::histogram!(twin, twin_labels)),
+            current,
+            twin: twin.filter(|_| !same),
         }
     }
 

@@ -87,11 +87,23 @@ impl metrics::Recorder for Recorder {
 
     fn register_histogram(&self, key: &Key, _: &Metadata<'_>) -> Histogram {
         let mut series = self.histograms.series.lock();
-        let buckets = series
-            .entry(key.clone())
-            .or_insert_with(|| Arc::new(Buckets::new(bounds_of(key.name()))));
+        let shared = current_of(key).and_then(|current| series.get(&current).map(Arc::clone));
+        let buckets = series.entry(key.clone()).or_insert_with(|| {
+            shared.unwrap_or_else(|| Arc::new(Buckets::new(bounds_of(key.name()))))
+        });
         Histogram::from_arc(Arc::clone(buckets))
     }
+}
+
+/// The series that `key`, a legacy name, stands beside, if both have the same labels.
+fn current_of(key: &Key) -> Option<Key> {
+    let current = TABLE
+        .iter()
+        .find(|series| series.twin == Some(key.name()))?;
+    Some(Key::from_parts(
+        current.name,
+        key.labels().cloned().collect::<Vec<_>>(),
+    ))
 }
 
 fn bounds_of(name: &str) -> &'static [f64] {
@@ -226,6 +238,35 @@ fn labels_of(key: &Key) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_legacy_name_shows_what_its_current_one_does() {
+        let recorder = Recorder::new();
+        let text = metrics::with_local_recorder(&recorder, || {
+            let pair = |labels, twin_labels| {
+                super::super::Pair::histogram(
+                    "llm_d_epp_prefix_indexer_hit_ratio",
+                    labels,
+                    twin_labels,
+                )
+            };
+            let labels = |value| vec![metrics::Label::new("a", value)];
+            // Equal labels: one distribution with two names.
+            pair(labels("x"), labels("x")).record(0.5);
+            // Fewer: the twin adds up what the current name tells apart.
+            pair(labels("y"), Vec::new()).record(0.5);
+            pair(labels("z"), Vec::new()).record(0.5);
+            recorder.exposition().render()
+        });
+        for (labels, current, twin) in [("{a=\"x\"}", 1, 1), ("{a=\"y\"}", 1, 0), ("", 0, 2)] {
+            let has = |name: &str, count| {
+                let line = format!("{name}_hit_ratio_count{labels} {count}\n");
+                assert_eq!(text.contains(&line), count > 0, "{line}\nin\n{text}");
+            };
+            has("llm_d_epp_prefix_indexer", current);
+            has("inference_extension_prefix_indexer", twin);
+        }
+    }
 
     #[test]
     fn observations_count_up_to_and_including_their_bound() {
