@@ -3,6 +3,7 @@
 //!
 //! Does not know ext_proc, scheduling or plugins.
 
+pub mod block;
 pub mod events;
 pub mod index;
 pub mod tokens;

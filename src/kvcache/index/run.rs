@@ -1,0 +1,360 @@
+//! A run: consecutive blocks of one prompt, stored side by side, and who holds which part of it.
+
+use smallvec::SmallVec;
+
+use crate::kvcache::block::BlockKey;
+
+/// Copies beyond this many are not told apart.
+const MAX_COPIES: u8 = u8::MAX;
+/// Capacity is given back once less than one part in this many is used.
+const SHRINK_BELOW: usize = 4;
+
+/// Blocks `start..end` of a run are held by a column, in one tier and cache group, in equally many
+/// copies. A prefix, whatever its length, is one span.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Span {
+    pub(super) column: u32,
+    pub(super) start: u32,
+    pub(super) end: u32,
+    pub(super) tier: u8,
+    pub(super) group: u8,
+    pub(super) copies: u8,
+}
+
+/// A request was sent to the column, which will hold `start..end` unless the deadline passes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Expected {
+    pub(super) column: u32,
+    pub(super) start: u32,
+    pub(super) end: u32,
+    pub(super) deadline_ms: u64,
+}
+
+/// Which copies an event is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Plane {
+    pub(super) column: u32,
+    pub(super) tier: u8,
+    pub(super) group: u8,
+}
+
+impl Span {
+    pub(super) fn plane(&self) -> Plane {
+        Plane {
+            column: self.column,
+            tier: self.tier,
+            group: self.group,
+        }
+    }
+
+    fn part(&self, start: u32, end: u32, copies: u8) -> Self {
+        Self {
+            start,
+            end,
+            copies,
+            ..*self
+        }
+    }
+}
+
+/// Consecutive blocks. Every key commits to the blocks before it, so a run is entered at its first
+/// block only, and two lists that agree at one place agree before it.
+#[derive(Debug, Default)]
+pub(super) struct Run {
+    pub(super) keys: Vec<BlockKey>,
+    /// The hash engines give each block; 0 where none is known.
+    pub(super) hashes: Vec<u64>,
+    /// Ordered by plane, then start; spans of a plane do not overlap.
+    pub(super) spans: Vec<Span>,
+    /// In no order.
+    pub(super) expected: Vec<Expected>,
+    /// Run and generation this one goes on from.
+    pub(super) parent: Option<(u32, u32)>,
+    /// Runs that go on from this one.
+    pub(super) children: u32,
+    /// Tells a run from the one that had its number before.
+    pub(super) generation: u32,
+    /// Stored to since the clock hand passed.
+    pub(super) referenced: bool,
+}
+
+impl Run {
+    /// How many keys of `wanted` the run has from `offset` on, in order. Cost: one comparison when all of
+    /// them agree, else logarithmic.
+    pub(super) fn common(&self, offset: usize, wanted: &[BlockKey]) -> usize {
+        let own = self.keys.get(offset..).unwrap_or_default();
+        let n = own.len().min(wanted.len());
+        let same = |i: usize| own.get(i).zip(wanted.get(i)).is_some_and(|(a, b)| a == b);
+        if n == 0 || same(n - 1) {
+            return n;
+        }
+        let (mut agreed, mut differs) = (0, n - 1);
+        while agreed < differs {
+            let middle = agreed.midpoint(differs);
+            if same(middle) {
+                agreed = middle + 1;
+            } else {
+                differs = middle;
+            }
+        }
+        agreed
+    }
+
+    /// One more copy of `start..end`.
+    pub(super) fn store(&mut self, plane: Plane, start: u32, end: u32, idempotent: bool) {
+        let (from, to) = self.of_plane(plane);
+        let new = Span {
+            column: plane.column,
+            start,
+            end,
+            tier: plane.tier,
+            group: plane.group,
+            copies: 1,
+        };
+        if let Some(last) = self.spans.get_mut(from..to).and_then(<[Span]>::last_mut) {
+            if last.end == start && last.copies == 1 {
+                last.end = end;
+                return;
+            }
+        } else {
+            self.spans.insert(from, new);
+            return;
+        }
+        let mut spans = Spans::default();
+        let mut cursor = start;
+        for old in self.spans.get(from..to).unwrap_or_default() {
+            if old.start >= end && cursor < end {
+                spans.push(new.part(cursor, end, 1));
+                cursor = end;
+            }
+            if old.end <= start || old.start >= end {
+                spans.push(*old);
+                continue;
+            }
+            let copies = match idempotent {
+                true => old.copies,
+                false => old.copies.saturating_add(1).min(MAX_COPIES),
+            };
+            spans.push(new.part(cursor, old.start, 1));
+            spans.push(old.part(old.start, start, old.copies));
+            spans.push(old.part(old.start.max(start), old.end.min(end), copies));
+            spans.push(old.part(end, old.end, old.copies));
+            cursor = old.end.min(end);
+        }
+        spans.push(new.part(cursor, end, 1));
+        self.spans.splice(from..to, spans.0);
+    }
+
+    /// One copy less of the block at `offset`; false when there is none.
+    pub(super) fn remove(&mut self, plane: Plane, offset: u32) -> bool {
+        let (from, to) = self.of_plane(plane);
+        let own = self.spans.get(from..to).unwrap_or_default();
+        let at = from + own.partition_point(|span| span.end <= offset);
+        let Some(span) = self.spans.get(at).copied() else {
+            return false;
+        };
+        if at >= to || span.start > offset {
+            return false;
+        }
+        let end = offset + 1;
+        if span.copies == 1 && span.end == end && span.start < offset {
+            if let Some(span) = self.spans.get_mut(at) {
+                span.end = offset;
+            }
+            return true;
+        }
+        let mut spans = Spans::default();
+        for old in self.spans.get(from..at).unwrap_or_default() {
+            spans.push(*old);
+        }
+        spans.push(span.part(span.start, offset, span.copies));
+        if span.copies > 1 {
+            spans.push(span.part(offset, end, span.copies - 1));
+        }
+        spans.push(span.part(end, span.end, span.copies));
+        for old in self.spans.get(at + 1..to).unwrap_or_default() {
+            spans.push(*old);
+        }
+        self.spans.splice(from..to, spans.0);
+        true
+    }
+
+    /// The column has at least one copy of the block at `offset`.
+    pub(super) fn holds(&self, column: u32, offset: u32) -> bool {
+        self.of_column(column)
+            .iter()
+            .any(|span| span.start <= offset && offset < span.end)
+    }
+
+    /// The column's spans.
+    pub(super) fn of_column(&self, column: u32) -> &[Span] {
+        let from = self.spans.partition_point(|span| span.column < column);
+        let own = self.spans.get(from..).unwrap_or_default();
+        let n = own.partition_point(|span| span.column == column);
+        own.get(..n).unwrap_or_default()
+    }
+
+    /// Predictions for `start..end` of the column came true.
+    pub(super) fn confirm(&mut self, column: u32, start: u32, end: u32) {
+        let mut rest: SmallVec<[Expected; 2]> = SmallVec::new();
+        self.expected.retain_mut(|expected| {
+            if expected.column != column || expected.end <= start || expected.start >= end {
+                return true;
+            }
+            let old = *expected;
+            expected.end = old.end.min(start);
+            if old.end > end {
+                rest.push(Expected { start: end, ..old });
+            }
+            expected.start < expected.end
+        });
+        self.expected.extend(rest);
+    }
+
+    /// Nothing of the column is here.
+    pub(super) fn lacks(&self, column: u32) -> bool {
+        self.of_column(column).is_empty() && self.expected.iter().all(|e| e.column != column)
+    }
+
+    /// Forgets the column.
+    pub(super) fn clear(&mut self, column: u32) {
+        let from = self.spans.partition_point(|span| span.column < column);
+        let to = self.spans.partition_point(|span| span.column <= column);
+        self.spans.drain(from..to);
+        self.expected.retain(|expected| expected.column != column);
+    }
+
+    /// Blocks up to the last one somebody holds or is expected to hold.
+    pub(super) fn held(&self) -> usize {
+        let spans = self.spans.iter().map(|span| span.end);
+        let expected = self.expected.iter().map(|expected| expected.end);
+        spans.chain(expected).max().unwrap_or(0) as usize
+    }
+
+    /// Cuts the run to `len` blocks.
+    pub(super) fn truncate(&mut self, len: usize) {
+        self.keys.truncate(len);
+        self.hashes.truncate(len);
+        if self.keys.capacity() / SHRINK_BELOW > len {
+            self.keys.shrink_to(2 * len);
+            self.hashes.shrink_to(2 * len);
+        }
+    }
+
+    fn of_plane(&self, plane: Plane) -> (usize, usize) {
+        let from = self.spans.partition_point(|span| span.plane() < plane);
+        let own = self.spans.get(from..).unwrap_or_default();
+        (
+            from,
+            from + own.partition_point(|span| span.plane() == plane),
+        )
+    }
+}
+
+/// Spans of one plane being put together in order; neighbours with equally many copies become one.
+#[derive(Default)]
+struct Spans(SmallVec<[Span; 8]>);
+
+impl Spans {
+    fn push(&mut self, span: Span) {
+        if span.start >= span.end {
+            return;
+        }
+        match self.0.last_mut() {
+            Some(last) if last.end == span.start && last.copies == span.copies => {
+                last.end = span.end;
+            }
+            _ => self.0.push(span),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLANE: Plane = Plane {
+        column: 3,
+        tier: 0,
+        group: 0,
+    };
+
+    fn shape(run: &Run) -> Vec<(u32, u32, u8)> {
+        run.spans
+            .iter()
+            .map(|s| (s.start, s.end, s.copies))
+            .collect()
+    }
+
+    #[test]
+    fn prefix_growth_stays_one_span() {
+        let mut run = Run::default();
+        run.store(PLANE, 0, 4, false);
+        run.store(PLANE, 4, 5, false);
+        assert_eq!(shape(&run), [(0, 5, 1)]);
+        assert!(run.remove(PLANE, 4));
+        assert_eq!(shape(&run), [(0, 4, 1)]);
+    }
+
+    #[test]
+    fn copies_are_counted_where_they_overlap() {
+        let mut run = Run::default();
+        run.store(PLANE, 2, 4, false);
+        run.store(PLANE, 6, 8, false);
+        run.store(PLANE, 0, 7, false);
+        assert_eq!(
+            shape(&run),
+            [(0, 2, 1), (2, 4, 2), (4, 6, 1), (6, 7, 2), (7, 8, 1)]
+        );
+        assert!(run.remove(PLANE, 2) && run.remove(PLANE, 3) && run.remove(PLANE, 6));
+        assert_eq!(shape(&run), [(0, 8, 1)]);
+        assert!(run.remove(PLANE, 3));
+        assert!(!run.remove(PLANE, 3));
+        assert_eq!(shape(&run), [(0, 3, 1), (4, 8, 1)]);
+    }
+
+    #[test]
+    fn copies_stop_at_255_and_idempotent_stores_do_not_count() {
+        let mut run = Run::default();
+        for _ in 0..300 {
+            run.store(PLANE, 0, 1, false);
+        }
+        assert_eq!(shape(&run), [(0, 1, 255)]);
+        let mut run = Run::default();
+        for _ in 0..3 {
+            run.store(PLANE, 0, 2, true);
+        }
+        assert_eq!(shape(&run), [(0, 2, 1)]);
+    }
+
+    #[test]
+    fn common_prefix_ends_at_the_first_difference() {
+        let run = Run {
+            keys: (0..100).map(BlockKey).collect(),
+            ..Run::default()
+        };
+        for n in 0..=100_u64 {
+            let wanted: Vec<_> = (0..n).chain(1000..1010).map(BlockKey).collect();
+            assert_eq!(run.common(0, &wanted) as u64, n);
+        }
+        let wanted: Vec<_> = (40..60).map(BlockKey).collect();
+        assert_eq!(run.common(40, &wanted), 20);
+        assert_eq!(run.common(200, &wanted), 0);
+    }
+
+    #[test]
+    fn confirmed_predictions_leave_their_ends() {
+        let mut run = Run::default();
+        let expected = |start, end| Expected {
+            column: 3,
+            start,
+            end,
+            deadline_ms: 9,
+        };
+        run.expected.push(expected(0, 10));
+        run.confirm(3, 4, 6);
+        assert_eq!(run.expected, [expected(0, 4), expected(6, 10)]);
+        run.confirm(3, 0, 10);
+        assert!(run.expected.is_empty());
+    }
+}

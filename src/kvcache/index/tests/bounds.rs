@@ -1,0 +1,150 @@
+//! Memory bounds and parking.
+
+use std::time::{Duration, Instant};
+
+use super::super::table::MAX_EXPECTED;
+use super::super::{IndexSettings, KvIndex, Lookup, parked};
+use super::stored;
+use crate::datalayer::EndpointIndex;
+use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace};
+use crate::kvcache::events::{Batch, Event, EventSink, Removed, StreamState};
+
+const ENDPOINT: EndpointIndex = EndpointIndex(0);
+
+fn keys(index: &KvIndex, tokens: &[u32]) -> Vec<BlockKey> {
+    let space = KeySpace {
+        model: "m",
+        lora: None,
+        block_size: 1,
+    };
+    let mut keys = Vec::new();
+    index
+        .hasher()
+        .request_keys(&space, tokens, None, &[], &mut keys);
+    keys
+}
+
+fn blocks(index: &KvIndex, tokens: &[u32]) -> u32 {
+    let mut lookup = Lookup::new();
+    index.lookup(
+        &keys(index, tokens),
+        &[ENDPOINT],
+        Instant::now(),
+        &mut lookup,
+    );
+    lookup.matches()[0].blocks
+}
+
+fn one(event: Event<'_>) -> [Event<'_>; 1] {
+    [event]
+}
+
+fn batch<'a>(events: &'a [Event<'a>]) -> Batch<'a> {
+    Batch {
+        ts: 0.0,
+        data_parallel_rank: None,
+        events,
+    }
+}
+
+#[test]
+fn at_the_bound_prompts_not_stored_for_longest_go() {
+    let settings = IndexSettings {
+        max_bytes: 100_000,
+        ..IndexSettings::default()
+    };
+    let index = KvIndex::new(&settings, BlockHasher::with_seed(1));
+    let mut writer = index.writer(ENDPOINT, "m");
+    writer.set_state(StreamState::Live);
+    for n in 0..500_u32 {
+        let tokens: Vec<u32> = (0..20).map(|i| n * 100 + i).collect();
+        let hashes: Vec<u64> = tokens.iter().map(|token| u64::from(*token) + 1).collect();
+        writer.apply(&batch(&one(Event::Stored(stored(
+            &hashes, None, &tokens, 1,
+        )))));
+        assert!(index.stats().used_bytes <= settings.max_bytes);
+        assert_eq!(blocks(&index, &tokens), 20, "the newest is always in");
+    }
+    let stats = index.stats();
+    // A prompt takes about 20 * 50 + 312 bytes, so some 76 fit.
+    assert!((70..=80).contains(&stats.runs), "{stats:?}");
+    assert_eq!(stats.evicted_runs as usize, 500 - stats.runs);
+    assert_eq!((blocks(&index, &[0, 1]), stats.refused_blocks), (0, 0));
+    let gone = one(Event::Removed(Removed {
+        hashes: &[1],
+        medium: "GPU",
+        group: Some(0),
+    }));
+    writer.apply(&batch(&gone));
+    assert_eq!(
+        writer.stats().unknown_hashes,
+        1,
+        "a late removal of an evicted block is harmless"
+    );
+}
+
+#[test]
+fn a_prompt_larger_than_the_bound_keeps_its_head() {
+    let settings = IndexSettings {
+        max_bytes: 10_000,
+        ..IndexSettings::default()
+    };
+    let index = KvIndex::new(&settings, BlockHasher::with_seed(1));
+    let mut writer = index.writer(ENDPOINT, "m");
+    let tokens: Vec<u32> = (0..1000).collect();
+    let hashes: Vec<u64> = (1..=1000).collect();
+    writer.apply(&batch(&one(Event::Stored(stored(
+        &hashes, None, &tokens, 1,
+    )))));
+    let held = blocks(&index, &tokens);
+    // (10000 - 312) / 50
+    assert_eq!(held, 193);
+    assert_eq!(index.stats().refused_blocks, 1000 - u64::from(held));
+    assert!(index.stats().used_bytes <= settings.max_bytes);
+}
+
+#[test]
+fn predictions_are_bounded() {
+    let index = KvIndex::new(&IndexSettings::default(), BlockHasher::with_seed(1));
+    let _writer = index.writer(ENDPOINT, "m");
+    let now = Instant::now();
+    for n in 0..MAX_EXPECTED + 5 {
+        let key = BlockKey(n as u64);
+        index.expect(ENDPOINT, &[key], now, Duration::from_secs(60));
+    }
+    assert_eq!(index.stats().refused_predictions, 5);
+    assert_eq!(index.stats().blocks, MAX_EXPECTED);
+    index.expire(now + Duration::from_secs(61));
+    assert_eq!(index.stats().blocks, 0);
+}
+
+#[test]
+fn orphans_wait_for_their_parent_in_bounded_number() {
+    let index = KvIndex::new(&IndexSettings::default(), BlockHasher::with_seed(1));
+    let mut writer = index.writer(ENDPOINT, "m");
+    let extra = 3;
+    for n in 0..parked::MAX_EVENTS as u64 + extra {
+        let hashes = [1000 + n];
+        writer.apply(&batch(&one(Event::Stored(stored(
+            &hashes,
+            Some(n),
+            &[0],
+            1,
+        )))));
+    }
+    assert_eq!(writer.stats().parked_dropped, extra);
+    writer.reset();
+    // Grandchild, child, then the parent; the grandchild's last block is removed before it counts.
+    writer.apply(&batch(&[
+        Event::Stored(stored(&[13, 14], Some(12), &[3, 4], 1)),
+        Event::Stored(stored(&[12], Some(11), &[2], 1)),
+        Event::Removed(Removed {
+            hashes: &[14],
+            medium: "GPU",
+            group: Some(0),
+        }),
+    ]));
+    assert_eq!(blocks(&index, &[1, 2, 3, 4]), 0);
+    writer.apply(&batch(&one(Event::Stored(stored(&[11], None, &[1], 1)))));
+    assert_eq!(blocks(&index, &[1, 2, 3, 4]), 3);
+}
