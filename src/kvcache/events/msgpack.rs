@@ -1,0 +1,205 @@
+//! Just enough msgpack to walk a payload: heads of values, and skipping a value whole.
+//!
+//! Never allocates and never recurses: what a header claims is compared with what is there.
+
+/// The payload is not well-formed msgpack: cut short, or a byte no value starts with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Broken;
+
+/// One value; of arrays and maps only the size, their elements follow.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Head<'a> {
+    Nil,
+    Bool,
+    Uint(u64),
+    /// Negative integers only.
+    Negative(i64),
+    Float(f64),
+    Str(&'a [u8]),
+    Bin(&'a [u8]),
+    Array(u32),
+    Map(u32),
+    Ext,
+}
+
+/// A position in a payload.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reader<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(payload: &'a [u8]) -> Self {
+        Self { rest: payload }
+    }
+
+    /// What was not read yet.
+    pub(super) fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
+    fn take(&mut self, n: usize) -> Result<&'a [u8], Broken> {
+        let (taken, rest) = self.rest.split_at_checked(n).ok_or(Broken)?;
+        self.rest = rest;
+        Ok(taken)
+    }
+
+    fn uint<const N: usize>(&mut self) -> Result<u64, Broken> {
+        let bytes = self.take(N)?;
+        Ok(bytes.iter().fold(0, |n, b| n << 8 | u64::from(*b)))
+    }
+
+    fn len<const N: usize>(&mut self) -> Result<usize, Broken> {
+        usize::try_from(self.uint::<N>()?).map_err(|_| Broken)
+    }
+
+    fn count<const N: usize>(&mut self) -> Result<u32, Broken> {
+        u32::try_from(self.uint::<N>()?).map_err(|_| Broken)
+    }
+
+    /// Reads a two's complement integer of `N` bytes.
+    fn int<const N: usize>(&mut self) -> Result<Head<'a>, Broken> {
+        let unused = 64 - 8 * N;
+        let n = (self.uint::<N>()? << unused).cast_signed() >> unused;
+        Ok(u64::try_from(n).map_or(Head::Negative(n), Head::Uint))
+    }
+
+    fn ext(&mut self, len: usize) -> Result<Head<'a>, Broken> {
+        // One byte of type before the data.
+        self.take(len.checked_add(1).ok_or(Broken)?)?;
+        Ok(Head::Ext)
+    }
+
+    /// Reads the next value, of a container its size only.
+    pub(super) fn head(&mut self) -> Result<Head<'a>, Broken> {
+        let (&first, rest) = self.rest.split_first().ok_or(Broken)?;
+        self.rest = rest;
+        let head = match first {
+            0x00..=0x7f => Head::Uint(u64::from(first)),
+            0x80..=0x8f => Head::Map(u32::from(first & 0x0f)),
+            0x90..=0x9f => Head::Array(u32::from(first & 0x0f)),
+            0xa0..=0xbf => Head::Str(self.take(usize::from(first & 0x1f))?),
+            0xc0 => Head::Nil,
+            0xc1 => return Err(Broken),
+            0xc2 | 0xc3 => Head::Bool,
+            0xc4 => {
+                let len = self.len::<1>()?;
+                Head::Bin(self.take(len)?)
+            }
+            0xc5 => {
+                let len = self.len::<2>()?;
+                Head::Bin(self.take(len)?)
+            }
+            0xc6 => {
+                let len = self.len::<4>()?;
+                Head::Bin(self.take(len)?)
+            }
+            0xc7 => {
+                let len = self.len::<1>()?;
+                self.ext(len)?
+            }
+            0xc8 => {
+                let len = self.len::<2>()?;
+                self.ext(len)?
+            }
+            0xc9 => {
+                let len = self.len::<4>()?;
+                self.ext(len)?
+            }
+            0xca => {
+                let bits = self.count::<4>()?;
+                Head::Float(f64::from(f32::from_bits(bits)))
+            }
+            0xcb => Head::Float(f64::from_bits(self.uint::<8>()?)),
+            0xcc => Head::Uint(self.uint::<1>()?),
+            0xcd => Head::Uint(self.uint::<2>()?),
+            0xce => Head::Uint(self.uint::<4>()?),
+            0xcf => Head::Uint(self.uint::<8>()?),
+            0xd0 => self.int::<1>()?,
+            0xd1 => self.int::<2>()?,
+            0xd2 => self.int::<4>()?,
+            0xd3 => self.int::<8>()?,
+            0xd4..=0xd8 => self.ext(1 << (first - 0xd4))?,
+            0xd9 => {
+                let len = self.len::<1>()?;
+                Head::Str(self.take(len)?)
+            }
+            0xda => {
+                let len = self.len::<2>()?;
+                Head::Str(self.take(len)?)
+            }
+            0xdb => {
+                let len = self.len::<4>()?;
+                Head::Str(self.take(len)?)
+            }
+            0xdc => Head::Array(self.count::<2>()?),
+            0xdd => Head::Array(self.count::<4>()?),
+            0xde => Head::Map(self.count::<2>()?),
+            0xdf => Head::Map(self.count::<4>()?),
+            0xe0..=0xff => Head::Negative(i64::from(first.cast_signed())),
+        };
+        Ok(head)
+    }
+
+    /// Steps over one value with all it holds. O(bytes skipped); depth costs nothing.
+    pub(super) fn skip(&mut self) -> Result<(), Broken> {
+        let mut values: u64 = 1;
+        while values > 0 {
+            values -= 1;
+            values = values.saturating_add(match self.head()? {
+                Head::Array(n) => u64::from(n),
+                Head::Map(n) => u64::from(n) * 2,
+                _ => 0,
+            });
+        }
+        Ok(())
+    }
+
+    /// One value as raw bytes.
+    pub(super) fn raw(&mut self) -> Result<&'a [u8], Broken> {
+        let before = self.rest;
+        self.skip()?;
+        let n = before.len() - self.rest.len();
+        Ok(before.get(..n).unwrap_or_default())
+    }
+
+    /// Appends `n` integers below 2^32 to `out`. `Ok(false)`: one of them is something else, and the
+    /// position is undefined.
+    pub(super) fn u32s(&mut self, n: u32, out: &mut Vec<u32>) -> Result<bool, Broken> {
+        // An element takes at least one byte: a header cannot make us reserve more than was sent.
+        out.reserve((n as usize).min(self.rest.len()));
+        for _ in 0..n {
+            let value = match *self.rest {
+                [0xcd, a, b, ref rest @ ..] => {
+                    self.rest = rest;
+                    u32::from(u16::from_be_bytes([a, b]))
+                }
+                [0xce, a, b, c, d, ref rest @ ..] => {
+                    self.rest = rest;
+                    u32::from_be_bytes([a, b, c, d])
+                }
+                [a @ 0..=0x7f, ref rest @ ..] => {
+                    self.rest = rest;
+                    u32::from(a)
+                }
+                _ => match self.head()? {
+                    Head::Uint(value) => match u32::try_from(value) {
+                        Ok(value) => value,
+                        Err(_) => return Ok(false),
+                    },
+                    _ => return Ok(false),
+                },
+            };
+            out.push(value);
+        }
+        Ok(true)
+    }
+}
+
+/// Text of a string; `None` when it is not UTF-8 or not a string.
+pub(super) fn text<'a>(head: Head<'a>) -> Option<&'a str> {
+    match head {
+        Head::Str(bytes) => std::str::from_utf8(bytes).ok(),
+        _ => None,
+    }
+}

@@ -1,0 +1,96 @@
+//! One publisher's batches on their way into its sink: decoded, numbered, remembered.
+
+use std::sync::Arc;
+
+use super::stats::{SubscriberStats, count, count_n};
+use super::wire::{Scratch, timestamp};
+use super::{EventSink, StreamState};
+
+/// What is remembered of the newest batch, to know its publisher again.
+///
+/// A restarted engine counts from 0 and may have passed our number while we were away. The clock in a
+/// batch differs from batch to batch, so the same number with another clock is another process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mark {
+    pub(super) seq: u64,
+    ts_bits: Option<u64>,
+    payload_bytes: usize,
+}
+
+impl Mark {
+    fn of(seq: u64, payload: &[u8]) -> Self {
+        Self {
+            seq,
+            ts_bits: timestamp(payload).map(f64::to_bits),
+            payload_bytes: payload.len(),
+        }
+    }
+
+    /// Whether a batch is the remembered one.
+    pub(super) fn is(&self, seq: u64, payload: &[u8]) -> bool {
+        *self == Self::of(seq, payload)
+    }
+}
+
+/// The sink with its place in the sequence.
+pub(super) struct Stream {
+    sink: Box<dyn EventSink>,
+    scratch: Scratch,
+    /// Newest batch applied or refused; `None` before the first one and after a reset.
+    pub(super) last: Option<Mark>,
+    pub(super) stats: Arc<SubscriberStats>,
+}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stream")
+            .field("last", &self.last)
+            .field("stats", &self.stats)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Stream {
+    pub(super) fn new(sink: Box<dyn EventSink>, stats: Arc<SubscriberStats>) -> Self {
+        Self {
+            sink,
+            scratch: Scratch::default(),
+            last: None,
+            stats,
+        }
+    }
+
+    /// Applies a batch and makes it the newest. A payload that does not decode is counted and still
+    /// takes its number.
+    pub(super) fn apply(&mut self, seq: u64, payload: &[u8]) {
+        let sink = &mut self.sink;
+        match self.scratch.decode(payload, |batch| sink.apply(batch)) {
+            Ok(decoded) => {
+                count(&self.stats.applied);
+                count_n(&self.stats.events, decoded.events);
+                count_n(&self.stats.unknown_events, decoded.unknown);
+                count_n(&self.stats.malformed_events, decoded.malformed);
+            }
+            Err(error) => {
+                count(&self.stats.bad_payloads);
+                tracing::debug!(seq, %error, "batch dropped");
+            }
+        }
+        self.last = Some(Mark::of(seq, payload));
+        self.stats.set_last_seq(Some(seq));
+    }
+
+    /// Forgets everything of this publisher.
+    pub(super) fn reset(&mut self) {
+        self.sink.reset();
+        self.last = None;
+        self.stats.set_last_seq(None);
+    }
+
+    pub(super) fn set_state(&mut self, state: StreamState) {
+        if self.stats.state() != state {
+            self.stats.set_state(state);
+            self.sink.set_state(state);
+        }
+    }
+}
