@@ -1,1 +1,21 @@
 //! From a request to the token ids its engine will compute.
+//!
+//! A completion's text or a chat rendered by the model's template ([`template`], [`messages`]) goes
+//! through the model's own tokenizer ([`tokenizer`]). Prompts grow by appending, so text is cut at
+//! places where cutting provably changes nothing ([`split`]) and the pieces are remembered
+//! ([`memo`]); what is new is tokenized on a bounded pool ([`pool`]). [`service`] is the entry point,
+//! [`remote`] asks an engine instead.
+//!
+//! Does not know blocks, endpoints or plugins.
+
+pub mod content_format;
+pub mod lru;
+pub mod memo;
+pub mod messages;
+pub mod pool;
+pub mod python;
+pub mod remote;
+pub mod service;
+pub mod split;
+pub mod template;
+pub mod tokenizer;

@@ -1,0 +1,404 @@
+//! Chat messages and tools as vLLM hands them to a template.
+//!
+//! Upstream: `vllm/renderers/chat_utils/`. Content becomes a string or a list of text parts, whatever
+//! the client sent; fields no template knows are dropped; arguments of tool calls become objects.
+
+use minijinja::Value;
+use minijinja::value::ValueKind;
+
+use super::content_format::ContentFormat;
+
+/// Messages of one request; a body may be megabytes of empty ones.
+pub const MAX_MESSAGES: usize = 100_000;
+/// Fields of a part that are its content; the others reach the template.
+const PART_FIELDS: &[&str] = &[
+    "type",
+    "text",
+    "image_url",
+    "input_audio",
+    "file",
+    "refusal",
+    "audio_url",
+    "video_url",
+    "image_embeds",
+    "audio_embeds",
+    "video_embeds",
+    "image_pil",
+    "uuid",
+    "prompt_embeds",
+    "data",
+    "name",
+    "tool_reference",
+    "thinking",
+    "closed",
+];
+/// A system text that starts so is cut in versions that differ among engines.
+const BILLING_HEADER: &str = "x-anthropic-billing-header";
+
+/// Why a chat cannot be rendered here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum MessageError {
+    /// The engine refuses it too.
+    #[error("{0}")]
+    Invalid(&'static str),
+    /// Only the engine knows how many tokens the media become.
+    #[error("media in the prompt")]
+    Media,
+    /// Engines differ in it, or it is not known here.
+    #[error("{0} is not rendered here")]
+    Unsupported(&'static str),
+}
+
+/// The conversation that a template sees.
+pub fn conversation(messages: &Value, format: ContentFormat) -> Result<Vec<Value>, MessageError> {
+    let list = sequence(messages, "messages is not a list")?;
+    if list.len() > MAX_MESSAGES {
+        return Err(MessageError::Invalid("too many messages"));
+    }
+    list.iter()
+        .map(|message| convert(message, format))
+        .collect()
+}
+
+/// Tools in the shape vLLM's request model writes them: `type`, `function` with `name`,
+/// `description` and `parameters` (null where missing), then whatever else the client sent.
+pub fn tools(tools: &Value) -> Result<Value, MessageError> {
+    let dump = |tool: &Value| {
+        let function =
+            field(tool, "function").ok_or(MessageError::Invalid("tool without function"))?;
+        let mut inner = Map::default();
+        for name in ["name", "description", "parameters"] {
+            inner.push(name, field(&function, name).unwrap_or(Value::from(())));
+        }
+        inner.extend_missing(&function)?;
+        let mut outer = Map::default();
+        outer.push(
+            "type",
+            field(tool, "type").unwrap_or(Value::from("function")),
+        );
+        outer.push("function", inner.build());
+        outer.extend_missing(tool)?;
+        Ok(outer.build())
+    };
+    let list = sequence(tools, "tools is not a list")?;
+    let dumped: Result<Vec<Value>, MessageError> = list.iter().map(dump).collect();
+    Ok(Value::from(dumped?))
+}
+
+/// A field that is present and not null.
+pub fn field(value: &Value, name: &str) -> Option<Value> {
+    let found = value.get_attr(name).ok()?;
+    (!found.is_undefined() && !found.is_none()).then_some(found)
+}
+
+/// Keys in order of insertion.
+#[derive(Debug, Default)]
+pub struct Map(Vec<(Value, Value)>);
+
+impl Map {
+    /// Appends a key that is not there yet.
+    pub fn push(&mut self, key: &str, value: Value) {
+        self.0.push((Value::from(key), value));
+    }
+
+    /// Appends what `other` has beyond the keys already there.
+    fn extend_missing(&mut self, other: &Value) -> Result<(), MessageError> {
+        for key in keys(other)? {
+            if !self.0.iter().any(|(known, _)| *known == key) {
+                let value = other.get_item(&key).unwrap_or_default();
+                self.0.push((key, value));
+            }
+        }
+        Ok(())
+    }
+
+    /// The map as templates see it.
+    pub fn build(self) -> Value {
+        Value::from_pairs(self.0)
+    }
+}
+
+/// Keys of an object in order.
+pub fn keys(object: &Value) -> Result<Vec<Value>, MessageError> {
+    if object.kind() != ValueKind::Map {
+        return Err(MessageError::Invalid("not an object"));
+    }
+    let keys = object.try_iter();
+    Ok(keys
+        .map_err(|_| MessageError::Invalid("not an object"))?
+        .collect())
+}
+
+fn sequence(value: &Value, otherwise: &'static str) -> Result<Vec<Value>, MessageError> {
+    if value.kind() != ValueKind::Seq {
+        return Err(MessageError::Invalid(otherwise));
+    }
+    let items = value.try_iter();
+    Ok(items
+        .map_err(|_| MessageError::Invalid(otherwise))?
+        .collect())
+}
+
+fn convert(message: &Value, format: ContentFormat) -> Result<Value, MessageError> {
+    let role = field(message, "role").ok_or(MessageError::Invalid("message without role"))?;
+    let role_name = role
+        .as_str()
+        .ok_or(MessageError::Invalid("role is not a string"))?
+        .to_owned();
+    let mut out = Map::default();
+    out.push("role", role);
+    out.push("content", content(message, &role_name, format)?);
+    match role_name.as_str() {
+        "assistant" => {
+            if let Some(calls) = field(message, "tool_calls") {
+                let calls = tool_calls(&calls)?;
+                if !calls.is_empty() {
+                    out.push("tool_calls", Value::from(calls));
+                }
+            }
+            match (
+                field(message, "reasoning"),
+                field(message, "reasoning_content"),
+            ) {
+                (Some(reasoning), _) => {
+                    out.push("reasoning", reasoning.clone());
+                    out.push("reasoning_content", reasoning);
+                }
+                (None, Some(_)) => return Err(MessageError::Unsupported("reasoning_content")),
+                (None, None) => {}
+            }
+        }
+        "tool" => {
+            if let Some(id) = field(message, "tool_call_id") {
+                out.push("tool_call_id", id);
+            }
+        }
+        _ => {}
+    }
+    for name in ["name", "task"] {
+        if let Some(value) = field(message, name).filter(|v| v.as_str().is_some()) {
+            out.push(name, value);
+        }
+    }
+    if role_name == "developer" {
+        out.push("tools", field(message, "tools").unwrap_or(Value::from(())));
+    }
+    Ok(out.build())
+}
+
+fn content(message: &Value, role: &str, format: ContentFormat) -> Result<Value, MessageError> {
+    let parts = match field(message, "content") {
+        None => Vec::new(),
+        Some(text) if text.as_str().is_some() => vec![text],
+        Some(list) => sequence(&list, "content is neither a string nor a list")?,
+    };
+    let mut texts = Vec::with_capacity(parts.len());
+    for part in &parts {
+        let Some(text) = part_text(part)? else {
+            continue;
+        };
+        if role == "system" && text.as_str().is_some_and(|t| t.starts_with(BILLING_HEADER)) {
+            return Err(MessageError::Unsupported("a billing header"));
+        }
+        texts.push((text, part));
+    }
+    if format == ContentFormat::String || role == "tool" {
+        // As a string empty parts vanish; in a tool's list of parts they stay as empty lines.
+        let keep_empty = format == ContentFormat::Parts;
+        let lines = texts.iter().filter_map(|(text, _)| text.as_str());
+        let lines: Vec<&str> = lines.filter(|t| keep_empty || !t.is_empty()).collect();
+        return Ok(Value::from(lines.join("\n")));
+    }
+    let wrap = |(text, part): (Value, &Value)| {
+        let mut map = Map::default();
+        map.push("type", Value::from("text"));
+        map.push("text", text);
+        if part.as_str().is_none() {
+            for key in keys(part)? {
+                let name = key.as_str().unwrap_or_default();
+                if !PART_FIELDS.contains(&name) {
+                    map.push(name, part.get_item(&key).unwrap_or_default());
+                }
+            }
+        }
+        Ok(map.build())
+    };
+    let wrapped: Result<Vec<Value>, MessageError> = texts.into_iter().map(wrap).collect();
+    Ok(Value::from(wrapped?))
+}
+
+/// The text of a part, `None` for one that is skipped.
+fn part_text(part: &Value) -> Result<Option<Value>, MessageError> {
+    if part.as_str().is_some() {
+        return Ok(Some(part.clone()));
+    }
+    let kind = field(part, "type").ok_or(MessageError::Media)?;
+    let name = match kind.as_str() {
+        Some("text" | "input_text" | "output_text") => "text",
+        Some("refusal") => "refusal",
+        Some("thinking") => "thinking",
+        _ => return Err(MessageError::Media),
+    };
+    match field(part, name) {
+        None => Ok(None),
+        Some(text) if text.as_str().is_some() => Ok(Some(text)),
+        Some(_) => Err(MessageError::Invalid("text of a part is not a string")),
+    }
+}
+
+fn tool_calls(calls: &Value) -> Result<Vec<Value>, MessageError> {
+    let list = sequence(calls, "tool_calls is not a list")?;
+    list.iter()
+        .map(|call| {
+            let function = field(call, "function")
+                .filter(|f| f.kind() == ValueKind::Map)
+                .ok_or(MessageError::Invalid("tool call without function"))?;
+            let function = replace(&function, "arguments", arguments(&function))?;
+            replace(call, "function", function)
+        })
+        .collect()
+}
+
+/// Arguments as an object; what is none becomes an empty one.
+fn arguments(function: &Value) -> Value {
+    let empty = || Map::default().build();
+    let Some(given) = field(function, "arguments") else {
+        return empty();
+    };
+    let parsed = match given.as_str() {
+        Some(text) => serde_json::from_str::<Value>(text).unwrap_or_default(),
+        None => given,
+    };
+    if parsed.kind() == ValueKind::Map {
+        parsed
+    } else {
+        empty()
+    }
+}
+
+/// `object` with `key` set, at its place or at the end.
+pub fn replace(object: &Value, key: &str, value: Value) -> Result<Value, MessageError> {
+    let mut map = Map::default();
+    let mut value = Some(value);
+    for known in keys(object)? {
+        let current = if known.as_str() == Some(key) {
+            value.take().unwrap_or_default()
+        } else {
+            object.get_item(&known).unwrap_or_default()
+        };
+        map.0.push((known, current));
+    }
+    if let Some(value) = value {
+        map.push(key, value);
+    }
+    Ok(map.build())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Value {
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn one(json: &str, format: ContentFormat) -> Result<String, MessageError> {
+        let list = conversation(&parse(&format!("[{json}]")), format)?;
+        Ok(serde_json::to_string(&list[0]).unwrap())
+    }
+
+    #[test]
+    fn content_has_the_form_the_template_wants() {
+        let parts = r#"{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":""},"b"]}"#;
+        assert_eq!(
+            one(parts, ContentFormat::String).unwrap(),
+            r#"{"role":"user","content":"a\nb"}"#
+        );
+        assert_eq!(
+            one(parts, ContentFormat::Parts).unwrap(),
+            r#"{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":""},{"type":"text","text":"b"}]}"#
+        );
+        let text = r#"{"role":"user","content":"a","extra":1}"#;
+        assert_eq!(
+            one(text, ContentFormat::Parts).unwrap(),
+            r#"{"role":"user","content":[{"type":"text","text":"a"}]}"#
+        );
+    }
+
+    #[test]
+    fn no_content_is_empty() {
+        let none = r#"{"role":"assistant","content":null}"#;
+        assert_eq!(
+            one(none, ContentFormat::String).unwrap(),
+            r#"{"role":"assistant","content":""}"#
+        );
+        assert_eq!(
+            one(none, ContentFormat::Parts).unwrap(),
+            r#"{"role":"assistant","content":[]}"#
+        );
+    }
+
+    #[test]
+    fn results_of_tools_are_strings_in_both_forms() {
+        let tool = r#"{"role":"tool","tool_call_id":"c1","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}"#;
+        let expected = r#"{"role":"tool","content":"a\nb","tool_call_id":"c1"}"#;
+        assert_eq!(one(tool, ContentFormat::String).unwrap(), expected);
+        assert_eq!(one(tool, ContentFormat::Parts).unwrap(), expected);
+    }
+
+    #[test]
+    fn arguments_of_tool_calls_become_objects_in_order() {
+        let call = |arguments: &str| {
+            one(
+                &format!(r#"{{"role":"assistant","tool_calls":[{{"id":"1","function":{{"name":"f","arguments":{arguments}}}}}]}}"#),
+                ContentFormat::String,
+            )
+            .unwrap()
+        };
+        let expected = |arguments: &str| {
+            format!(
+                r#"{{"role":"assistant","content":"","tool_calls":[{{"id":"1","function":{{"name":"f","arguments":{arguments}}}}}]}}"#
+            )
+        };
+        assert_eq!(call(r#""{\"z\":1,\"a\":2}""#), expected(r#"{"z":1,"a":2}"#));
+        for none in [r#""""#, "null", r#""[1]""#, r#""{broken""#] {
+            assert_eq!(call(none), expected("{}"), "{none}");
+        }
+    }
+
+    #[test]
+    fn no_tool_calls_are_left_out() {
+        let message = r#"{"role":"assistant","content":"a","tool_calls":[]}"#;
+        assert_eq!(
+            one(message, ContentFormat::String).unwrap(),
+            r#"{"role":"assistant","content":"a"}"#
+        );
+    }
+
+    #[test]
+    fn tools_have_the_fields_of_the_request_model() {
+        let given =
+            parse(r#"[{"function":{"strict":true,"parameters":{},"name":"f"},"type":"function"}]"#);
+        assert_eq!(
+            serde_json::to_string(&tools(&given).unwrap()).unwrap(),
+            r#"[{"type":"function","function":{"name":"f","description":null,"parameters":{},"strict":true}}]"#
+        );
+    }
+
+    #[test]
+    fn what_only_the_engine_knows_is_refused() {
+        let refused = |json: &str| one(json, ContentFormat::String).unwrap_err();
+        assert_eq!(
+            refused(r#"{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]}"#),
+            MessageError::Media
+        );
+        assert_eq!(
+            refused(r#"{"role":"assistant","reasoning_content":"x"}"#),
+            MessageError::Unsupported("reasoning_content")
+        );
+        assert_eq!(
+            refused(r#"{"content":"x"}"#),
+            MessageError::Invalid("message without role")
+        );
+    }
+}

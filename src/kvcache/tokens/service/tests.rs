@@ -1,0 +1,283 @@
+use bytes::Bytes;
+use serde_json::json;
+
+use super::super::tokenizer::tests::directory;
+use super::*;
+use crate::request::Payload;
+
+fn settings() -> Settings {
+    Settings {
+        models: vec![ModelSettings {
+            name: "tiny".to_owned(),
+            directory: directory(),
+            adapters: vec!["lora-0".to_owned()],
+            chat_template: None,
+        }],
+        workers: 1,
+        ..Settings::default()
+    }
+}
+
+fn service() -> TokenService {
+    TokenService::load(settings()).unwrap()
+}
+
+fn request(api: ApiKind, model: &str, body: &impl ToString) -> InferenceRequest {
+    let mut payload = Payload::raw(false);
+    payload.api = api;
+    let body = Body::from(Bytes::from(body.to_string()));
+    let mut request = InferenceRequest::new("1", payload, body);
+    model.clone_into(&mut request.target_model);
+    request
+}
+
+async fn ids(
+    service: &TokenService,
+    api: ApiKind,
+    body: impl ToString,
+) -> Result<Vec<Vec<u32>>, TokenizeError> {
+    let answer = service.tokenize(&request(api, "tiny", &body));
+    let tokens = answer.wait().await?;
+    Ok(tokens.prompts.iter().map(|p| p.ids.to_vec()).collect())
+}
+
+#[derive(serde::Deserialize)]
+struct Recorded {
+    name: String,
+    /// As text: the order of keys inside tools reaches the prompt.
+    body: Box<serde_json::value::RawValue>,
+    tokens: Option<Vec<Vec<u32>>>,
+    prompt_tokens: Option<usize>,
+}
+
+/// Requests and what vLLM 0.32 made of them: ids from `/tokenize` and `/render`, the sum of
+/// `usage.prompt_tokens` from others.
+#[tokio::test]
+async fn tokens_are_those_of_the_recorded_engine() {
+    let file = std::fs::read(directory().join("recorded.json")).unwrap();
+    let list: Vec<Recorded> = serde_json::from_slice(&file).unwrap();
+    let service = service();
+    let (mut exact, mut counted) = (0, 0);
+    for recorded in list {
+        let api = if recorded.body.get().contains("\"messages\":") {
+            ApiKind::ChatCompletions
+        } else {
+            ApiKind::Completions
+        };
+        let got = ids(&service, api, &recorded.body).await;
+        let got = got.unwrap_or_else(|e| panic!("{}: {e}", recorded.name));
+        if let Some(tokens) = recorded.tokens {
+            assert_eq!(got, tokens, "{}", recorded.name);
+            exact += 1;
+        }
+        if let Some(count) = recorded.prompt_tokens {
+            let sum: usize = got.iter().map(Vec::len).sum();
+            assert_eq!(sum, count, "{}", recorded.name);
+            counted += 1;
+        }
+    }
+    assert!(
+        exact >= 4 && counted >= 10,
+        "{exact} exact, {counted} counted"
+    );
+}
+
+#[tokio::test]
+async fn a_prompt_may_be_text_ids_or_lists_of_them() {
+    let service = service();
+    let text = ids(
+        &service,
+        ApiKind::Completions,
+        json!({"prompt": "The port"}),
+    )
+    .await
+    .unwrap();
+    // `tokenize-prompt` of the recording begins "The port".
+    assert_eq!(text, [[591, 3105]]);
+    let list = json!({"prompt": ["The port", "The port"]});
+    assert_eq!(
+        ids(&service, ApiKind::Completions, list).await.unwrap(),
+        [[591, 3105], [591, 3105]]
+    );
+    let one = json!({"prompt": [5, 6, 7]});
+    assert_eq!(
+        ids(&service, ApiKind::Completions, one).await.unwrap(),
+        [[5, 6, 7]]
+    );
+    let many = json!({"prompt": [[5, 6], [7]]});
+    assert_eq!(
+        ids(&service, ApiKind::Completions, many).await.unwrap(),
+        [vec![5, 6], vec![7]]
+    );
+    for bad in [
+        json!({}),
+        json!({"prompt": []}),
+        json!({"prompt": 3}),
+        json!({"prompt": [-1]}),
+    ] {
+        let error = ids(&service, ApiKind::Completions, &bad).await.unwrap_err();
+        assert!(
+            matches!(error, TokenizeError::Malformed(_)),
+            "{bad}: {error}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn ids_of_the_client_pass_for_every_api_and_model() {
+    let mut request = request(ApiKind::VllmGenerate, "other", &json!({}));
+    request.payload.prompts = vec![Prompt::Tokens {
+        ids: vec![1, 2],
+        media: Vec::new(),
+    }];
+    let tokens = service().tokenize(&request).wait().await.unwrap();
+    assert_eq!(*tokens.prompts[0].ids, [1, 2]);
+}
+
+#[tokio::test]
+async fn adapters_share_the_base_and_its_memory() {
+    let service = service();
+    let body = json!({"prompt": "The port"});
+    let answer = service.tokenize(&request(ApiKind::Completions, "lora-0", &body));
+    assert_eq!(*answer.wait().await.unwrap().prompts[0].ids, [591, 3105]);
+    assert_eq!(service.memo_stats("tiny"), service.memo_stats("lora-0"));
+    let unknown = service
+        .tokenize(&request(ApiKind::Completions, "lora-1", &body))
+        .wait()
+        .await;
+    assert_eq!(
+        unknown,
+        Err(TokenizeError::UnknownModel("lora-1".to_owned()))
+    );
+}
+
+fn long_chat() -> serde_json::Value {
+    // 150 * 52 bytes: more than may be tokenized inline, less than an inline body.
+    let text = "At which point should we slow down before the quay? ".repeat(150);
+    json!({"messages": [{"role": "user", "content": text}]})
+}
+
+#[tokio::test]
+async fn what_is_known_is_answered_at_once() {
+    let service = service();
+    let request = request(ApiKind::ChatCompletions, "tiny", &long_chat());
+    let Answer::Pending(work) = service.tokenize(&request) else {
+        panic!("new text must go to a worker");
+    };
+    let first = work.await.unwrap();
+    let Answer::Ready(second) = service.tokenize(&request) else {
+        panic!("known text must not");
+    };
+    assert_eq!(second.unwrap(), first);
+    assert_eq!(service.pool_stats().done, 1);
+}
+
+#[tokio::test]
+async fn a_full_queue_is_told() {
+    let service = TokenService::load(Settings {
+        queue: 0,
+        ..settings()
+    })
+    .unwrap();
+    let request = request(ApiKind::ChatCompletions, "tiny", &long_chat());
+    let answer = service.tokenize(&request).wait().await;
+    assert_eq!(answer, Err(TokenizeError::Pool(PoolError::Full)));
+    assert_eq!(service.pool_stats().refused, 1);
+}
+
+#[tokio::test]
+async fn a_body_in_pieces_is_one_body() {
+    let whole = json!({"prompt": "The port"}).to_string();
+    let (left, right) = whole.split_at(9);
+    let mut body = Body::default();
+    body.push(Bytes::from(left.to_owned()));
+    body.push(Bytes::from(right.to_owned()));
+    let mut request = request(ApiKind::Completions, "tiny", &json!({}));
+    request.body = body;
+    let tokens = service().tokenize(&request).wait().await.unwrap();
+    assert_eq!(*tokens.prompts[0].ids, [591, 3105]);
+}
+
+#[tokio::test]
+async fn what_engines_differ_in_is_not_guessed() {
+    let service = service();
+    let message = json!([{"role": "user", "content": "a"}]);
+    for body in [
+        json!({"messages": message, "chat_template": "x"}),
+        json!({"messages": message, "truncate_prompt_tokens": 3}),
+    ] {
+        let error = ids(&service, ApiKind::ChatCompletions, body)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, TokenizeError::Unsupported(_)), "{error}");
+    }
+    let image = json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]});
+    assert_eq!(
+        ids(&service, ApiKind::ChatCompletions, image).await,
+        Err(TokenizeError::Media)
+    );
+    let both =
+        json!({"messages": message, "continue_final_message": true, "add_generation_prompt": true});
+    let error = ids(&service, ApiKind::ChatCompletions, both)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, TokenizeError::Malformed(_)), "{error}");
+    assert_eq!(
+        ids(&service, ApiKind::Embeddings, json!({"input": "a"})).await,
+        Err(TokenizeError::Unsupported("this API"))
+    );
+}
+
+#[test]
+fn a_body_above_the_limit_is_not_read() {
+    let mut request = request(ApiKind::Completions, "tiny", &json!({}));
+    request.body = Body::from(Bytes::from(vec![b' '; MAX_BODY_BYTES + 1]));
+    let Answer::Ready(result) = service().tokenize(&request) else {
+        panic!("nothing to wait for");
+    };
+    assert_eq!(result, Err(TokenizeError::TooLarge));
+}
+
+#[test]
+fn fields_of_a_request_win_over_template_options() {
+    let body: Value = serde_json::from_str(
+        r#"{"chat_template_kwargs":{"reasoning_effort":"low","thinking":true},"reasoning_effort":"high"}"#,
+    )
+    .unwrap();
+    let special = vec![("eos_token".to_owned(), Value::from("</s>"))];
+    let context = Value::from_pairs(variables(&special, &body).unwrap());
+    let json = serde_json::to_string(&context).unwrap();
+    assert_eq!(
+        json,
+        r#"{"eos_token":"</s>","reasoning_effort":"high","thinking":true}"#
+    );
+}
+
+#[tokio::test]
+async fn reload_keeps_the_old_models_when_the_new_ones_are_broken() {
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(directory().join(name), copy.path().join(name)).unwrap();
+    }
+    let mut settings = settings();
+    settings.models[0].directory = copy.path().to_owned();
+    let service = TokenService::load(settings).unwrap();
+    let body = json!({"prompt": "The port"});
+    ids(&service, ApiKind::Completions, &body).await.unwrap();
+    service.reload().unwrap();
+    assert_eq!(service.memo_stats("tiny"), Some(MemoStats::default()));
+    std::fs::remove_file(copy.path().join("tokenizer.json")).unwrap();
+    assert!(service.reload().is_err());
+    assert_eq!(
+        ids(&service, ApiKind::Completions, body).await.unwrap(),
+        [[591, 3105]]
+    );
+}
+
+#[test]
+fn a_name_given_twice_is_refused() {
+    let mut settings = settings();
+    settings.models[0].adapters.push("tiny".to_owned());
+    let error = TokenService::load(settings).unwrap_err();
+    assert!(error.to_string().contains("named twice"), "{error}");
+}
