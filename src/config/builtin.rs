@@ -8,6 +8,7 @@ use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::control::producers::mm_embeddings_cache::MmEmbeddingsCacheProducer;
+use crate::control::producers::precise_prefix::{PrecisePrefixProducer, PrecisePrefixScorer};
 use crate::control::producers::session_id::SessionIdProducer;
 use crate::control::producers::token::TokenProducer;
 use crate::control::screeners::DisaggregatedSetRolloutScreener;
@@ -322,7 +323,6 @@ fn catalogue_to_come() -> Vec<PluginType> {
         later("prefix-based-pd-decider", &["decider"], Beta),
         later("always-disagg-pd-decider", &["decider"], Beta),
         later("always-disagg-multimodal-decider", &["decider"], Beta),
-        later("precise-prefix-cache-producer", &["data producer"], Beta),
         later("predicted-latency-producer", &["data producer"], Beta),
         later("p2p-source-producer", &["data producer"], Alpha),
         later("latency-slo-admitter", &["admitter"], Beta),
@@ -337,12 +337,6 @@ fn catalogue_to_come() -> Vec<PluginType> {
             .instead("disagg-profile-handler")
             .reports("disagg-headers-handler"),
         later("pd-profile-handler", &["profile handler"], Beta).instead("disagg-profile-handler"),
-        later(
-            "precise-prefix-cache-scorer",
-            &["scorer", "data producer"],
-            Beta,
-        )
-        .instead("precise-prefix-cache-producer and prefix-cache-scorer"),
     ]
 }
 
@@ -397,6 +391,9 @@ pub fn registry() -> Registry {
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(ApproxPrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener])
             .over_clusters("multicluster-approx-prefix-cache-producer"),
+        plugin!(PrecisePrefixProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
+        plugin!(PrecisePrefixScorer, ["scorer" => scorer, "data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener])
+            .instead("precise-prefix-cache-producer and prefix-cache-scorer"),
         plugin!(BurstPrefixProducer, ["data producer" => producer]),
         plugin!(MmEmbeddingsCacheProducer, ["data producer" => producer, "pre-request" => pre_request, "endpoint listener" => listener]),
         plugin!(InFlightLoadProducer, ["data producer" => producer, "pre-request" => pre_request]),

@@ -8,6 +8,9 @@ pub const UNCACHED_TOKENS: &str = "UncachedRequestTokensDataKey";
 pub const IN_FLIGHT: &str = "InFlightLoadDataKey";
 /// Prompt tokens of the request, one value for each prompt: `u64`.
 pub const TOKENIZED_PROMPT: &str = "TokenizedPrompt";
+/// Token ids of the request's prompts, published beside [`TOKENIZED_PROMPT`] by a token producer with a
+/// tokenizer behind it, and left unwritten when it gave no answer.
+pub const TOKEN_IDS: &str = "TokenizedPrompt.ids";
 /// Media of the request's prompts in order: [`MediaFeature`]. Published beside [`TOKENIZED_PROMPT`],
 /// and only when there are any: a request without media leaves the column unwritten.
 pub const MEDIA_FEATURES: &str = "TokenizedPrompt.features";

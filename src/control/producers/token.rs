@@ -1,16 +1,35 @@
-//! `token-producer`: tokens of the prompt; this version estimates them from bytes.
+//! `token-producer`: tokens of the prompt, counted by an estimate or made by a tokenizer.
 
+use std::any::Any;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics::Counter;
 use serde::Deserialize;
 use smallvec::SmallVec;
 
 use super::media_tokens::{EstimateSettings, MediaEstimate, VideoHints};
-use crate::plugin::{Attributes, Build, Column, Maturity, ParamDoc, Plugin, PluginError};
+use crate::kvcache::tokens::remote::{RemoteSettings, RemoteTokenizer};
+use crate::kvcache::tokens::service::{
+    Answer, ModelSettings, Pending, PromptTokens, Settings as TokenSettings, TokenService,
+    TokenizeError, Tokenized, supplied,
+};
+use crate::plugin::duration::GoDuration;
+use crate::plugin::{
+    Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
+};
 use crate::request::text::token_count;
 use crate::request::{Headers, InferenceRequest, MediaItem, Prompt};
 use crate::scheduling::attributes::{
-    MEDIA_FEATURES, MediaFeature, TOKEN_PRODUCER, TOKENIZED_PROMPT,
+    MEDIA_FEATURES, MediaFeature, TOKEN_IDS, TOKEN_PRODUCER, TOKENIZED_PROMPT,
 };
-use crate::scheduling::{Candidate, DataProducer, ProducerError};
+use crate::scheduling::{Candidate, DataProducer, Preparation, ProducerError};
+
+/// Engine that the vllm backend asks unless configured.
+const DEFAULT_ENGINE: &str = "http://localhost:8000";
+/// How long a prompt may wait for this process's tokenizer: a megabyte takes a third of a second.
+const LOCAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Tokens that the media of one request count together, about the largest context a model has; past
 /// it every further item counts one. Sizes come from clients (headers, image headers), and the prefix
@@ -22,7 +41,12 @@ const MAX_MEDIA_TOKENS: u32 = 1 << 20;
 /// prompt, and no media features for one without media, which costs it nothing.
 #[derive(Debug)]
 pub struct TokenProducer {
+    tokenizer: Tokenizer,
+    ready: Counter,
+    waited: Counter,
+    failed: Counter,
     tokens: Column<u64>,
+    ids: Column<PromptTokens>,
     features: Column<MediaFeature>,
     estimate: MediaEstimate,
 }
@@ -31,9 +55,49 @@ pub struct TokenProducer {
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 struct Settings {
     estimate: Option<EstimateSettings>,
-    vllm: Option<serde_json::Value>,
+    vllm: Option<Vllm>,
+    local: Option<Local>,
     model_name: String,
     uds_tokenizer_config: Option<serde_json::Value>,
+}
+
+/// The `vllm` backend.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+struct Vllm {
+    url: String,
+    timeout: String,
+    mm_timeout: String,
+}
+
+/// The `local` backend.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+struct Local {
+    models: Vec<LocalModel>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+struct LocalModel {
+    name: String,
+    directory: PathBuf,
+    adapters: Vec<String>,
+    chat_template: Option<PathBuf>,
+}
+
+/// Who turns prompts into ids.
+#[derive(Debug)]
+enum Tokenizer {
+    /// Nobody: tokens are counted only.
+    None,
+    /// An engine, over HTTP.
+    Remote {
+        remote: Arc<RemoteTokenizer>,
+        timeout: Duration,
+    },
+    /// This process.
+    Local(TokenService),
 }
 
 impl Plugin for TokenProducer {
@@ -50,53 +114,141 @@ impl Plugin for TokenProducer {
             name: "vllm",
             kind: "object",
             default: "",
-            help: "Ask a vLLM render endpoint; not yet available.",
+            help: "Ask a vLLM: `url` (http://localhost:8000), `timeout` (5s), `mmTimeout` (30s, for content that is a list). Uses the render routes, or /tokenize where they are closed.",
+        },
+        ParamDoc {
+            name: "local",
+            kind: "object",
+            default: "",
+            help: "Tokenize in this process: `models`, each with `name`, `directory` (tokenizer.json, tokenizer_config.json, chat template), `adapters` and `chatTemplate` (a file).",
         },
         ParamDoc {
             name: "modelName",
             kind: "string",
             default: "",
-            help: "Model for a remote backend; not yet available.",
+            help: "Model the vllm backend asks for; required with it, and selects it when given alone.",
         },
         ParamDoc {
             name: "udsTokenizerConfig",
             kind: "object",
             default: "",
-            help: "Deprecated; not yet available.",
+            help: "Deprecated; not available: use `local`.",
         },
     ];
-    const ABOUT: &'static str = "Counts prompt tokens.";
+    const ABOUT: &'static str =
+        "Counts prompt tokens, and makes their ids where a tokenizer is configured.";
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
-        let later = |what: &str| {
-            Err(PluginError::Invalid(format!(
-                "{what} is known but not yet available in this version"
-            )))
+        let tokenizer = settings.tokenizer()?;
+        let name = build.name.to_owned();
+        let requests = |result: &'static str| {
+            metrics::counter!("pinpod_token_producer_requests_total",
+                "plugin_name" => name.clone(), "result" => result)
         };
-        if settings.vllm.is_some() || !settings.model_name.is_empty() {
-            return later("the vllm backend");
-        }
-        if settings.uds_tokenizer_config.is_some() {
-            return later("udsTokenizerConfig");
-        }
         Ok(Self {
+            tokenizer,
+            ready: requests("ready"),
+            waited: requests("waited"),
+            failed: requests("failed"),
             estimate: settings.estimate.unwrap_or_default().resolve()?,
             tokens: build.keys.produce(TOKENIZED_PROMPT),
+            ids: build.keys.produce(TOKEN_IDS),
             features: build.keys.produce(MEDIA_FEATURES),
         })
     }
 }
 
-impl DataProducer for TokenProducer {
-    fn produce(
-        &self,
-        request: &InferenceRequest,
-        _: &[Candidate],
-        attributes: &mut Attributes,
-    ) -> Result<(), ProducerError> {
+impl Settings {
+    fn tokenizer(&self) -> Result<Tokenizer, PluginError> {
+        if self.uds_tokenizer_config.is_some() {
+            return Err(PluginError::Invalid(
+                "udsTokenizerConfig is known but not available: use the local backend".to_owned(),
+            ));
+        }
+        let remote = self.vllm.is_some() || !self.model_name.is_empty();
+        let chosen = [self.estimate.is_some(), remote, self.local.is_some()];
+        if chosen.into_iter().filter(|chosen| *chosen).count() > 1 {
+            return Err(ParamError(
+                "exactly one backend: estimate, vllm (also chosen by modelName) or local"
+                    .to_owned(),
+            )
+            .into());
+        }
+        match &self.local {
+            Some(local) => local.load(),
+            None if remote => self
+                .vllm
+                .as_ref()
+                .unwrap_or(&Vllm::default())
+                .connect(&self.model_name),
+            None => Ok(Tokenizer::None),
+        }
+    }
+}
+
+impl Vllm {
+    fn connect(&self, model: &str) -> Result<Tokenizer, PluginError> {
+        if model.is_empty() {
+            return Err(ParamError("modelName: required with the vllm backend".to_owned()).into());
+        }
+        let url = if self.url.is_empty() {
+            DEFAULT_ENGINE
+        } else {
+            &self.url
+        };
+        let mut settings = RemoteSettings::new(url, model);
+        let limits = [
+            ("vllm.timeout", &self.timeout, &mut settings.timeout),
+            (
+                "vllm.mmTimeout",
+                &self.mm_timeout,
+                &mut settings.media_timeout,
+            ),
+        ];
+        for (field, text, limit) in limits {
+            if !text.is_empty() {
+                let parsed = text.parse::<GoDuration>();
+                *limit = parsed
+                    .map_err(|error| ParamError(format!("{field}: {error}")))?
+                    .0;
+            }
+        }
+        let timeout = settings.timeout.max(settings.media_timeout);
+        let remote = RemoteTokenizer::new(settings)
+            .map_err(|error| ParamError(format!("vllm.url: {error}")))?;
+        Ok(Tokenizer::Remote { remote, timeout })
+    }
+}
+
+impl Local {
+    fn load(&self) -> Result<Tokenizer, PluginError> {
+        let models = self.models.iter().map(|model| ModelSettings {
+            name: model.name.clone(),
+            directory: model.directory.clone(),
+            adapters: model.adapters.clone(),
+            chat_template: model.chat_template.clone(),
+        });
+        let settings = TokenSettings {
+            models: models.collect(),
+            ..TokenSettings::default()
+        };
+        if settings.models.is_empty() {
+            return Err(ParamError("local.models: at least one model".to_owned()).into());
+        }
+        TokenService::load(settings)
+            .map(Tokenizer::Local)
+            .map_err(|error| ParamError(format!("local.models: {error}")).into())
+    }
+}
+
+type Answered = Result<Tokenized, TokenizeError>;
+
+impl TokenProducer {
+    /// What the prompts are made of without asking anyone.
+    fn count(&self, request: &InferenceRequest, attributes: &mut Attributes) {
         if request.payload.prompts.is_empty() {
-            return Ok(());
+            return;
         }
         let mut media = MediaReader::new(&self.estimate, &request.headers);
         let prompts = request.payload.prompts.iter().zip(0..);
@@ -115,6 +267,89 @@ impl DataProducer for TokenProducer {
         if !media.features.is_empty() {
             attributes.write(self.features).extend(media.features);
         }
+    }
+
+    /// Publishes ids and their number; without an answer the estimate stays.
+    fn answer(&self, answered: Answered, attributes: &mut Attributes) {
+        match answered {
+            Ok(tokenized) => {
+                let counts = tokenized.prompts.iter().map(|p| p.ids.len() as u64);
+                let tokens = attributes.write(self.tokens);
+                tokens.clear();
+                tokens.extend(counts);
+                attributes.write(self.ids).extend(tokenized.prompts);
+            }
+            Err(error) => {
+                self.failed.increment(1);
+                tracing::debug!(%error, "no token ids, the count is estimated");
+            }
+        }
+    }
+}
+
+impl DataProducer for TokenProducer {
+    /// Counts, and makes ids where that needs no waiting.
+    fn produce(
+        &self,
+        request: &InferenceRequest,
+        _: &[Candidate],
+        attributes: &mut Attributes,
+    ) -> Result<(), ProducerError> {
+        self.count(request, attributes);
+        if let Tokenizer::Local(service) = &self.tokenizer
+            && let Answer::Ready(answered) = service.tokenize(request)
+        {
+            self.ready.increment(1);
+            self.answer(answered, attributes);
+        } else if let Some(supplied) = supplied(request) {
+            self.ready.increment(1);
+            self.answer(Ok(supplied), attributes);
+        }
+        Ok(())
+    }
+
+    fn prepare(
+        &self,
+        request: &InferenceRequest,
+        _: &[Candidate],
+        _: &Attributes,
+    ) -> Option<Preparation> {
+        let (work, timeout): (Pending, _) = match &self.tokenizer {
+            Tokenizer::None => return None,
+            Tokenizer::Remote { remote, timeout } => {
+                if request.payload.prompts.is_empty() || supplied(request).is_some() {
+                    return None;
+                }
+                let (remote, api) = (Arc::clone(remote), request.payload.api);
+                let body = request.body.clone();
+                let work = async move { remote.tokenize(api, &body).await };
+                (Box::pin(work), *timeout)
+            }
+            Tokenizer::Local(service) => match service.tokenize(request) {
+                // Known by now, so asking again in `produce` is cheap.
+                Answer::Ready(_) => return None,
+                Answer::Pending(work) => (work, LOCAL_TIMEOUT),
+            },
+        };
+        Some(Preparation {
+            work: Box::pin(async move { Box::new(work.await) as Box<dyn Any + Send> }),
+            timeout,
+        })
+    }
+
+    fn produce_prepared(
+        &self,
+        prepared: Box<dyn Any + Send>,
+        request: &InferenceRequest,
+        _: &[Candidate],
+        attributes: &mut Attributes,
+    ) -> Result<(), ProducerError> {
+        let answered = prepared
+            .downcast::<Answered>()
+            .map_err(|_| ProducerError("not prepared by this producer".to_owned()))?;
+        self.count(request, attributes);
+        self.waited.increment(1);
+        self.answer(*answered, attributes);
         Ok(())
     }
 }

@@ -253,7 +253,7 @@ impl TokenService {
 }
 
 /// Ids the client sent, when every prompt has them.
-fn supplied(request: &InferenceRequest) -> Option<Tokenized> {
+pub fn supplied(request: &InferenceRequest) -> Option<Tokenized> {
     if request.payload.prompts.is_empty() {
         return None;
     }

@@ -194,6 +194,8 @@ series! {
     "llm_d_epp_encoder_cache_hits_total", Counter, "Media items that an endpoint was sent before, by endpoint and modality.";
     "llm_d_epp_encoder_cache_hit_ratio", Histogram(RATIO), "Share of a request's media items that a candidate was sent before.";
     "pinpod_decision_duration_seconds", Histogram(DECISION), "Time from the complete request to its decision in seconds.";
+    "pinpod_precise_prefix_requests_total", Counter, "Requests by how their prefix was matched: exact, mixed (some endpoints publish no KV events), no_tokens, no_events.";
+    "pinpod_token_producer_requests_total", Counter, "Requests by how their prompt became tokens: ready, waited, failed.";
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";
     "pinpod_config_last_reload_success", Gauge, "1 when the configuration file in its present state is in use.";
