@@ -23,9 +23,10 @@ mod writer;
 mod tests;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::RwLock;
+use tokio::time::Instant;
 
 pub use lookup::{Lookup, Match, Trust};
 pub use table::TableStats;

@@ -1,7 +1,9 @@
 //! Stores whose parent is not known yet, kept for a while in case it comes.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::kvcache::events::Stored;
 

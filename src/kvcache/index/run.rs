@@ -4,13 +4,11 @@ use smallvec::SmallVec;
 
 use crate::kvcache::block::BlockKey;
 
-/// Copies beyond this many are not told apart.
-const MAX_COPIES: u8 = u8::MAX;
 /// Capacity is given back once less than one part in this many is used.
 const SHRINK_BELOW: usize = 4;
 
 /// Blocks `start..end` of a run are held by a column, in one tier and cache group, in equally many
-/// copies. A prefix, whatever its length, is one span.
+/// copies, 255 standing for more. A prefix, whatever its length, is one span.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Span {
     pub(super) column: u32,
@@ -131,10 +129,8 @@ impl Run {
                 spans.push(*old);
                 continue;
             }
-            let copies = match idempotent {
-                true => old.copies,
-                false => old.copies.saturating_add(1).min(MAX_COPIES),
-            };
+            let more = u8::from(!idempotent);
+            let copies = old.copies.saturating_add(more);
             spans.push(new.part(cursor, old.start, 1));
             spans.push(old.part(old.start, start, old.copies));
             spans.push(old.part(old.start.max(start), old.end.min(end), copies));

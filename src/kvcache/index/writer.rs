@@ -1,8 +1,8 @@
 //! Applies the events of one publisher to the index.
 
-use std::time::Instant;
+use tokio::time::Instant;
 
-use super::extras::{ExtraKeys, Malformed};
+use super::extras::ExtraKeys;
 use super::parked::Parked;
 use super::run::Plane;
 use super::table::{Hold, MAX_GROUPS};
@@ -145,7 +145,7 @@ impl EndpointWriter {
         };
         match event.kind {
             Some("full_attention" | "mla_attention" | "sink_full_attention") => {
-                *slot = Group::Dense
+                *slot = Group::Dense;
             }
             None | Some("unknown") => {
                 if *slot == Group::Unknown && dense {
@@ -204,12 +204,9 @@ impl EndpointWriter {
     /// Chains the event's blocks into `keys`; false when its extra keys cannot be read.
     fn hash(&mut self, event: &Stored<'_>, parent: BlockKey) -> bool {
         let first = event.parent.is_none();
-        let mut extra_keys = match event.extra_keys.map(ExtraKeys::new).transpose() {
-            Ok(extra_keys) => extra_keys,
-            Err(Malformed) => {
-                self.stats.malformed_extra_keys += 1;
-                return false;
-            }
+        let Ok(mut extra_keys) = event.extra_keys.map(ExtraKeys::new).transpose() else {
+            self.stats.malformed_extra_keys += 1;
+            return false;
         };
         let mut malformed = false;
         self.keys.clear();

@@ -1,6 +1,8 @@
 //! Memory bounds and parking.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::super::table::MAX_EXPECTED;
 use super::super::{IndexSettings, KvIndex, Lookup, parked};
