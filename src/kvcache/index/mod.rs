@@ -38,7 +38,7 @@ use self::tier::Tiers;
 use super::block::{BlockHasher, BlockKey};
 use crate::datalayer::EndpointIndex;
 
-/// Memory the index may use unless told otherwise. About 20 million distinct blocks.
+/// Memory the index may use unless told otherwise. About 14 million distinct blocks.
 pub const DEFAULT_MAX_BYTES: usize = 1 << 30;
 
 /// Settings of an index.

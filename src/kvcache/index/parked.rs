@@ -156,8 +156,8 @@ mod tests {
         let many = vec![0; MAX_TOKENS - 10];
         let dropped = parked.park(&stored(&[9], &many), 0, start);
         assert_eq!(
-            dropped as usize,
-            MAX_EVENTS - 10,
+            dropped,
+            MAX_EVENTS as u64 - 10,
             "the newest ten and this one fit"
         );
         let late = start + MAX_AGE + Duration::from_millis(1);

@@ -111,20 +111,22 @@ impl EndpointWriter {
         if !self.hash(event, parent) {
             return false;
         }
-        let tier = self.tier(event.medium);
+        let plane = Plane {
+            column: self.column,
+            tier: self.tier(event.medium),
+            group,
+        };
         let mut inner = self.index.shared.inner.write();
         let table = &mut inner.table;
         if let Some(column) = table.column(self.column) {
             column.block_size = event.block_size;
-            if let Some(groups) = column.groups.get_mut(usize::from(tier)) {
-                *groups |= 1 << group;
-            }
         }
+        table.add_group(plane);
         let at = event
             .parent
             .and_then(|hash| table.resolve(self.column, hash));
         let hold = Hold::Copy {
-            tier,
+            tier: plane.tier,
             group,
             hashes: event.hashes,
         };
@@ -246,11 +248,7 @@ impl EndpointWriter {
             inner.table.add_copy(plane, place);
             self.stats.located_blocks += 1;
         }
-        if let Some(column) = inner.table.column(self.column)
-            && let Some(groups) = column.groups.get_mut(usize::from(plane.tier))
-        {
-            *groups |= 1 << plane.group;
-        }
+        inner.table.add_group(plane);
     }
 
     fn removed(&mut self, event: &Removed<'_>) {
@@ -320,9 +318,7 @@ impl EventSink for EndpointWriter {
 
     fn set_state(&mut self, state: StreamState) {
         let mut inner = self.index.shared.inner.write();
-        if let Some(column) = inner.table.column(self.column) {
-            column.state = state;
-        }
+        inner.table.set_state(self.column, state);
     }
 }
 
