@@ -180,12 +180,14 @@ impl Lookup {
         while let Some(first) = rest.first() {
             let own = rest.iter().take_while(|span| span.column == first.column);
             let (own, others) = rest.split_at_checked(own.count()).unwrap_or_default();
-            step(first.column, own, &run.expected);
+            step(first.column, own, run.expected_of(first.column));
             rest = others;
         }
-        for expected in &run.expected {
-            if run.of_column(expected.column).is_empty() {
-                step(expected.column, &[], &run.expected);
+        for own in run.expected.chunk_by(|a, b| a.column == b.column) {
+            if let Some(first) = own.first()
+                && run.of_column(first.column).is_empty()
+            {
+                step(first.column, &[], own);
             }
         }
         through
@@ -276,7 +278,7 @@ impl Walk<'_> {
                 }
             }
             for expected in expected {
-                if expected.column != id || expected.deadline_ms <= now_ms {
+                if expected.deadline_ms <= now_ms {
                     continue;
                 }
                 if expected.start > at {

@@ -452,19 +452,12 @@ impl Table {
                     return;
                 };
                 run.referenced = true;
-                let mut own = run.expected.iter_mut();
-                let same = own.find(|e| e.column == id && e.start == start && e.end == end);
-                match same {
-                    Some(expected) => {
-                        expected.deadline_ms = expected.deadline_ms.max(deadline_ms);
-                    }
-                    None => run.expected.push(Expected {
-                        column: id,
-                        start,
-                        end,
-                        deadline_ms,
-                    }),
-                }
+                run.expect(Expected {
+                    column: id,
+                    start,
+                    end,
+                    deadline_ms,
+                });
                 let generation = run.generation;
                 self.expiry.push_back((deadline_ms, place.run, generation));
             }
