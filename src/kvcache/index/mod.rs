@@ -1,6 +1,6 @@
 //! Which endpoints hold which blocks, exactly: built from the events their engines publish.
 //!
-//! Prompts share long stretches, so blocks lie in runs ([`run`]): a stretch that several endpoints hold
+//! Prompts share long stretches, so blocks lie in runs: a stretch that several endpoints hold
 //! is stored once, and how far an endpoint holds it is one span. A key commits to the prompt before
 //! it, so a run and a prompt are compared by a handful of keys, and a look-up costs the runs along the
 //! prompt and their holders, not its blocks. An engine's own hashes are stored once for all endpoints
@@ -112,7 +112,8 @@ impl KvIndex {
     }
 
     /// Finds what each candidate holds of the prompt with these keys; the answers are in
-    /// [`Lookup::matches`]. `now` decides which predictions still count.
+    /// [`Lookup::matches`]. `now` decides which predictions still count. Candidates are distinct and use
+    /// one block size, that of the keys: ask [`KvIndex::block_size`] and look up once for each size.
     pub fn lookup(
         &self,
         keys: &[BlockKey],
