@@ -33,6 +33,9 @@ pub struct MediaSpan<'a> {
     pub length: u32,
 }
 
+const PARENT_BYTES: usize = size_of::<u64>();
+const TOKEN_BYTES: usize = size_of::<u32>();
+
 /// Marks a start key, so that no block can be mistaken for one.
 const START: u8 = 0;
 const MODEL: u8 = 1;
@@ -177,15 +180,21 @@ impl BlockHasher {
             return;
         }
         let mut extras = Extras::default();
-        let mut bytes = Vec::with_capacity(8 + 4 * block_size);
+        let fixed = PARENT_BYTES + TOKEN_BYTES * block_size;
+        let mut bytes = vec![0; fixed];
         let mut key = parent;
         out.reserve(tokens.len() / block_size);
         for (index, block) in tokens.chunks_exact(block_size).enumerate() {
             extras.clear();
             extras_of(index, &mut extras);
-            bytes.clear();
-            bytes.extend_from_slice(&key.0.to_le_bytes());
-            bytes.extend(block.iter().flat_map(|token| token.to_le_bytes()));
+            bytes.truncate(fixed);
+            if let Some((head, body)) = bytes.split_first_chunk_mut::<PARENT_BYTES>() {
+                *head = key.0.to_le_bytes();
+                // Compiles to a copy; an iterator over bytes does not.
+                for (place, token) in body.chunks_exact_mut(TOKEN_BYTES).zip(block) {
+                    place.copy_from_slice(&token.to_le_bytes());
+                }
+            }
             bytes.extend_from_slice(&extras.bytes);
             key = BlockKey(xxh3_64_with_seed(&bytes, self.seed));
             out.push(key);

@@ -45,23 +45,29 @@ pub struct Match {
 /// Room for a look-up, kept from one to the next so that none allocates after the first few.
 #[derive(Debug, Default)]
 pub struct Lookup {
+    /// One for each candidate, then one for each further rank of a candidate.
     matches: Vec<Match>,
-    walks: Vec<Walk>,
+    /// Beside `matches`: tiers without a hole so far.
+    tiers: Vec<u8>,
+    /// By column.
+    marks: Vec<Mark>,
     epoch: u32,
+    candidates: usize,
+}
+
+/// Says that a column takes part in a look-up.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mark {
+    /// The look-up; the column is no candidate where it is an older one.
+    epoch: u32,
+    /// Where its match is kept.
+    slot: u32,
 }
 
 /// A column's way along the prompt.
-#[derive(Debug, Clone, Copy, Default)]
-struct Walk {
-    /// Look-up it belongs to; the column is no candidate where it is an older one.
-    epoch: u32,
-    blocks: u32,
-    by_tier: [u32; MAX_TIERS],
-    /// Tiers without a hole so far.
-    tiers: u8,
-    /// Blocks lie in one cache group, so having one span is having the block.
-    one_group: bool,
-    score: f64,
+struct Walk<'a> {
+    found: &'a mut Match,
+    tiers: &'a mut u8,
 }
 
 impl Lookup {
@@ -72,7 +78,7 @@ impl Lookup {
 
     /// Results in the order of the candidates asked for.
     pub fn matches(&self) -> &[Match] {
-        &self.matches
+        self.matches.get(..self.candidates).unwrap_or_default()
     }
 
     pub(super) fn run(
@@ -101,24 +107,40 @@ impl Lookup {
     fn enter(&mut self, table: &Table, candidates: &[EndpointIndex]) {
         self.epoch = self.epoch.wrapping_add(1);
         if self.epoch == 0 {
-            self.walks.clear();
+            self.marks.clear();
             self.epoch = 1;
         }
-        if self.walks.len() < table.columns.len() {
-            self.walks.resize(table.columns.len(), Walk::default());
+        if self.marks.len() < table.columns.len() {
+            self.marks.resize(table.columns.len(), Mark::default());
         }
-        for id in candidates.iter().flat_map(|c| columns(table, *c)) {
-            let column = table.columns.get(*id as usize).and_then(Option::as_ref);
-            let (Some(column), Some(walk)) = (column, self.walks.get_mut(*id as usize)) else {
-                continue;
-            };
-            *walk = Walk {
+        self.candidates = candidates.len();
+        self.matches.clear();
+        for candidate in candidates {
+            let first = columns(table, *candidate).first();
+            let trust = first.map_or(Trust::Unknown, |id| self.mark(table, *id));
+            self.matches.push(Match::with(trust));
+        }
+        for id in candidates
+            .iter()
+            .flat_map(|c| columns(table, *c).iter().skip(1))
+        {
+            let trust = self.mark(table, *id);
+            self.matches.push(Match::with(trust));
+        }
+        self.tiers.clear();
+        self.tiers.resize(self.matches.len(), u8::MAX);
+    }
+
+    /// Gives the column the next match.
+    fn mark(&mut self, table: &Table, id: u32) -> Trust {
+        if let Some(mark) = self.marks.get_mut(id as usize) {
+            *mark = Mark {
                 epoch: self.epoch,
-                tiers: u8::MAX,
-                one_group: column.one_group(),
-                ..Walk::default()
+                slot: super::table::short(self.matches.len()),
             };
         }
+        let brief = table.briefs.get(id as usize);
+        brief.map_or(Trust::Unknown, |brief| brief.state.into())
     }
 
     /// Takes all columns along the first `n` blocks of a run, which is entered after `done` blocks.
@@ -135,67 +157,87 @@ impl Lookup {
         let (done, n) = (super::table::short(done), super::table::short(n));
         let mut through = false;
         let mut step = |column: u32, spans: &[Span], expected: &[Expected]| {
-            let Some(walk) = self.walks.get_mut(column as usize) else {
+            let mark = self.marks.get(column as usize).copied().unwrap_or_default();
+            let slot = mark.slot as usize;
+            let walk = self.matches.get_mut(slot).zip(self.tiers.get_mut(slot));
+            let Some((found, tiers)) = walk.filter(|_| mark.epoch == self.epoch) else {
                 return;
             };
-            if walk.epoch != self.epoch || walk.blocks != done {
+            if found.blocks != done {
                 return;
             }
+            let mut walk = Walk { found, tiers };
+            let brief = table.briefs.get(column as usize);
             match (spans, expected) {
-                ([span], []) if walk.one_group => walk.along_one(span, weights, n),
+                ([span], []) if brief.is_some_and(|brief| !brief.many_groups) => {
+                    walk.along_one(span, weights, n);
+                }
                 _ => walk.along(table, column, spans, expected, weights, n, now_ms),
             }
-            through |= walk.blocks == done + n;
+            through |= walk.found.blocks == done + n;
         };
         let mut rest = run.spans.as_slice();
         while let Some(first) = rest.first() {
             let own = rest.iter().take_while(|span| span.column == first.column);
             let (own, others) = rest.split_at_checked(own.count()).unwrap_or_default();
-            step(first.column, own, &run.expected);
+            step(first.column, own, run.expected_of(first.column));
             rest = others;
         }
-        for expected in &run.expected {
-            if run.of_column(expected.column).is_empty() {
-                step(expected.column, &[], &run.expected);
+        for own in run.expected.chunk_by(|a, b| a.column == b.column) {
+            if let Some(first) = own.first()
+                && run.of_column(first.column).is_empty()
+            {
+                step(first.column, &[], own);
             }
         }
         through
     }
 
+    /// The rank that holds most answers for its endpoint.
     fn leave(&mut self, table: &Table, candidates: &[EndpointIndex]) {
-        self.matches.clear();
-        for candidate in candidates {
-            let mut best = Match::default();
-            for id in columns(table, *candidate) {
-                let Some(Some(column)) = table.columns.get(*id as usize) else {
-                    continue;
-                };
-                let Some(walk) = self.walks.get(*id as usize) else {
-                    continue;
-                };
-                let found = Match {
-                    blocks: walk.blocks,
-                    by_tier: walk.by_tier,
-                    score: walk.score,
-                    trust: column.state.into(),
-                };
-                let rank = |m: &Match| (m.blocks, m.trust);
-                if rank(&found) >= rank(&best) {
-                    best = found;
+        let (own, ranks) = self.matches.split_at_mut(self.candidates);
+        let mut ranks = ranks.iter();
+        if ranks.len() == 0 {
+            return;
+        }
+        for (found, candidate) in own.iter_mut().zip(candidates) {
+            let more = columns(table, *candidate).len().saturating_sub(1);
+            for rank in ranks.by_ref().take(more) {
+                if (rank.blocks, rank.trust) > (found.blocks, found.trust) {
+                    *found = *rank;
                 }
             }
-            self.matches.push(best);
         }
     }
 }
 
-impl Walk {
-    /// The usual case: a prefix in one tier.
+impl Match {
+    fn with(trust: Trust) -> Self {
+        Self {
+            trust,
+            ..Self::default()
+        }
+    }
+}
+
+impl Walk<'_> {
+    /// The usual case: a prefix in one tier and group.
     fn along_one(&mut self, span: &Span, weights: &[f64; MAX_TIERS], n: u32) {
         if span.start > 0 {
             return;
         }
-        self.advance(1 << span.tier, span.end.min(n), weights);
+        let n = span.end.min(n);
+        let tier = usize::from(span.tier);
+        let (Some(blocks), Some(weight)) = (self.found.by_tier.get_mut(tier), weights.get(tier))
+        else {
+            return;
+        };
+        self.found.blocks += n;
+        self.found.score += weight * f64::from(n);
+        *self.tiers &= 1 << span.tier;
+        if *self.tiers != 0 {
+            *blocks += n;
+        }
     }
 
     /// Any mix of tiers, groups, holes and predictions.
@@ -236,7 +278,7 @@ impl Walk {
                 }
             }
             for expected in expected {
-                if expected.column != id || expected.deadline_ms <= now_ms {
+                if expected.deadline_ms <= now_ms {
                     continue;
                 }
                 if expected.start > at {
@@ -256,19 +298,21 @@ impl Walk {
 
     /// `n` more blocks, each in all of `tiers`.
     fn advance(&mut self, tiers: u8, n: u32, weights: &[f64; MAX_TIERS]) {
-        self.blocks += n;
-        self.tiers &= tiers;
+        self.found.blocks += n;
+        *self.tiers &= tiers;
         let mut best = f64::NEG_INFINITY;
-        let by_tier = self.by_tier.iter_mut().zip(weights);
+        let by_tier = self.found.by_tier.iter_mut().zip(weights);
         for (tier, (blocks, weight)) in (0..8).zip(by_tier) {
-            if self.tiers & 1 << tier != 0 {
+            if *self.tiers & 1 << tier != 0 {
                 *blocks += n;
             }
             if tiers & 1 << tier != 0 {
                 best = best.max(*weight);
             }
         }
-        self.score += best * f64::from(n);
+        if n > 0 {
+            self.found.score += best * f64::from(n);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which endpoints hold which blocks, exactly: built from the events their engines publish.
 //!
-//! Prompts share long stretches, so blocks lie in runs ([`run`]): a stretch that several endpoints hold
+//! Prompts share long stretches, so blocks lie in runs: a stretch that several endpoints hold
 //! is stored once, and how far an endpoint holds it is one span. A key commits to the prompt before
 //! it, so a run and a prompt are compared by a handful of keys, and a look-up costs the runs along the
 //! prompt and their holders, not its blocks. An engine's own hashes are stored once for all endpoints
@@ -23,9 +23,10 @@ mod writer;
 mod tests;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::RwLock;
+use tokio::time::Instant;
 
 pub use lookup::{Lookup, Match, Trust};
 pub use table::TableStats;
@@ -37,7 +38,7 @@ use self::tier::Tiers;
 use super::block::{BlockHasher, BlockKey};
 use crate::datalayer::EndpointIndex;
 
-/// Memory the index may use unless told otherwise. About 20 million distinct blocks.
+/// Memory the index may use unless told otherwise. About 14 million distinct blocks.
 pub const DEFAULT_MAX_BYTES: usize = 1 << 30;
 
 /// Settings of an index.
@@ -111,7 +112,8 @@ impl KvIndex {
     }
 
     /// Finds what each candidate holds of the prompt with these keys; the answers are in
-    /// [`Lookup::matches`]. `now` decides which predictions still count.
+    /// [`Lookup::matches`]. `now` decides which predictions still count. Candidates are distinct and use
+    /// one block size, that of the keys: ask [`KvIndex::block_size`] and look up once for each size.
     pub fn lookup(
         &self,
         keys: &[BlockKey],

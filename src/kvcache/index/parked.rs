@@ -1,7 +1,10 @@
 //! Stores whose parent is not known yet, kept for a while in case it comes.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use hashbrown::HashMap;
+use tokio::time::Instant;
 
 use crate::kvcache::events::Stored;
 
@@ -65,7 +68,14 @@ impl ParkedStore {
 pub(super) struct Parked {
     events: VecDeque<ParkedStore>,
     tokens: usize,
+    /// Events that wait for each hash, so that a store nobody waits for costs a probe a block.
+    waiting: Names,
+    /// Events that bring each hash.
+    coming: Names,
 }
+
+/// Hashes and how often each is there.
+type Names = HashMap<u64, u32>;
 
 impl Parked {
     pub(super) fn is_empty(&self) -> bool {
@@ -73,16 +83,17 @@ impl Parked {
     }
 
     pub(super) fn clear(&mut self) {
-        self.events.clear();
-        self.tokens = 0;
+        *self = Self::default();
     }
 
-    /// Keeps the event; returns how many older ones had to go for it.
+    /// Keeps the event; returns how many had to go for it, itself included.
     pub(super) fn park(&mut self, event: &Stored<'_>, parent: u64, now: Instant) -> u64 {
         if event.tokens.len() > MAX_TOKENS {
             return 1;
         }
         self.tokens += event.tokens.len();
+        add(&mut self.waiting, &[parent]);
+        add(&mut self.coming, event.hashes);
         self.events.push_back(ParkedStore::new(event, parent, now));
         let mut dropped = 0;
         while let Some(oldest) = self.events.front()
@@ -90,8 +101,7 @@ impl Parked {
                 || self.tokens > MAX_TOKENS
                 || now.saturating_duration_since(oldest.since) > MAX_AGE)
         {
-            self.tokens -= oldest.tokens.len();
-            self.events.pop_front();
+            self.take_at(0);
             dropped += 1;
         }
         dropped
@@ -99,28 +109,63 @@ impl Parked {
 
     /// Takes the oldest event that goes on from one of `hashes`.
     pub(super) fn take(&mut self, hashes: &[u64]) -> Option<ParkedStore> {
+        let parent = hashes
+            .iter()
+            .find(|hash| self.waiting.contains_key(*hash))?;
         let at = self
             .events
             .iter()
-            .position(|event| hashes.contains(&event.parent))?;
-        let event = self.events.remove(at)?;
-        self.tokens -= event.tokens.len();
-        Some(event)
+            .position(|event| event.parent == *parent)?;
+        self.take_at(at)
     }
 
     /// A block was removed before its store could be applied: the store ends in front of it.
     pub(super) fn remove(&mut self, hash: u64) {
-        for event in &mut self.events {
-            let Some(at) = event.hashes.iter().position(|other| *other == hash) else {
-                continue;
-            };
-            let tokens = event.tokens.len();
-            event.hashes.truncate(at);
-            event.tokens.truncate(at * event.block_size as usize);
-            self.tokens -= tokens - event.tokens.len();
-            break;
+        if !self.coming.contains_key(&hash) {
+            return;
         }
-        self.events.retain(|event| !event.hashes.is_empty());
+        let place = |event: &ParkedStore| event.hashes.iter().position(|other| *other == hash);
+        let mut events = self.events.iter().enumerate();
+        let found = events.find_map(|(index, event)| Some((index, place(event)?)));
+        let Some((index, at)) = found else {
+            return;
+        };
+        let Some(event) = self.events.get_mut(index) else {
+            return;
+        };
+        sub(&mut self.coming, event.hashes.get(at..).unwrap_or_default());
+        let tokens = event.tokens.len();
+        event.hashes.truncate(at);
+        event.tokens.truncate(at * event.block_size as usize);
+        self.tokens -= tokens - event.tokens.len();
+        if event.hashes.is_empty() {
+            self.take_at(index);
+        }
+    }
+
+    fn take_at(&mut self, index: usize) -> Option<ParkedStore> {
+        let event = self.events.remove(index)?;
+        self.tokens -= event.tokens.len();
+        sub(&mut self.waiting, &[event.parent]);
+        sub(&mut self.coming, &event.hashes);
+        Some(event)
+    }
+}
+
+fn add(names: &mut Names, hashes: &[u64]) {
+    for hash in hashes {
+        *names.entry(*hash).or_default() += 1;
+    }
+}
+
+fn sub(names: &mut Names, hashes: &[u64]) {
+    for hash in hashes {
+        if let Some(n) = names.get_mut(hash) {
+            *n -= 1;
+            if *n == 0 {
+                names.remove(hash);
+            }
+        }
     }
 }
 
@@ -154,8 +199,8 @@ mod tests {
         let many = vec![0; MAX_TOKENS - 10];
         let dropped = parked.park(&stored(&[9], &many), 0, start);
         assert_eq!(
-            dropped as usize,
-            MAX_EVENTS - 10,
+            dropped,
+            MAX_EVENTS as u64 - 10,
             "the newest ten and this one fit"
         );
         let late = start + MAX_AGE + Duration::from_millis(1);
@@ -181,5 +226,12 @@ mod tests {
             (&[7][..], &[0][..])
         );
         assert!(parked.is_empty() && parked.tokens == 0);
+        assert!(parked.waiting.is_empty() && parked.coming.is_empty());
+        parked.park(&stored(&[7], &[0]), 1, Instant::now());
+        parked.remove(7);
+        assert!(
+            parked.is_empty() && parked.waiting.is_empty(),
+            "nothing is left to wait for"
+        );
     }
 }

@@ -4,13 +4,11 @@ use smallvec::SmallVec;
 
 use crate::kvcache::block::BlockKey;
 
-/// Copies beyond this many are not told apart.
-const MAX_COPIES: u8 = u8::MAX;
 /// Capacity is given back once less than one part in this many is used.
 const SHRINK_BELOW: usize = 4;
 
 /// Blocks `start..end` of a run are held by a column, in one tier and cache group, in equally many
-/// copies. A prefix, whatever its length, is one span.
+/// copies, 255 standing for more. A prefix, whatever its length, is one span.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Span {
     pub(super) column: u32,
@@ -66,7 +64,7 @@ pub(super) struct Run {
     pub(super) hashes: Vec<u64>,
     /// Ordered by plane, then start; spans of a plane do not overlap.
     pub(super) spans: Vec<Span>,
-    /// In no order.
+    /// Ordered by column.
     pub(super) expected: Vec<Expected>,
     /// Run and generation this one goes on from.
     pub(super) parent: Option<(u32, u32)>,
@@ -131,10 +129,8 @@ impl Run {
                 spans.push(*old);
                 continue;
             }
-            let copies = match idempotent {
-                true => old.copies,
-                false => old.copies.saturating_add(1).min(MAX_COPIES),
-            };
+            let more = u8::from(!idempotent);
+            let copies = old.copies.saturating_add(more);
             spans.push(new.part(cursor, old.start, 1));
             spans.push(old.part(old.start, start, old.copies));
             spans.push(old.part(old.start.max(start), old.end.min(end), copies));
@@ -194,6 +190,32 @@ impl Run {
         own.get(..n).unwrap_or_default()
     }
 
+    /// Adds a prediction in place of those of its column that it covers and outlives.
+    pub(super) fn expect(&mut self, new: Expected) {
+        self.expected.retain(|old| {
+            old.column != new.column
+                || old.start < new.start
+                || old.end > new.end
+                || old.deadline_ms > new.deadline_ms
+        });
+        self.insert(new);
+    }
+
+    /// The column's predictions.
+    pub(super) fn expected_of(&self, column: u32) -> &[Expected] {
+        let from = self.expected.partition_point(|e| e.column < column);
+        let own = self.expected.get(from..).unwrap_or_default();
+        let n = own.partition_point(|e| e.column == column);
+        own.get(..n).unwrap_or_default()
+    }
+
+    fn insert(&mut self, expected: Expected) {
+        let at = self
+            .expected
+            .partition_point(|e| e.column <= expected.column);
+        self.expected.insert(at, expected);
+    }
+
     /// Predictions for `start..end` of the column came true.
     pub(super) fn confirm(&mut self, column: u32, start: u32, end: u32) {
         let mut rest: SmallVec<[Expected; 2]> = SmallVec::new();
@@ -208,12 +230,14 @@ impl Run {
             }
             expected.start < expected.end
         });
-        self.expected.extend(rest);
+        for expected in rest {
+            self.insert(expected);
+        }
     }
 
     /// Nothing of the column is here.
     pub(super) fn lacks(&self, column: u32) -> bool {
-        self.of_column(column).is_empty() && self.expected.iter().all(|e| e.column != column)
+        self.of_column(column).is_empty() && self.expected_of(column).is_empty()
     }
 
     /// Forgets the column.
@@ -340,6 +364,36 @@ mod tests {
         let wanted: Vec<_> = (40..60).map(BlockKey).collect();
         assert_eq!(run.common(40, &wanted), 20);
         assert_eq!(run.common(200, &wanted), 0);
+    }
+
+    #[test]
+    fn a_prediction_replaces_those_it_covers_and_outlives() {
+        let mut run = Run::default();
+        let expected = |column, end, deadline_ms| Expected {
+            column,
+            start: 0,
+            end,
+            deadline_ms,
+        };
+        for new in [
+            (5, 4, 1),
+            (3, 9, 2),
+            (5, 8, 2),
+            (5, 8, 3),
+            (5, 6, 4),
+            (5, 6, 3),
+        ] {
+            run.expect(expected(new.0, new.1, new.2));
+        }
+        let kept = [
+            expected(3, 9, 2),
+            expected(5, 8, 3),
+            expected(5, 6, 4),
+            expected(5, 6, 3),
+        ];
+        assert_eq!(run.expected, kept);
+        assert_eq!(run.expected_of(5), &kept[1..]);
+        assert!(run.expected_of(4).is_empty());
     }
 
     #[test]

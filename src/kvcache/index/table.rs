@@ -14,14 +14,15 @@ pub(super) const MAX_GROUPS: u32 = 32;
 /// Predictions waiting for their deadline at most; at 2 s each, 32,000 requests a second.
 pub(super) const MAX_EXPECTED: usize = 1 << 16;
 
-/// Memory of one block: key, hash and slack of their vectors (24), its entry in `by_hash` (26).
-const BLOCK_BYTES: usize = 50;
-/// Memory of one span with its vector's slack.
-const SPAN_BYTES: usize = 32;
-/// Memory of a run beside its blocks: itself, its entry in `heads`, small allocations, its columns'.
-const RUN_BYTES: usize = 280;
-/// Memory of one hash an endpoint does not share with the others.
-const PRIVATE_BYTES: usize = 48;
+// Memory at the worst fill: vectors half empty, hash tables just grown (7 in 16 slots used).
+/// One block: its key and hash (16, twice), its entry in `by_hash` (17 a slot).
+const BLOCK_BYTES: usize = 72;
+/// One span (16, twice) and the run's entry in its column (5 a slot).
+const SPAN_BYTES: usize = 44;
+/// A run beside its blocks: itself (136, twice) and its entry in `heads` (17 a slot).
+const RUN_BYTES: usize = 312;
+/// One hash an endpoint does not share with the others (25 a slot).
+const PRIVATE_BYTES: usize = 58;
 /// Private hashes are looked through for dead ones from this many on.
 const FIRST_SWEEP: usize = 1024;
 
@@ -36,8 +37,7 @@ pub(super) struct Place {
 #[derive(Debug)]
 pub(super) struct Column {
     /// Endpoint's dense number.
-    pub(super) endpoint: u32,
-    pub(super) state: StreamState,
+    endpoint: u32,
     /// Dense groups seen in each tier; a block counts where all of them have it.
     pub(super) groups: [u32; MAX_TIERS],
     /// Tokens per block; 0 until the first dense store.
@@ -49,11 +49,12 @@ pub(super) struct Column {
     sweep_at: usize,
 }
 
-impl Column {
-    /// No tier has more than one dense group.
-    pub(super) fn one_group(&self) -> bool {
-        self.groups.iter().all(|groups| groups.count_ones() <= 1)
-    }
+/// What a look-up needs of every candidate's column, packed so that thousands lie in a few pages.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Brief {
+    pub(super) state: StreamState,
+    /// Some tier has several dense groups, so that having one span is not having the block.
+    pub(super) many_groups: bool,
 }
 
 /// Counters of the table; all but `used_bytes`, `blocks` and `runs` only grow.
@@ -77,6 +78,8 @@ pub struct TableStats {
 pub(super) struct Table {
     pub(super) runs: Vec<Run>,
     pub(super) columns: Vec<Option<Column>>,
+    /// In the order of `columns`.
+    pub(super) briefs: Vec<Brief>,
     /// Columns of each endpoint; more than one when ranks share an endpoint.
     pub(super) by_endpoint: Vec<smallvec::SmallVec<[u32; 1]>>,
     /// First key of each run.
@@ -115,6 +118,7 @@ impl Table {
         Self {
             runs: Vec::new(),
             columns: Vec::new(),
+            briefs: Vec::new(),
             by_endpoint: Vec::new(),
             heads: HashMap::new(),
             by_hash: HashMap::new(),
@@ -143,7 +147,6 @@ impl Table {
     pub(super) fn add_column(&mut self, endpoint: u32) -> u32 {
         let column = Column {
             endpoint,
-            state: StreamState::Down,
             groups: [0; MAX_TIERS],
             block_size: 0,
             runs: HashSet::new(),
@@ -152,6 +155,7 @@ impl Table {
         };
         let id = self.free_columns.pop().unwrap_or_else(|| {
             self.columns.push(None);
+            self.briefs.push(Brief::default());
             short(self.columns.len() - 1)
         });
         if let Some(slot) = self.columns.get_mut(id as usize) {
@@ -169,6 +173,7 @@ impl Table {
 
     pub(super) fn drop_column(&mut self, id: u32) {
         self.clear(id);
+        self.set_state(id, StreamState::Down);
         let Some(column) = self.columns.get_mut(id as usize).and_then(Option::take) else {
             return;
         };
@@ -178,13 +183,37 @@ impl Table {
         self.free_columns.push(id);
     }
 
+    pub(super) fn set_state(&mut self, id: u32, state: StreamState) {
+        if let Some(brief) = self.briefs.get_mut(id as usize) {
+            brief.state = state;
+        }
+    }
+
+    /// Blocks of the plane's tier need a copy in its group from now on.
+    pub(super) fn add_group(&mut self, plane: Plane) {
+        self.change_groups(plane.column, |groups| {
+            if let Some(groups) = groups.get_mut(usize::from(plane.tier)) {
+                *groups |= 1 << plane.group;
+            }
+        });
+    }
+
     /// The group turned out not to be dense: blocks need no copy in it.
     pub(super) fn drop_group(&mut self, id: u32, group: u8) {
-        if let Some(column) = self.column(id) {
-            for groups in &mut column.groups {
+        self.change_groups(id, |groups| {
+            for groups in groups {
                 *groups &= !(1 << group);
             }
-        }
+        });
+    }
+
+    fn change_groups(&mut self, id: u32, change: impl FnOnce(&mut [u32; MAX_TIERS])) {
+        let column = self.columns.get_mut(id as usize).and_then(Option::as_mut);
+        let (Some(column), Some(brief)) = (column, self.briefs.get_mut(id as usize)) else {
+            return;
+        };
+        change(&mut column.groups);
+        brief.many_groups = column.groups.iter().any(|groups| groups.count_ones() > 1);
     }
 
     pub(super) fn column(&mut self, id: u32) -> Option<&mut Column> {
@@ -198,10 +227,10 @@ impl Table {
         };
         let runs = std::mem::take(&mut column.runs);
         let privates = std::mem::take(&mut column.private).len();
-        column.groups = [0; MAX_TIERS];
         column.block_size = 0;
         column.sweep_at = FIRST_SWEEP;
         self.privates -= privates;
+        self.change_groups(id, |groups| *groups = [0; MAX_TIERS]);
         for run in runs {
             self.change(run, |run| run.clear(id));
             self.trim(run);
@@ -423,19 +452,12 @@ impl Table {
                     return;
                 };
                 run.referenced = true;
-                let mut own = run.expected.iter_mut();
-                let same = own.find(|e| e.column == id && e.start == start && e.end == end);
-                match same {
-                    Some(expected) => {
-                        expected.deadline_ms = expected.deadline_ms.max(deadline_ms);
-                    }
-                    None => run.expected.push(Expected {
-                        column: id,
-                        start,
-                        end,
-                        deadline_ms,
-                    }),
-                }
+                run.expect(Expected {
+                    column: id,
+                    start,
+                    end,
+                    deadline_ms,
+                });
                 let generation = run.generation;
                 self.expiry.push_back((deadline_ms, place.run, generation));
             }

@@ -1,8 +1,8 @@
 //! Applies the events of one publisher to the index.
 
-use std::time::Instant;
+use tokio::time::Instant;
 
-use super::extras::{ExtraKeys, Malformed};
+use super::extras::ExtraKeys;
 use super::parked::Parked;
 use super::run::Plane;
 use super::table::{Hold, MAX_GROUPS};
@@ -111,20 +111,22 @@ impl EndpointWriter {
         if !self.hash(event, parent) {
             return false;
         }
-        let tier = self.tier(event.medium);
+        let plane = Plane {
+            column: self.column,
+            tier: self.tier(event.medium),
+            group,
+        };
         let mut inner = self.index.shared.inner.write();
         let table = &mut inner.table;
         if let Some(column) = table.column(self.column) {
             column.block_size = event.block_size;
-            if let Some(groups) = column.groups.get_mut(usize::from(tier)) {
-                *groups |= 1 << group;
-            }
         }
+        table.add_group(plane);
         let at = event
             .parent
             .and_then(|hash| table.resolve(self.column, hash));
         let hold = Hold::Copy {
-            tier,
+            tier: plane.tier,
             group,
             hashes: event.hashes,
         };
@@ -145,7 +147,7 @@ impl EndpointWriter {
         };
         match event.kind {
             Some("full_attention" | "mla_attention" | "sink_full_attention") => {
-                *slot = Group::Dense
+                *slot = Group::Dense;
             }
             None | Some("unknown") => {
                 if *slot == Group::Unknown && dense {
@@ -204,12 +206,9 @@ impl EndpointWriter {
     /// Chains the event's blocks into `keys`; false when its extra keys cannot be read.
     fn hash(&mut self, event: &Stored<'_>, parent: BlockKey) -> bool {
         let first = event.parent.is_none();
-        let mut extra_keys = match event.extra_keys.map(ExtraKeys::new).transpose() {
-            Ok(extra_keys) => extra_keys,
-            Err(Malformed) => {
-                self.stats.malformed_extra_keys += 1;
-                return false;
-            }
+        let Ok(mut extra_keys) = event.extra_keys.map(ExtraKeys::new).transpose() else {
+            self.stats.malformed_extra_keys += 1;
+            return false;
         };
         let mut malformed = false;
         self.keys.clear();
@@ -249,11 +248,7 @@ impl EndpointWriter {
             inner.table.add_copy(plane, place);
             self.stats.located_blocks += 1;
         }
-        if let Some(column) = inner.table.column(self.column)
-            && let Some(groups) = column.groups.get_mut(usize::from(plane.tier))
-        {
-            *groups |= 1 << plane.group;
-        }
+        inner.table.add_group(plane);
     }
 
     fn removed(&mut self, event: &Removed<'_>) {
@@ -323,9 +318,7 @@ impl EventSink for EndpointWriter {
 
     fn set_state(&mut self, state: StreamState) {
         let mut inner = self.index.shared.inner.write();
-        if let Some(column) = inner.table.column(self.column) {
-            column.state = state;
-        }
+        inner.table.set_state(self.column, state);
     }
 }
 

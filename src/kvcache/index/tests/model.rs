@@ -1,7 +1,7 @@
 //! Random events of many endpoints against a plain model: a map from hash to copies for each endpoint.
 
-use std::collections::HashMap;
-use std::time::Instant;
+use hashbrown::HashMap;
+use tokio::time::Instant;
 
 use super::super::{EndpointWriter, IndexSettings, KvIndex, Lookup};
 use super::stored;

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rmpv::Value;
 use serde_json::Value as Json;
+use tokio::time::Instant;
 
 use super::super::{CPU, EndpointWriter, GPU, IndexSettings, KvIndex, Lookup, SPECULATIVE, Trust};
 use super::stored;
