@@ -93,9 +93,16 @@ impl Extras {
 }
 
 /// Makes block keys. One per process: keys of different hashers have nothing in common.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct BlockHasher {
     seed: u64,
+}
+
+impl std::fmt::Debug for BlockHasher {
+    /// Without the seed, which is a secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("BlockHasher")
+    }
 }
 
 impl Default for BlockHasher {

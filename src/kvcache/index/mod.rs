@@ -22,6 +22,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,6 +41,10 @@ use crate::datalayer::EndpointIndex;
 
 /// Memory the index may use unless told otherwise. About 14 million distinct blocks.
 pub const DEFAULT_MAX_BYTES: usize = 1 << 30;
+
+/// Adapter names remembered; blocks of further ones are kept, but requests for them are not told from
+/// requests for the base model.
+pub const MAX_ADAPTERS: usize = 4096;
 
 /// Settings of an index.
 #[derive(Debug, Clone)]
@@ -73,6 +78,8 @@ pub struct KvIndex {
 struct Shared {
     hasher: BlockHasher,
     inner: RwLock<Inner>,
+    /// Adapters that events named.
+    adapters: RwLock<BTreeSet<Box<str>>>,
     started: Instant,
 }
 
@@ -93,6 +100,7 @@ impl KvIndex {
             shared: Arc::new(Shared {
                 hasher,
                 inner: RwLock::new(inner),
+                adapters: RwLock::default(),
                 started: Instant::now(),
             }),
         }
@@ -151,6 +159,22 @@ impl KvIndex {
     pub fn expire(&self, now: Instant) {
         let now_ms = self.millis(now);
         self.shared.inner.write().table.expire(now_ms);
+    }
+
+    /// Some engine stored blocks of an adapter called `name`. A name no event mentioned is the base
+    /// model's, or an adapter's without a block anywhere.
+    pub fn is_adapter(&self, name: &str) -> bool {
+        self.shared.adapters.read().contains(name)
+    }
+
+    fn note_adapter(&self, name: &str) {
+        if self.is_adapter(name) {
+            return;
+        }
+        let mut adapters = self.shared.adapters.write();
+        if adapters.len() < MAX_ADAPTERS {
+            adapters.insert(name.into());
+        }
     }
 
     /// Tokens per block on `endpoint`; `None` before its first store.

@@ -179,6 +179,10 @@ impl EndpointWriter {
 
     /// Key before the event's first block. Parks the event when its parent is not known.
     fn parent(&mut self, event: &Stored<'_>) -> Option<BlockKey> {
+        let lora = event.lora_name.filter(|name| !name.is_empty());
+        if let Some(name) = lora {
+            self.index.note_adapter(name);
+        }
         let inner = self.index.shared.inner.read();
         let table = &inner.table;
         let column = table.columns.get(self.column as usize)?.as_ref()?;
@@ -189,7 +193,7 @@ impl EndpointWriter {
         let Some(parent) = event.parent else {
             return Some(self.index.hasher().start(&KeySpace {
                 model: &self.model,
-                lora: event.lora_name.filter(|name| !name.is_empty()),
+                lora,
                 block_size: event.block_size,
             }));
         };

@@ -33,6 +33,11 @@ use crate::scheduling::{
 const KEYS: &str = "precise-prefix-keys";
 /// The pool serves one base model, whatever name a request gives it; adapters have spaces of their own.
 const BASE_MODEL: &str = "";
+/// Labels of an endpoint whose sockets are not where the others' are, such as several engines behind one
+/// address.
+const EVENTS_PORT: &str = "pinpod.dev/kv-events-port";
+/// See [`EVENTS_PORT`].
+const REPLAY_PORT: &str = "pinpod.dev/kv-events-replay-port";
 /// Different block sizes in one pool that a request is hashed by; endpoints of further sizes count as
 /// endpoints without events.
 const MAX_BLOCK_SIZES: usize = 4;
@@ -106,7 +111,7 @@ const PARAMETERS: &[ParamDoc] = &[
         name: "kvEventsConfig",
         kind: "object",
         default: "",
-        help: "`discoverPods` (true) dials every endpoint at `podDiscoveryConfig.socketPort` (5557) and `replaySocketPort` (0, none), each plus the rank; `engineType` vllm or sglang. Every topic is read, whatever `topicFilter` says. `zmqEndpoint` is not yet available.",
+        help: "`discoverPods` (true) dials every endpoint at `podDiscoveryConfig.socketPort` (5557) and `replaySocketPort` (0, none), each plus the rank, unless the endpoint's labels `pinpod.dev/kv-events-port` and `pinpod.dev/kv-events-replay-port` say otherwise; `engineType` vllm or sglang. Every topic is read, whatever `topicFilter` says. `zmqEndpoint` is not yet available.",
     },
     ParamDoc {
         name: "speculativeIndexing",
@@ -202,6 +207,24 @@ impl PrecisePrefixProducer {
         all
     }
 
+    /// The adapter a request asks for: a name that events or an engine's metrics give as one. Blocks of
+    /// adapters and of the base model are never shared.
+    fn adapter<'a>(
+        &self,
+        request: &'a InferenceRequest,
+        candidates: &[Candidate],
+    ) -> Option<&'a str> {
+        let name = request.target_model.as_str();
+        let listed = |candidate: &Candidate| {
+            candidate.metrics.lora.as_ref().is_some_and(|lora| {
+                let mut names = lora.active.iter().chain(&lora.waiting);
+                names.any(|adapter| adapter == name)
+            })
+        };
+        let known = self.index.is_adapter(name) || candidates.iter().any(listed);
+        known.then_some(name)
+    }
+
     /// Matches every candidate whose engine publishes events; the others keep `None`. Returns how many
     /// were matched.
     fn look_up(
@@ -212,7 +235,7 @@ impl PrecisePrefixProducer {
         scratch: &mut Scratch,
         keys: &mut Vec<Keys>,
     ) -> usize {
-        let lora = adapter(request, candidates);
+        let lora = self.adapter(request, candidates);
         let sizes = candidates.iter();
         scratch.sizes.clear();
         scratch
@@ -237,8 +260,7 @@ impl PrecisePrefixProducer {
                 let Scratch {
                     lookup, candidates, ..
                 } = scratch;
-                self.index
-                    .lookup(prompt, candidates, now.into_std(), lookup);
+                self.index.lookup(prompt, candidates, now, lookup);
                 let places = scratch.sizes.iter().zip(&mut scratch.scores);
                 let results = places.zip(&mut scratch.trust).zip(lookup.matches());
                 for (((size, score), trust), found) in results {
@@ -252,19 +274,6 @@ impl PrecisePrefixProducer {
         let known = scratch.trust.iter().filter(|t| **t != Trust::Unknown);
         known.count()
     }
-}
-
-/// The adapter a request asks for: a name that an engine lists as one. Blocks of adapters and of the
-/// base model are never shared.
-fn adapter<'a>(request: &'a InferenceRequest, candidates: &[Candidate]) -> Option<&'a str> {
-    let name = request.target_model.as_str();
-    let listed = candidates.iter().any(|candidate| {
-        candidate.metrics.lora.as_ref().is_some_and(|lora| {
-            let mut names = lora.active.iter().chain(&lora.waiting);
-            names.any(|adapter| adapter == name)
-        })
-    });
-    listed.then_some(name)
 }
 
 impl DataProducer for PrecisePrefixProducer {
@@ -348,7 +357,7 @@ impl PreRequest for PrecisePrefixProducer {
             let size = self.index.block_size(endpoint);
             let own = keys.iter().filter(|k| Some(k.block_size) == size);
             for prompt in own.flat_map(Keys::prompts) {
-                self.index.expect(endpoint, prompt, now.into_std(), ttl);
+                self.index.expect(endpoint, prompt, now, ttl);
             }
         }
     }
@@ -360,6 +369,11 @@ impl EndpointListener for PrecisePrefixProducer {
             return;
         };
         let spec = &endpoint.spec;
+        let port = |label: &str, default| {
+            let own = spec.labels.get(label).and_then(|port| port.parse().ok());
+            own.unwrap_or(default)
+        };
+        let (live, replay) = (port(EVENTS_PORT, live), port(REPLAY_PORT, replay));
         let source = Source::of_rank(spec.address.ip(), live, replay, spec.rank);
         let (Some(source), Ok(runtime)) = (source, Handle::try_current()) else {
             tracing::warn!(
@@ -586,13 +600,6 @@ mod tests {
         let (mut pool, tokens, producer) = setting("{}");
         let _a = engine(&producer, 0, &PROMPT[..12], Some("poet"));
         let _b = engine(&producer, 1, &PROMPT[..8], None);
-        pool.candidates[1].metrics = Arc::new(crate::datalayer::EngineMetrics {
-            lora: Some(Arc::new(crate::datalayer::LoraState {
-                active: vec!["poet".to_owned()],
-                ..crate::datalayer::LoraState::default()
-            })),
-            ..crate::datalayer::EngineMetrics::default()
-        });
         let mut matched = |model| {
             let found = ask(&mut pool, &tokens, &producer, &PROMPT, model);
             [found[0].0, found[1].0]

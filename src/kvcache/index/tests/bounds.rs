@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::super::table::MAX_EXPECTED;
-use super::super::{IndexSettings, KvIndex, Lookup, parked};
+use super::super::{IndexSettings, KvIndex, Lookup, MAX_ADAPTERS, parked};
 use super::stored;
 use crate::datalayer::EndpointIndex;
 use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace};
@@ -149,4 +149,15 @@ fn orphans_wait_for_their_parent_in_bounded_number() {
     assert_eq!(blocks(&index, &[1, 2, 3, 4]), 0);
     writer.apply(&batch(&one(Event::Stored(stored(&[11], None, &[1], 1)))));
     assert_eq!(blocks(&index, &[1, 2, 3, 4]), 3);
+}
+
+#[test]
+fn adapter_names_are_bounded() {
+    let index = KvIndex::new(&IndexSettings::default(), BlockHasher::with_seed(1));
+    for number in 0..=MAX_ADAPTERS {
+        index.note_adapter(&format!("adapter-{number}"));
+    }
+    assert!(index.is_adapter("adapter-4095"));
+    assert!(!index.is_adapter("adapter-4096"));
+    assert!(!index.is_adapter("base"));
 }
