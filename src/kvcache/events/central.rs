@@ -18,13 +18,15 @@ use super::frames::{Message, parse};
 use super::stats::{SubscriberStats, count};
 use super::stream::Stream;
 use super::subscriber::{LossPolicy, SubscriberOptions};
+use super::wire::{data_parallel_rank, timestamp};
 use super::zmtp::{Connection, Role, ZmtpError};
 use super::{EventSink, StreamState};
 
 /// Engines connected at once; further ones wait in the listen queue.
 pub const MAX_CONNECTIONS: usize = 4096;
 
-/// Publishers remembered across connections. Beyond it batches of new ones are dropped.
+/// Publishers remembered across connections. Beyond it those without a connection are forgotten, and
+/// then batches of new ones are dropped.
 pub const MAX_PUBLISHERS: usize = 16_384;
 
 /// Bytes of a topic: an address and a model name.
@@ -55,9 +57,23 @@ impl<'a> Topic<'a> {
     }
 }
 
+/// Whose events a topic brings.
+pub struct Attributed {
+    /// Takes the events.
+    pub sink: Box<dyn EventSink>,
+    /// Counters of this publisher; connections are counted by the listener.
+    pub stats: Arc<SubscriberStats>,
+}
+
+impl std::fmt::Debug for Attributed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attributed").finish_non_exhaustive()
+    }
+}
+
 /// Finds the sink of a topic and data-parallel rank (as the batch names it); `None` drops the batch.
 /// Asked again with every batch of an unknown publisher, from several tasks, so it must be cheap.
-pub type Resolver = dyn Fn(Topic<'_>, Option<u32>) -> Option<Box<dyn EventSink>> + Send + Sync;
+pub type Resolver = dyn Fn(Topic<'_>, Option<u32>) -> Option<Attributed> + Send + Sync;
 
 /// A topic and a rank.
 type Key = (Bytes, Option<u32>);
@@ -66,10 +82,14 @@ struct Shared {
     resolver: Box<Resolver>,
     options: SubscriberOptions,
     stats: Arc<SubscriberStats>,
-    /// Sinks outlive connections. Engines publish from one connection each, so the lock is met by one
-    /// task at a time but for the moment of a reconnect.
-    publishers: parking_lot::Mutex<HashMap<Key, Arc<parking_lot::Mutex<Publisher>>>>,
+    max_publishers: usize,
+    /// Sinks outlive connections. Looked up when a connection's topic changes, not for every batch.
+    publishers: parking_lot::Mutex<HashMap<Key, SharedPublisher>>,
 }
+
+/// An engine publishes on one connection, so the lock is met by one task but for the moment of a
+/// reconnect.
+type SharedPublisher = Arc<parking_lot::Mutex<Publisher>>;
 
 struct Publisher {
     stream: Stream,
@@ -77,7 +97,8 @@ struct Publisher {
     connection: u64,
 }
 
-/// Accepts engines until `stop`, then resets every sink.
+/// Accepts engines until `stop`, then resets every sink. `stats` counts connections, messages and what
+/// could not be attributed.
 pub async fn serve(
     listener: TcpListener,
     resolver: Box<Resolver>,
@@ -89,6 +110,7 @@ pub async fn serve(
         resolver,
         options,
         stats,
+        max_publishers: MAX_PUBLISHERS,
         publishers: parking_lot::Mutex::default(),
     });
     let tasks = TaskTracker::new();
@@ -126,6 +148,17 @@ pub async fn serve(
     }
 }
 
+impl Publisher {
+    /// Whether it is connected; if not, what is known of it is forgotten.
+    fn connected_or_reset(&mut self) -> bool {
+        let connected = self.stream.stats.state() != StreamState::Down;
+        if !connected {
+            self.stream.reset();
+        }
+        connected
+    }
+}
+
 impl Shared {
     async fn follow(&self, stream: TcpStream, connection: u64) -> ZmtpError {
         match self.receive(stream, connection).await {
@@ -154,29 +187,38 @@ impl Shared {
         let mut peer = timeout(self.options.timing.connect, open)
             .await
             .map_err(|_| ZmtpError::Protocol("no handshake in time"))??;
+        let mut current: Option<(Bytes, SharedPublisher)> = None;
         loop {
             let frames = peer.recv().await?;
             count(&self.stats.received);
-            match parse(&frames) {
-                Some(Message::Batch {
-                    seq,
-                    topic,
-                    payload,
-                }) => self.on_batch(connection, seq, &topic, &payload),
-                Some(Message::End) | None => count(&self.stats.bad_frames),
+            let Some(Message::Batch {
+                seq,
+                topic,
+                payload,
+            }) = parse(&frames)
+            else {
+                count(&self.stats.bad_frames);
+                continue;
+            };
+            if current.as_ref().is_none_or(|(known, _)| *known != topic) {
+                current = self.publisher(&topic, &payload);
+            }
+            match &current {
+                Some((_, publisher)) => self.on_batch(connection, seq, publisher, &payload),
+                None => count(&self.stats.unattributed),
             }
         }
     }
 
-    fn on_batch(&self, connection: u64, seq: u64, topic: &Bytes, payload: &[u8]) {
-        let Some(publisher) = self.publisher(topic, payload) else {
-            count(&self.stats.unattributed);
-            return;
-        };
+    fn on_batch(&self, connection: u64, seq: u64, publisher: &SharedPublisher, payload: &[u8]) {
         let mut publisher = publisher.lock();
         let known = publisher.connection == connection;
         publisher.connection = connection;
         let stream = &mut publisher.stream;
+        count(&stream.stats.received);
+        if let Some(ts) = timestamp(payload) {
+            stream.stats.arrived(ts);
+        }
         match stream.last {
             // The same connection cannot go back, nor can the same process on a new one.
             Some(mark) if seq <= mark.seq && (known || mark.is(seq, payload)) => {
@@ -200,33 +242,32 @@ impl Shared {
         stream.set_state(StreamState::Live);
     }
 
-    fn publisher(
-        &self,
-        topic: &Bytes,
-        payload: &[u8],
-    ) -> Option<Arc<parking_lot::Mutex<Publisher>>> {
+    fn publisher(&self, topic: &Bytes, payload: &[u8]) -> Option<(Bytes, SharedPublisher)> {
         if topic.len() > MAX_TOPIC_BYTES {
             return None;
         }
-        let rank = super::wire::data_parallel_rank(payload);
+        let rank = data_parallel_rank(payload);
+        // A topic of its own, not a slice that keeps the whole message alive.
+        let topic = Bytes::copy_from_slice(topic);
         let key = (topic.clone(), rank);
         let mut publishers = self.publishers.lock();
         if let Some(known) = publishers.get(&key) {
-            return Some(Arc::clone(known));
+            return Some((topic, Arc::clone(known)));
         }
-        if publishers.len() >= MAX_PUBLISHERS {
-            return None;
+        let Attributed { sink, stats } = (self.resolver)(Topic::parse(&topic)?, rank)?;
+        if publishers.len() >= self.max_publishers {
+            publishers.retain(|_, publisher| publisher.lock().connected_or_reset());
+            if publishers.len() >= self.max_publishers {
+                return None;
+            }
         }
-        let sink = (self.resolver)(Topic::parse(topic)?, rank)?;
         let publisher = Publisher {
-            stream: Stream::new(sink, Arc::clone(&self.stats)),
+            stream: Stream::new(sink, stats),
             connection: 0,
         };
         let publisher = Arc::new(parking_lot::Mutex::new(publisher));
-        // A topic of its own, not a slice that keeps the whole message alive.
-        let key = (Bytes::copy_from_slice(topic), rank);
         publishers.insert(key, Arc::clone(&publisher));
-        Some(publisher)
+        Some((topic, publisher))
     }
 
     /// A connection ended: its publishers are no longer live.
@@ -240,3 +281,6 @@ impl Shared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

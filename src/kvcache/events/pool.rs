@@ -174,3 +174,81 @@ impl SubscriberPool {
         self.entries.store(Arc::new(entries));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::StreamState;
+    use super::super::testing::{Engine, Recorder, until};
+    use super::*;
+
+    fn key(endpoint: u32, rank: u32) -> PublisherKey {
+        PublisherKey {
+            endpoint: EndpointIndex(endpoint),
+            rank,
+        }
+    }
+
+    fn source(engine: &Engine) -> Source {
+        Source {
+            live: engine.live,
+            replay: Some(engine.replay),
+        }
+    }
+
+    fn pool() -> SubscriberPool {
+        SubscriberPool::new(SubscriberOptions::default(), CancellationToken::new())
+    }
+
+    #[tokio::test]
+    async fn subscribers_come_and_go_without_touching_others() {
+        let (a, b) = (Engine::start().await, Engine::start().await);
+        a.keep(0, 10);
+        b.keep(0, 20);
+        let (to_a, to_b) = (Recorder::default(), Recorder::default());
+        let pool = pool();
+        pool.add(key(1, 0), source(&a), Box::new(to_a.clone()))
+            .unwrap();
+        pool.add(key(1, 1), source(&b), Box::new(to_b.clone()))
+            .unwrap();
+        to_a.until_known(&[10]).await;
+        to_b.until_known(&[20]).await;
+        let entries = pool.entries();
+        let keys: Vec<_> = entries.iter().map(|entry| entry.key).collect();
+        assert_eq!(keys, [key(1, 0), key(1, 1)]);
+        assert_eq!(entries[0].stats.snapshot().last_seq, Some(0));
+
+        pool.remove(key(1, 0)).wait().await;
+        assert_eq!(to_a.known(), [] as [u64; 0]);
+        assert_eq!(to_a.state(), Some(StreamState::Down));
+        assert_eq!(pool.entries().len(), 1);
+        until("b live", || to_b.state() == Some(StreamState::Live)).await;
+        assert_eq!(to_b.known(), [20]);
+
+        for stopping in pool.remove_endpoint(EndpointIndex(1)) {
+            stopping.wait().await;
+        }
+        assert!(pool.entries().is_empty());
+        assert_eq!(to_b.known(), [] as [u64; 0]);
+    }
+
+    #[tokio::test]
+    async fn another_source_replaces_and_the_same_changes_nothing() {
+        let (old, new) = (Engine::start().await, Engine::start().await);
+        old.keep(0, 10);
+        new.keep(0, 20);
+        let (first, second, third) = <(Recorder, Recorder, Recorder)>::default();
+        let pool = pool();
+        pool.add(key(1, 0), source(&old), Box::new(first.clone()))
+            .unwrap();
+        first.until_known(&[10]).await;
+        pool.add(key(1, 0), source(&old), Box::new(second.clone()))
+            .unwrap();
+        pool.add(key(1, 0), source(&new), Box::new(third.clone()))
+            .unwrap();
+        third.until_known(&[20]).await;
+        assert_eq!(first.known(), [] as [u64; 0]);
+        assert_eq!(second.told(), []);
+        pool.shutdown().await;
+        assert_eq!(third.known(), [] as [u64; 0]);
+    }
+}

@@ -325,3 +325,6 @@ fn socket_type(mut properties: &[u8]) -> Option<&[u8]> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests;
