@@ -189,19 +189,23 @@ fn is_transparent(tokens: &[Token<'_>]) -> bool {
             index.contains(&Token::Other(':'))
                 && is_transparent(behind.get(1..).unwrap_or_default())
         }
-        [Token::Other('|'), Token::Name(_), rest @ ..]
-        | [
-            Token::Name("is"),
-            Token::Name("not"),
-            Token::Name(_),
-            rest @ ..,
-        ]
-        | [Token::Name("is"), Token::Name(_), rest @ ..] => match rest {
-            [Token::Other('('), inner @ ..] => closing(inner, ')')
-                .is_some_and(|end| is_transparent(inner.get(end + 1..).unwrap_or_default())),
-            rest => is_transparent(rest),
+        [Token::Other('|'), Token::Name(_), rest @ ..] => behind_call(rest),
+        [Token::Name("is"), rest @ ..] => match rest {
+            [Token::Name("not"), Token::Name(_), rest @ ..] | [Token::Name(_), rest @ ..] => {
+                behind_call(rest)
+            }
+            _ => false,
         },
         _ => false,
+    }
+}
+
+/// As [`is_transparent`], behind the arguments of a filter or test if it has any.
+fn behind_call(tokens: &[Token<'_>]) -> bool {
+    match tokens {
+        [Token::Other('('), inner @ ..] => closing(inner, ')')
+            .is_some_and(|end| is_transparent(inner.get(end + 1..).unwrap_or_default())),
+        tokens => is_transparent(tokens),
     }
 }
 

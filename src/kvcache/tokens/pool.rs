@@ -71,7 +71,7 @@ impl std::fmt::Debug for Pool {
             .field("workers", &self.workers.len())
             .field("queue", &self.queue)
             .field("stats", &self.stats())
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 

@@ -32,6 +32,10 @@ impl Default for JsonStyle {
 }
 
 /// The `tojson` filter: `ensure_ascii=False`, and nothing escaped for HTML.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "filters take their arguments so"
+)]
 pub fn tojson(state: &State<'_, '_>, value: &Value, options: Kwargs) -> Result<String, Error> {
     let style = JsonStyle::read(&options)?;
     let mut out = String::new();
@@ -134,14 +138,13 @@ fn dump_map(value: &Value, style: &JsonStyle, depth: usize, out: &mut String) ->
             out.push_str(&style.item);
         }
         style.new_line(depth + 1, out);
-        match key.as_str() {
-            Some(text) => quote(text, style.ensure_ascii, out),
+        if let Some(text) = key.as_str() {
+            quote(text, style.ensure_ascii, out);
+        } else {
             // Python turns other keys into strings of their JSON.
-            None => {
-                out.push('"');
-                dump(key, style, depth + 1, out)?;
-                out.push('"');
-            }
+            out.push('"');
+            dump(key, style, depth + 1, out)?;
+            out.push('"');
         }
         out.push_str(&style.key);
         dump(&value.get_item(key)?, style, depth + 1, out)?;
@@ -286,7 +289,9 @@ struct Date {
 impl Date {
     /// The date `days` after 1970-01-01.
     fn of(mut days: u64) -> Self {
-        let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+        let leap = |year: u64| {
+            year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+        };
         let mut year = 1970;
         loop {
             let length = if leap(year) { 366 } else { 365 };

@@ -111,6 +111,7 @@ struct TokenizeAnswer {
     tokens: Vec<u32>,
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn remote(text: impl ToString) -> TokenizeError {
     TokenizeError::Remote(text.to_string())
 }

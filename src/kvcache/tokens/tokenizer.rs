@@ -44,7 +44,7 @@ pub enum LoadError {
 }
 
 impl LoadError {
-    pub(super) fn invalid(file: &str, reason: impl ToString) -> Self {
+    pub(super) fn invalid(file: &str, reason: impl std::fmt::Display) -> Self {
         Self::Invalid {
             file: file.to_owned(),
             reason: reason.to_string(),
@@ -52,12 +52,15 @@ impl LoadError {
     }
 }
 
+/// Ids before and after a text.
+type Affixes = (Vec<u32>, Vec<u32>);
+
 /// The tokenizer of one model, as its engine loads it.
 pub struct ModelTokenizer {
     tokenizer: Tokenizer,
     splitter: Result<Splitter, Unsplittable>,
     /// Ids around every text that asks for special tokens; `None` when they are not the same for all.
-    affixes: Option<(Vec<u32>, Vec<u32>)>,
+    affixes: Option<Affixes>,
 }
 
 impl std::fmt::Debug for ModelTokenizer {
@@ -192,8 +195,8 @@ fn add_tokens(tokenizer: &mut Tokenizer, added: &[(u32, Value)]) -> Result<(), S
 
 /// What the post-processor puts around a text. Two texts must agree, and the text's own ids must lie
 /// at one place only.
-fn affixes(tokenizer: &Tokenizer) -> Result<Option<(Vec<u32>, Vec<u32>)>, String> {
-    let around = |text: &str| -> Result<Option<(Vec<u32>, Vec<u32>)>, String> {
+fn affixes(tokenizer: &Tokenizer) -> Result<Option<Affixes>, String> {
+    let around = |text: &str| -> Result<Option<Affixes>, String> {
         let plain = encode(tokenizer, text, false)?;
         let full = encode(tokenizer, text, true)?;
         if plain.is_empty() {
