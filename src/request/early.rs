@@ -135,7 +135,9 @@ impl PromptBlocks {
         for segments in settled.closed {
             let new = segments.get(passed..).unwrap_or_default();
             passed -= passed.min(segments.len());
-            new.iter().for_each(|segment| self.close(segment, body));
+            for segment in new {
+                self.close(segment, body);
+            }
         }
         if let Some((start, escaped)) = settled.open {
             self.read(start, body.len(), escaped, body);

@@ -194,7 +194,11 @@ impl Reader {
     /// What of the first prompt cannot change any more, if the rest of the body is as usual: chat
     /// messages with their role first, tools before them or not at all, one `prompt`.
     fn settled(&self, open: Option<OpenString<'_>>) -> Settled<'_> {
-        let (closed, at_text): ([&[Segment]; 4], fn(&Self, &[Step]) -> bool) = match self.api {
+        let text = |at: &dyn Fn(&[Step]) -> bool| {
+            let open = open.filter(|open| at(open.path));
+            open.map(|open| (open.start, open.escaped))
+        };
+        match self.api {
             ApiKind::ChatCompletions => {
                 let Messages {
                     segments,
@@ -203,26 +207,27 @@ impl Reader {
                     ..
                 } = &self.messages;
                 let content = role.as_ref().map_or(&[][..], |_| content);
-                let closed = [self.tools.as_slice(), segments, role.as_slice(), content];
-                (closed, |reader, path| reader.messages.is_text(path))
+                Settled {
+                    closed: [self.tools.as_slice(), segments, role.as_slice(), content],
+                    open: text(&|path| self.messages.is_text(path)),
+                }
             }
             ApiKind::Completions => {
                 let first = self.texts.strings.first();
-                let whole = first.map_or(&[][..], std::slice::from_ref);
-                ([whole, &[], &[], &[]], |reader, path| {
-                    reader.texts.strings.is_empty()
+                let is_text = |path: &[Step]| {
+                    first.is_none()
                         && matches!(
                             path,
                             [Step::Key(Key::Prompt)] | [Step::Key(Key::Prompt), Step::Index(0)]
                         )
-                })
+                };
+                let whole = first.map_or(&[][..], std::slice::from_ref);
+                Settled {
+                    closed: [whole, &[], &[], &[]],
+                    open: text(&is_text),
+                }
             }
-            _ => return Settled::default(),
-        };
-        let open = open.filter(|open| at_text(self, open.path));
-        Settled {
-            closed,
-            open: open.map(|open| (open.start, open.escaped)),
+            _ => Settled::default(),
         }
     }
 

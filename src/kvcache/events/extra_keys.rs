@@ -21,7 +21,7 @@ pub enum ExtraKey<'a> {
 
 /// The blocks of a `BlockStored`, in the order of its hashes; each item iterates over the keys of one
 /// block and is empty where the engine sent nil.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ExtraKeys<'a> {
     reader: Reader<'a>,
     blocks: u32,
@@ -60,7 +60,7 @@ impl<'a> Iterator for ExtraKeys<'a> {
 }
 
 /// The extra keys of one block.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct BlockKeys<'a> {
     reader: Reader<'a>,
     keys: u32,

@@ -170,17 +170,17 @@ impl<'a> Reader<'a> {
         out.reserve((n as usize).min(self.rest.len()));
         for _ in 0..n {
             let value = match *self.rest {
-                [0xcd, a, b, ref rest @ ..] => {
+                [0xcd, high, low, ref rest @ ..] => {
                     self.rest = rest;
-                    u32::from(u16::from_be_bytes([a, b]))
+                    u32::from(u16::from_be_bytes([high, low]))
                 }
-                [0xce, a, b, c, d, ref rest @ ..] => {
+                [0xce, first, second, third, fourth, ref rest @ ..] => {
                     self.rest = rest;
-                    u32::from_be_bytes([a, b, c, d])
+                    u32::from_be_bytes([first, second, third, fourth])
                 }
-                [a @ 0..=0x7f, ref rest @ ..] => {
+                [small @ 0..=0x7f, ref rest @ ..] => {
                     self.rest = rest;
-                    u32::from(a)
+                    u32::from(small)
                 }
                 _ => match self.head()? {
                     Head::Uint(value) => match u32::try_from(value) {
@@ -197,7 +197,7 @@ impl<'a> Reader<'a> {
 }
 
 /// Text of a string; `None` when it is not UTF-8 or not a string.
-pub(super) fn text<'a>(head: Head<'a>) -> Option<&'a str> {
+pub(super) fn text(head: Head<'_>) -> Option<&str> {
     match head {
         Head::Str(bytes) => std::str::from_utf8(bytes).ok(),
         _ => None,

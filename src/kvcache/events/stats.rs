@@ -140,6 +140,7 @@ pub(super) fn count_n(counter: &AtomicU64, n: usize) {
     counter.fetch_add(n as u64, Relaxed);
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
 fn state_name<S: serde::Serializer>(state: &StreamState, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(match state {
         StreamState::Down => "down",

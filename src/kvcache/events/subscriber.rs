@@ -92,7 +92,7 @@ impl Default for Timing {
             backoff_max: Duration::from_secs(5),
             replay_idle: Duration::from_secs(2),
             replay_pause: Duration::from_millis(100),
-            replay_total: Duration::from_secs(120),
+            replay_total: Duration::from_mins(2),
             replay_cooldown: Duration::from_secs(30),
         }
     }

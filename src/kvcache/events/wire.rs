@@ -276,6 +276,10 @@ fn batch_part<'a>(payload: &'a [u8], index: u32, name: &[u8]) -> Option<&'a [u8]
 }
 
 /// Turns an event vector into an empty one for another lifetime, with the same allocation.
+#[expect(
+    clippy::unnecessary_filter_map,
+    reason = "a filter would keep the old lifetime"
+)]
 fn recycle<'b>(mut events: Vec<Event<'_>>) -> Vec<Event<'b>> {
     events.clear();
     // Collecting into a type of the same layout reuses the vector's memory.
@@ -607,7 +611,7 @@ fn event<'a>(tag: &[u8], fields: Fields<'a>) -> Scanned<'a> {
     }
 }
 
-fn stored<'a>(fields: Fields<'a>) -> Scanned<'a> {
+fn stored(fields: Fields<'_>) -> Scanned<'_> {
     let spans = Spans {
         hashes: fields.hashes.required()?,
         tokens: fields.tokens.required()?,
@@ -631,7 +635,7 @@ fn stored<'a>(fields: Fields<'a>) -> Scanned<'a> {
     Ok((Event::Stored(stored), spans))
 }
 
-fn removed<'a>(fields: Fields<'a>) -> Scanned<'a> {
+fn removed(fields: Fields<'_>) -> Scanned<'_> {
     let spans = Spans {
         hashes: fields.hashes.required()?,
         tokens: 0..0,

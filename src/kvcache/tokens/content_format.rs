@@ -178,6 +178,10 @@ fn refers(source: &[Token<'_>], name: &str, key: Option<&str>) -> bool {
 }
 
 /// True for nothing but slices, filters and tests.
+#[expect(
+    clippy::unnested_or_patterns,
+    reason = "the filter and the two forms of a test, each readable"
+)]
 fn is_transparent(tokens: &[Token<'_>]) -> bool {
     match tokens {
         [] => true,
@@ -189,13 +193,14 @@ fn is_transparent(tokens: &[Token<'_>]) -> bool {
             index.contains(&Token::Other(':'))
                 && is_transparent(behind.get(1..).unwrap_or_default())
         }
-        [Token::Other('|'), Token::Name(_), rest @ ..] => behind_call(rest),
-        [Token::Name("is"), rest @ ..] => match rest {
-            [Token::Name("not"), Token::Name(_), rest @ ..] | [Token::Name(_), rest @ ..] => {
-                behind_call(rest)
-            }
-            _ => false,
-        },
+        [Token::Other('|'), Token::Name(_), rest @ ..]
+        | [
+            Token::Name("is"),
+            Token::Name("not"),
+            Token::Name(_),
+            rest @ ..,
+        ]
+        | [Token::Name("is"), Token::Name(_), rest @ ..] => behind_call(rest),
         _ => false,
     }
 }

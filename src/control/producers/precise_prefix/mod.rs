@@ -67,7 +67,7 @@ pub struct PrecisePrefixProducer {
 #[derive(Debug, Default, Clone)]
 struct Keys {
     block_size: u32,
-    keys: Vec<BlockKey>,
+    blocks: Vec<BlockKey>,
     /// End of each prompt's keys.
     ends: Vec<usize>,
 }
@@ -76,7 +76,7 @@ impl Keys {
     fn prompts(&self) -> impl Iterator<Item = &[BlockKey]> {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
         let ranges = starts.zip(&self.ends);
-        ranges.filter_map(|(from, to)| self.keys.get(from..*to))
+        ranges.filter_map(|(from, to)| self.blocks.get(from..*to))
     }
 }
 
@@ -135,12 +135,12 @@ impl Plugin for PrecisePrefixProducer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let raw: Raw = build.read::<Self, _>()?;
-        Ok(Self::new(raw.resolve()?, build))
+        Ok(Self::new(&raw.resolve()?, build))
     }
 }
 
 impl PrecisePrefixProducer {
-    fn new(settings: Settings, build: &mut Build<'_>) -> Self {
+    fn new(settings: &Settings, build: &mut Build<'_>) -> Self {
         let name = build.name.to_owned();
         let requests = |result: &'static str| {
             metrics::counter!("pinpod_precise_prefix_requests_total",
@@ -201,8 +201,8 @@ impl PrecisePrefixProducer {
                 .collect();
             let hasher = self.index.hasher();
             hasher.request_keys(&space, &prompt.ids, salt, &spans, &mut keys);
-            all.keys.append(&mut keys);
-            all.ends.push(all.keys.len());
+            all.blocks.append(&mut keys);
+            all.ends.push(all.blocks.len());
         }
         all
     }
@@ -328,7 +328,7 @@ fn exact_match(keys: &Keys, score: Option<f64>) -> PrefixMatch {
     let matched_blocks = score.unwrap_or(0.0).max(0.0) as u32;
     PrefixMatch {
         matched_blocks,
-        total_blocks: u32::try_from(keys.keys.len()).unwrap_or(u32::MAX),
+        total_blocks: u32::try_from(keys.blocks.len()).unwrap_or(u32::MAX),
         block_size_tokens: keys.block_size,
     }
 }
@@ -420,7 +420,7 @@ impl Plugin for PrecisePrefixScorer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let raw: Raw = build.read::<Self, _>()?;
-        Ok(Self(PrecisePrefixProducer::new(raw.resolve()?, build)))
+        Ok(Self(PrecisePrefixProducer::new(&raw.resolve()?, build)))
     }
 }
 

@@ -10,7 +10,7 @@ fn timing() -> Timing {
         replay_idle: Duration::from_millis(300),
         replay_pause: Duration::from_millis(1),
         replay_total: Duration::from_secs(10),
-        replay_cooldown: Duration::from_secs(60),
+        replay_cooldown: Duration::from_mins(1),
     }
 }
 
