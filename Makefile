@@ -5,7 +5,7 @@ ENVOY := .tools/envoy
 CARGO := cargo
 BIN := target/release/pinpod
 
-.PHONY: build test lint docs demo demo-full bench clean
+.PHONY: build test test-real-vllm lint docs demo demo-full bench clean
 
 build: ## the release binary
 	$(CARGO) build --release --locked
@@ -24,6 +24,14 @@ $(ENVOY):
 
 test: $(ENVOY) ## every test, the real Envoy included
 	$(CARGO) test --locked
+
+# HTTP=EVENTS/REPLAY ports of running vLLM servers with KV events, and the model's directory.
+ENGINES ?= 8100=5557/5657,8101=5558/5658
+TOKENIZER ?=
+ADAPTERS ?=
+
+test-real-vllm: $(ENVOY) build ## exact prefix routing in front of genuine engines, see ENGINES
+	python3 tests/real_vllm.py --engines "$(ENGINES)" --tokenizer "$(TOKENIZER)" --adapters "$(ADAPTERS)"
 
 lint: ## format, clippy and documentation, warnings are errors
 	$(CARGO) fmt --check
