@@ -190,12 +190,10 @@ fn is_transparent(tokens: &[Token<'_>]) -> bool {
                 && is_transparent(behind.get(1..).unwrap_or_default())
         }
         [Token::Other('|'), Token::Name(_), rest @ ..] => behind_call(rest),
-        [Token::Name("is"), rest @ ..] => match rest {
-            [Token::Name("not"), Token::Name(_), rest @ ..] | [Token::Name(_), rest @ ..] => {
-                behind_call(rest)
-            }
-            _ => false,
-        },
+        [Token::Name("is"), rest @ ..] => {
+            let test = rest.strip_prefix(&[Token::Name("not")]).unwrap_or(rest);
+            matches!(test, [Token::Name(_), ..]) && behind_call(test.get(1..).unwrap_or_default())
+        }
         _ => false,
     }
 }

@@ -616,7 +616,10 @@ mod tests {
     #[tokio::test]
     async fn calls_at_a_time_are_bounded() {
         let (remote, _) = engine(rendered).await;
-        let _all = remote.calls.try_acquire_many(MAX_CALLS as u32).unwrap();
+        let _all = remote
+            .calls
+            .try_acquire_many(u32::try_from(MAX_CALLS).unwrap())
+            .unwrap();
         let error = remote.probe().await.unwrap_err().to_string();
         assert!(error.contains("too many calls"), "{error}");
     }
