@@ -178,10 +178,6 @@ fn refers(source: &[Token<'_>], name: &str, key: Option<&str>) -> bool {
 }
 
 /// True for nothing but slices, filters and tests.
-#[expect(
-    clippy::unnested_or_patterns,
-    reason = "the filter and the two forms of a test, each readable"
-)]
 fn is_transparent(tokens: &[Token<'_>]) -> bool {
     match tokens {
         [] => true,
@@ -193,14 +189,11 @@ fn is_transparent(tokens: &[Token<'_>]) -> bool {
             index.contains(&Token::Other(':'))
                 && is_transparent(behind.get(1..).unwrap_or_default())
         }
-        [Token::Other('|'), Token::Name(_), rest @ ..]
-        | [
-            Token::Name("is"),
-            Token::Name("not"),
-            Token::Name(_),
-            rest @ ..,
-        ]
-        | [Token::Name("is"), Token::Name(_), rest @ ..] => behind_call(rest),
+        [Token::Other('|'), Token::Name(_), rest @ ..] => behind_call(rest),
+        [Token::Name("is"), rest @ ..] => {
+            let test = rest.strip_prefix(&[Token::Name("not")]).unwrap_or(rest);
+            matches!(test, [Token::Name(_), ..]) && behind_call(test.get(1..).unwrap_or_default())
+        }
         _ => false,
     }
 }

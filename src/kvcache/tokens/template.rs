@@ -79,6 +79,8 @@ impl Template {
     /// Compiles `source`.
     pub fn compile(source: &str) -> Result<Self, RenderError> {
         let mut env = environment().map_err(|e| failed(&e))?;
+        // Jinja's lexer reads every line end as a line feed.
+        let source = &source.replace("\r\n", "\n").replace('\r', "\n");
         let runnable = without_generation_tags(source);
         env.add_template_owned(NAME, runnable)
             .map_err(|e| failed(&e))?;
@@ -462,6 +464,13 @@ mod tests {
             error.to_string().contains("roles must alternate"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn line_ends_of_a_template_are_line_feeds() {
+        // jinja2 3.1.6 gives "a\nb\nc\n".
+        let text = render("a\r\n{% if true %}\r\nb\rc{{ '\r\n' }}{% endif %}", &[]).unwrap();
+        assert_eq!(text, "a\nb\nc\n");
     }
 
     #[test]
