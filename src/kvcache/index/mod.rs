@@ -69,9 +69,16 @@ impl Default for IndexSettings {
 }
 
 /// The block index of one pool, shared by requests and the tasks that read events.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct KvIndex {
     shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for KvIndex {
+    /// Without its content, which can be large.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KvIndex").finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
