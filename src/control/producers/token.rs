@@ -30,6 +30,8 @@ use crate::scheduling::{Candidate, DataProducer, Preparation, ProducerError};
 const DEFAULT_ENGINE: &str = "http://localhost:8000";
 /// How long a prompt may wait for this process's tokenizer: a megabyte takes a third of a second.
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// What the preparation may take beyond its own limit before it counts as failed.
+const TIMEOUT_MARGIN: Duration = Duration::from_secs(1);
 
 /// Tokens that the media of one request count together, about the largest context a model has; past
 /// it every further item counts one. Sizes come from clients (headers, image headers), and the prefix
@@ -269,10 +271,11 @@ impl TokenProducer {
         }
     }
 
-    /// Publishes ids and their number; without an answer the estimate stays.
-    fn answer(&self, answered: Answered, attributes: &mut Attributes) {
+    /// Publishes ids and their number, and counts them in `how`; without an answer the estimate stays.
+    fn answer(&self, answered: Answered, how: &Counter, attributes: &mut Attributes) {
         match answered {
             Ok(tokenized) => {
+                how.increment(1);
                 let counts = tokenized.prompts.iter().map(|p| p.ids.len() as u64);
                 let tokens = attributes.write(self.tokens);
                 tokens.clear();
@@ -299,11 +302,9 @@ impl DataProducer for TokenProducer {
         if let Tokenizer::Local(service) = &self.tokenizer
             && let Answer::Ready(answered) = service.tokenize(request)
         {
-            self.ready.increment(1);
-            self.answer(answered, attributes);
+            self.answer(answered, &self.ready, attributes);
         } else if let Some(supplied) = supplied(request) {
-            self.ready.increment(1);
-            self.answer(Ok(supplied), attributes);
+            self.answer(Ok(supplied), &self.ready, attributes);
         }
         Ok(())
     }
@@ -331,9 +332,17 @@ impl DataProducer for TokenProducer {
                 Answer::Pending(work) => (work, LOCAL_TIMEOUT),
             },
         };
+        // A late answer is an answer without ids. Were the preparation itself to run out of time, the
+        // producers behind this one would be skipped as well.
+        let work = async move {
+            let in_time = tokio::time::timeout(timeout, work).await;
+            let answered: Answered =
+                in_time.unwrap_or_else(|_| Err(TokenizeError::Late(timeout.as_secs_f64())));
+            Box::new(answered) as Box<dyn Any + Send>
+        };
         Some(Preparation {
-            work: Box::pin(async move { Box::new(work.await) as Box<dyn Any + Send> }),
-            timeout,
+            work: Box::pin(work),
+            timeout: timeout + TIMEOUT_MARGIN,
         })
     }
 
@@ -348,8 +357,7 @@ impl DataProducer for TokenProducer {
             .downcast::<Answered>()
             .map_err(|_| ProducerError("not prepared by this producer".to_owned()))?;
         self.count(request, attributes);
-        self.waited.increment(1);
-        self.answer(*answered, attributes);
+        self.answer(*answered, &self.waited, attributes);
         Ok(())
     }
 }
@@ -535,5 +543,27 @@ mod tests {
         let payload = parser.parse("/inference/v1/generate", &body).unwrap();
         let request = InferenceRequest::new("r", payload, body);
         assert_eq!(count("{}", &request), (vec![4], vec![("image", 1, 2)]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_engine_that_is_silent_leaves_the_estimate() {
+        // Accepts connections and never answers.
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let parameters = format!(
+            r#"{{"modelName": "m", "vllm": {{"url": "http://{address}", "timeout": "2s", "mmTimeout": "2s"}}}}"#
+        );
+        let mut pool = Pool::new([]);
+        let producer: TokenProducer = pool.plugin(&parameters);
+        let mut attributes = pool.keys.new_attributes();
+        let request = chat(&"abcd".into());
+        let preparation = producer.prepare(&request, &[], &attributes).unwrap();
+        let prepared = tokio::time::timeout(preparation.timeout, preparation.work).await;
+        producer
+            .produce_prepared(prepared.unwrap(), &request, &[], &mut attributes)
+            .unwrap();
+        // "userabcd" is two tokens at four bytes each.
+        assert_eq!(attributes.get(producer.tokens), Some(&[2][..]));
+        assert!(attributes.get(producer.ids).is_none());
     }
 }

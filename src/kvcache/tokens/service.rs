@@ -62,7 +62,7 @@ pub struct ModelSettings {
 }
 
 /// Why a request has no tokens. The request goes on without them.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum TokenizeError {
     /// No directory is configured for this model.
     #[error("no tokenizer for model {0:?}")]
@@ -88,6 +88,9 @@ pub enum TokenizeError {
     /// The workers are busy.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// It took too long, in seconds.
+    #[error("no tokens within {0} s")]
+    Late(f64),
     /// An engine that was asked did not answer as hoped.
     #[error("remote tokenizer: {0}")]
     Remote(String),
