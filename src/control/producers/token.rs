@@ -337,7 +337,7 @@ impl DataProducer for TokenProducer {
         let work = async move {
             let in_time = tokio::time::timeout(timeout, work).await;
             let answered: Answered =
-                in_time.unwrap_or_else(|_| Err(TokenizeError::Late(timeout.as_secs_f64())));
+                in_time.unwrap_or(Err(TokenizeError::Late(timeout.as_secs_f64())));
             Box::new(answered) as Box<dyn Any + Send>
         };
         Some(Preparation {
