@@ -6,13 +6,13 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 /// Every schema there is.
-pub struct Schemas {
+pub(crate) struct Schemas {
     kinds: BTreeMap<String, Value>,
     definitions: BTreeMap<String, Value>,
 }
 
 impl Schemas {
-    pub fn load() -> Self {
+    pub(crate) fn load() -> Self {
         let texts = [
             include_str!("../data/schemas/kubernetes-1.33.json"),
             include_str!("../data/schemas/inference.json"),
@@ -37,12 +37,12 @@ impl Schemas {
     }
 
     /// The schema of an `apiVersion/Kind`.
-    pub fn kind(&self, kind: &str) -> Option<&Value> {
+    pub(crate) fn kind(&self, kind: &str) -> Option<&Value> {
         self.kinds.get(kind)
     }
 
     /// What is wrong with `manifest`, one line each.
-    pub fn check(&self, manifest: &Value) -> Vec<String> {
+    pub(crate) fn check(&self, manifest: &Value) -> Vec<String> {
         let text = |key: &str| manifest[key].as_str().unwrap_or_default().to_owned();
         let kind = format!("{}/{}", text("apiVersion"), text("kind"));
         let Some(schema) = self.kinds.get(&kind) else {
@@ -50,7 +50,8 @@ impl Schemas {
         };
         let mut errors = Vec::new();
         // A custom resource's own schema leaves these three to the API server.
-        let mut schema = schema.clone();
+        let named = schema["$ref"].as_str().map(|name| &self.definitions[name]);
+        let mut schema = named.unwrap_or(schema).clone();
         let fields = schema["properties"].as_object_mut().unwrap();
         for name in ["apiVersion", "kind"] {
             let anything = serde_json::json!({"type": "string"});
