@@ -4,6 +4,7 @@
 
 mod check_config;
 mod demo;
+mod doctor;
 mod noop;
 mod plugins;
 mod serve;
@@ -45,6 +46,8 @@ enum Command {
     CheckConfig(check_config::CheckConfigArgs),
     /// List every plugin with its parameters
     Plugins(plugins::PluginsArgs),
+    /// Look at an installation and say what is wrong with it
+    Doctor(doctor::DoctorArgs),
     /// A picker that always answers the same: the floor to measure against
     #[command(hide = true)]
     Noop(noop::NoopArgs),
@@ -78,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Sim(args) => report(sim::run(&args)),
         Command::CheckConfig(args) => report(check_config::run(&args)),
         Command::Plugins(args) => report(plugins::run(&args)),
+        Command::Doctor(args) => doctor::run(&args).unwrap_or_else(|error| report(Err(error))),
         Command::Noop(args) => report(noop::run(&args)),
     }
 }
