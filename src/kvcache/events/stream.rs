@@ -80,6 +80,11 @@ impl Stream {
         self.stats.set_last_seq(Some(seq));
     }
 
+    /// As [`EventSink::is_gone`].
+    pub(super) fn is_gone(&self) -> bool {
+        self.sink.is_gone()
+    }
+
     /// Forgets everything of this publisher.
     pub(super) fn reset(&mut self) {
         self.sink.reset();

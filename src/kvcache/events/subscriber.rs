@@ -180,11 +180,15 @@ impl Subscriber {
                     if !std::mem::take(&mut first) {
                         count(&self.stream.stats.reconnects);
                     }
-                    self.follow(connection).await
+                    let error = self.follow(connection).await;
+                    count(&self.stream.stats.receive_errors);
+                    error
                 }
-                Err(error) => error,
+                Err(error) => {
+                    count(&self.stream.stats.connect_errors);
+                    error
+                }
             };
-            count(&self.stream.stats.connection_errors);
             if matches!(error, ZmtpError::Oversize) {
                 count(&self.stream.stats.oversize);
             }
@@ -204,6 +208,7 @@ impl Subscriber {
         self.rounds = 0;
         // What waits here was not applied; the next connection's replay brings it, or it is lost.
         self.buffer = Buffer::default();
+        self.stream.stats.set_waiting(0);
         self.stream.set_state(StreamState::Down);
     }
 
@@ -264,6 +269,7 @@ impl Subscriber {
         if self.replay.is_none() {
             self.drain();
         }
+        self.stream.stats.set_waiting(self.buffer.batches.len());
     }
 
     fn on_step(&mut self, step: Step) {
@@ -286,6 +292,7 @@ impl Subscriber {
                 self.drain();
             }
         }
+        self.stream.stats.set_waiting(self.buffer.batches.len());
     }
 
     fn on_replayed(&mut self, seq: u64, payload: &[u8]) {

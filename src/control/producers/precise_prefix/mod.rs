@@ -1,22 +1,24 @@
 //! `precise-prefix-cache-producer` and the legacy `precise-prefix-cache-scorer`: how much of a prompt
 //! each endpoint holds, by what the engines say they hold.
 
+mod observe;
+mod publishers;
 mod settings;
+mod sink;
 
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::Counter;
-use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::observe::{LookupSeries, Observer};
+use self::publishers::Publishers;
 use self::settings::{Raw, Settings};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
 use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace, MediaSpan};
-use crate::kvcache::events::pool::{PublisherKey, SubscriberPool};
-use crate::kvcache::events::subscriber::{Source, SubscriberOptions};
 use crate::kvcache::index::{KvIndex, Lookup, Trust};
 use crate::kvcache::tokens::service::PromptTokens;
 use crate::plugin::{Attributes, Build, Column, Maturity, ParamDoc, Plugin, PluginError};
@@ -28,6 +30,7 @@ use crate::scheduling::{
     Candidate, Candidates, Cycle, DataProducer, Outcome, PreRequest, ProducerError,
     SchedulingResult, Scorer,
 };
+use crate::telemetry::metrics::register;
 
 /// Internal column with the request's block keys, for the prediction after the pick.
 const KEYS: &str = "precise-prefix-keys";
@@ -49,9 +52,11 @@ const MAX_BLOCK_SIZES: usize = 4;
 #[derive(Debug)]
 pub struct PrecisePrefixProducer {
     index: KvIndex,
-    subscribers: SubscriberPool,
-    stop: CancellationToken,
-    dial: Option<(u16, u16)>,
+    publishers: Arc<Publishers>,
+    /// Reads the two above; kept, since metrics ask it only as long as it lives.
+    #[cfg_attr(not(test), expect(dead_code, reason = "kept alive"))]
+    observer: Arc<Observer>,
+    lookups: Option<LookupSeries>,
     speculative_ttl: Option<Duration>,
     ids: Column<PromptTokens>,
     approximate: Column<PrefixMatch>,
@@ -111,7 +116,7 @@ const PARAMETERS: &[ParamDoc] = &[
         name: "kvEventsConfig",
         kind: "object",
         default: "",
-        help: "`discoverPods` (true) dials every endpoint at `podDiscoveryConfig.socketPort` (5557) and `replaySocketPort` (0, none), each plus the rank, unless the endpoint's labels `pinpod.dev/kv-events-port` and `pinpod.dev/kv-events-replay-port` say otherwise; `engineType` vllm or sglang. Every topic is read, whatever `topicFilter` says. `zmqEndpoint` is not yet available.",
+        help: "`discoverPods` (true, but false with `zmqEndpoint`) dials every endpoint at `podDiscoveryConfig.socketPort` (5557) and `replaySocketPort` (0, none), each plus the rank, unless the endpoint's labels `pinpod.dev/kv-events-port` and `pinpod.dev/kv-events-replay-port` say otherwise; `engineType` vllm or sglang. Every topic is read, whatever `topicFilter` says. `zmqEndpoint` (`tcp://*:5557`) is where engines connect to the picker; the topic `kv@<ip:port>@<model>` says whose events they are.",
     },
     ParamDoc {
         name: "speculativeIndexing",
@@ -146,12 +151,25 @@ impl PrecisePrefixProducer {
             metrics::counter!("pinpod_precise_prefix_requests_total",
                 "plugin_name" => name.clone(), "result" => result)
         };
-        let stop = CancellationToken::new();
+        let index = KvIndex::new(&settings.index, BlockHasher::default());
+        let publishers = Arc::new(Publishers::new(
+            index.clone(),
+            settings.dial,
+            settings.listen,
+            CancellationToken::new(),
+        ));
+        let observer = Arc::new(Observer::new(
+            index.clone(),
+            settings.index.max_bytes,
+            Arc::clone(&publishers),
+            settings.enable_metrics,
+        ));
+        register(&observer);
         Self {
-            index: KvIndex::new(&settings.index, BlockHasher::default()),
-            subscribers: SubscriberPool::new(SubscriberOptions::default(), stop.clone()),
-            stop,
-            dial: settings.dial,
+            index,
+            publishers,
+            observer,
+            lookups: settings.enable_metrics.then(LookupSeries::new),
             speculative_ttl: settings.speculative_ttl,
             exact: requests("exact"),
             mixed: requests("mixed"),
@@ -260,7 +278,12 @@ impl PrecisePrefixProducer {
                 let Scratch {
                     lookup, candidates, ..
                 } = scratch;
+                let started = Instant::now();
                 self.index.lookup(prompt, candidates, now, lookup);
+                if let Some(series) = &self.lookups {
+                    let best = lookup.matches().iter().map(|found| found.blocks).max();
+                    series.record(started, best.unwrap_or(0));
+                }
                 let places = scratch.sizes.iter().zip(&mut scratch.scores);
                 let results = places.zip(&mut scratch.trust).zip(lookup.matches());
                 for (((size, score), trust), found) in results {
@@ -365,46 +388,11 @@ impl PreRequest for PrecisePrefixProducer {
 
 impl EndpointListener for PrecisePrefixProducer {
     fn added(&self, endpoint: &Arc<Endpoint>) {
-        let Some((live, replay)) = self.dial else {
-            return;
-        };
-        let spec = &endpoint.spec;
-        let port = |label: &str, default| {
-            let own = spec.labels.get(label).and_then(|port| port.parse().ok());
-            own.unwrap_or(default)
-        };
-        let (live, replay) = (port(EVENTS_PORT, live), port(REPLAY_PORT, replay));
-        let source = Source::of_rank(spec.address.ip(), live, replay, spec.rank);
-        let (Some(source), Ok(runtime)) = (source, Handle::try_current()) else {
-            tracing::warn!(
-                endpoint = spec.name,
-                "no KV events: no such port or no runtime"
-            );
-            return;
-        };
-        let key = PublisherKey {
-            endpoint: endpoint.index,
-            rank: spec.rank,
-        };
-        let sink = Box::new(self.index.writer(endpoint.index, BASE_MODEL));
-        let _entered = runtime.enter();
-        if let Err(error) = self.subscribers.add(key, source, sink) {
-            tracing::warn!(endpoint = spec.name, %error, "no KV events");
-        }
+        self.publishers.added(endpoint);
     }
 
     fn removed(&self, endpoint: &Arc<Endpoint>) {
-        // Its part of the index goes with the task, which ends on its own.
-        self.subscribers
-            .remove_endpoint(endpoint.index)
-            .into_iter()
-            .for_each(drop);
-    }
-}
-
-impl Drop for PrecisePrefixProducer {
-    fn drop(&mut self) {
-        self.stop.cancel();
+        self.publishers.removed(endpoint);
     }
 }
 
@@ -469,155 +457,4 @@ impl EndpointListener for PrecisePrefixScorer {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::control::producers::token::TokenProducer;
-    use crate::kvcache::events::{Batch, Event, EventSink, Stored, StreamState};
-    use crate::request::openai::OpenAiParser;
-    use crate::request::{Body, Parser};
-    use crate::scheduling::attributes::PREFIX_MATCH;
-    use crate::scheduling::test_support::{Pool, endpoint};
-
-    /// An engine that stored `tokens` in blocks of four.
-    fn engine(
-        producer: &PrecisePrefixProducer,
-        number: u32,
-        tokens: &[u32],
-        lora_name: Option<&str>,
-    ) -> Box<dyn EventSink> {
-        let mut writer = producer.index.writer(EndpointIndex(number), BASE_MODEL);
-        let hashes: Vec<u64> = (1..).take(tokens.len() / 4).collect();
-        let stored = Stored {
-            hashes: &hashes,
-            parent: None,
-            tokens,
-            block_size: 4,
-            lora_name,
-            medium: "GPU",
-            extra_keys: None,
-            cache_salt: None,
-            group: Some(0),
-            kind: Some("full_attention"),
-        };
-        writer.apply(&Batch {
-            ts: 1.0,
-            data_parallel_rank: Some(0),
-            events: &[Event::Stored(stored)],
-        });
-        writer.set_state(StreamState::Live);
-        Box::new(writer)
-    }
-
-    /// (matched, total, block size) of each endpoint for a request of `ids`.
-    fn ask(
-        pool: &mut Pool,
-        tokens: &TokenProducer,
-        producer: &PrecisePrefixProducer,
-        ids: &[u32],
-        model: &str,
-    ) -> Vec<(u32, u32, u32)> {
-        let body = serde_json::json!({"model": model, "prompt": ids}).to_string();
-        let body = Body::from(body.as_str());
-        let payload = OpenAiParser.parse("/v1/completions", &body).unwrap();
-        pool.request = InferenceRequest::new("r", payload, body);
-        let mut attributes = pool.keys.new_attributes();
-        let guess = pool
-            .keys
-            .optional::<PrefixMatch>(PREFIX_MATCH, APPROX_PREFIX_PRODUCER);
-        attributes.write(guess).extend([
-            PrefixMatch {
-                matched_blocks: 1,
-                total_blocks: 2,
-                block_size_tokens: 64,
-            },
-            PrefixMatch {
-                matched_blocks: 1,
-                total_blocks: 2,
-                block_size_tokens: 64,
-            },
-            PrefixMatch {
-                matched_blocks: 2,
-                total_blocks: 2,
-                block_size_tokens: 64,
-            },
-        ]);
-        for step in [tokens as &dyn DataProducer, producer] {
-            step.produce(&pool.request, &pool.candidates, &mut attributes)
-                .unwrap();
-        }
-        let found = attributes.get(producer.matches).unwrap().iter();
-        found
-            .map(|m| (m.matched_blocks, m.total_blocks, m.block_size_tokens))
-            .collect()
-    }
-
-    fn setting(parameters: &str) -> (Pool, TokenProducer, PrecisePrefixProducer) {
-        let mut pool = Pool::new(["a", "b", "c"].map(endpoint));
-        let tokens = pool.plugin("{}");
-        let producer = pool.plugin(parameters);
-        (pool, tokens, producer)
-    }
-
-    const PROMPT: [u32; 14] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14];
-
-    #[test]
-    fn events_decide_and_silent_endpoints_are_guessed() {
-        let (mut pool, tokens, producer) = setting("{}");
-        let _a = engine(&producer, 0, &PROMPT[..12], None);
-        // The first block is another one.
-        let _b = engine(&producer, 1, &[9, 2, 3, 4, 5, 6, 7, 8], None);
-        // 14 ids are three full blocks; c publishes nothing, so its guess stays.
-        assert_eq!(
-            ask(&mut pool, &tokens, &producer, &PROMPT, "m"),
-            [(3, 3, 4), (0, 3, 4), (2, 2, 64)]
-        );
-        // Two blocks are the same, then the prompts part.
-        let other = [1, 2, 3, 4, 5, 6, 7, 8, 0, 10, 11, 12];
-        let found = ask(&mut pool, &tokens, &producer, &other, "m");
-        assert_eq!(found[..2], [(2, 3, 4), (0, 3, 4)]);
-    }
-
-    #[test]
-    fn a_request_without_ids_is_guessed() {
-        let (mut pool, tokens, producer) = setting("{}");
-        let _a = engine(&producer, 0, &PROMPT[..12], None);
-        let body = Body::from(r#"{"prompt": "text"}"#);
-        let payload = OpenAiParser.parse("/v1/completions", &body).unwrap();
-        pool.request = InferenceRequest::new("r", payload, body);
-        let mut attributes = pool.keys.new_attributes();
-        tokens
-            .produce(&pool.request, &pool.candidates, &mut attributes)
-            .unwrap();
-        producer
-            .produce(&pool.request, &pool.candidates, &mut attributes)
-            .unwrap();
-        let found = attributes.get(producer.matches).unwrap();
-        assert_eq!(found, [PrefixMatch::default(); 3]);
-    }
-
-    #[test]
-    fn adapters_share_nothing_with_their_base() {
-        let (mut pool, tokens, producer) = setting("{}");
-        let _a = engine(&producer, 0, &PROMPT[..12], Some("poet"));
-        let _b = engine(&producer, 1, &PROMPT[..8], None);
-        let mut matched = |model| {
-            let found = ask(&mut pool, &tokens, &producer, &PROMPT, model);
-            [found[0].0, found[1].0]
-        };
-        assert_eq!(matched("poet"), [3, 0]);
-        assert_eq!(matched("base"), [0, 2]);
-    }
-
-    #[test]
-    fn host_memory_counts_by_its_weight() {
-        let (mut pool, tokens, producer) = setting(
-            r#"{"indexerConfig": {"kvCacheBackendConfigs": [{"name": "gpu", "weight": 0.5}]}}"#,
-        );
-        let _a = engine(&producer, 0, &PROMPT[..12], None);
-        // Three blocks at 0.5 are 1.5, cut to whole blocks.
-        assert_eq!(
-            ask(&mut pool, &tokens, &producer, &PROMPT, "m")[0],
-            (1, 3, 4)
-        );
-    }
-}
+mod tests;
