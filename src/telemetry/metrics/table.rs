@@ -214,7 +214,7 @@ series! {
     "llm_d_epp_kv_cache_events_pool_queue_depth", Gauge, "KV event messages that wait to be applied.";
     "llm_d_epp_kv_cache_events_pool_capacity", Gauge, "KV event messages that may wait.";
     "pinpod_kv_subscribers", Gauge, "KV event subscribers by state: down, joining, live, gap.";
-    "pinpod_kv_subscriber_live", Gauge, "1 while every event of the publisher up to now was applied.";
+    "pinpod_kv_subscriber_live", Gauge, "1 while every event of the publisher up to now was applied; NaN once its endpoint left the pool.";
     "pinpod_kv_event_lag_seconds", Gauge, "Arrival of a publisher's newest live message minus its time stamp.";
     "pinpod_kv_events_total", Counter, "KV events applied.";
     "pinpod_kv_event_gaps_total", Counter, "Times sequence numbers of a publisher were skipped.";
@@ -233,6 +233,11 @@ series! {
     "pinpod_kv_index_evicted_runs_total", Counter, "Runs dropped because the index was full.";
     "pinpod_kv_index_refused_blocks_total", Counter, "Blocks and predictions not taken in because the index was full, by what.";
     "pinpod_kv_index_parked_stores_total", Counter, "Stores whose parent block was unknown, by what became of them: parked, dropped.";
+    "pinpod_kv_hit_parity", Gauge, "What index and engine agree on of what either says is cached, over an endpoint's last 32 answers, 0 to 1.";
+    "pinpod_kv_hit_parity_broken", Gauge, "1 after 5 answers in a row whose cached tokens contradict the index, by endpoint, model, kind of prompt and salt; 0 again after 3 that agree.";
+    "pinpod_kv_hit_predicted_tokens_total", Counter, "Prompt tokens that should be in the picked endpoint's cache, over compared answers.";
+    "pinpod_kv_hit_reported_tokens_total", Counter, "Prompt tokens that the engine found in its cache, over compared answers.";
+    "pinpod_kv_hit_compared_total", Counter, "Answers held against the index, by result: agree, engine_misses, engine_hits_more, neutral, unreported.";
     "pinpod_decision_duration_seconds", Histogram(DECISION), "Time from the complete request to its decision in seconds.";
     "pinpod_precise_prefix_requests_total", Counter, "Requests by how their prefix was matched: exact, mixed (some endpoints publish no KV events), no_tokens, no_events.";
     "pinpod_token_producer_requests_total", Counter, "Requests by how their prompt became tokens: ready, waited, failed.";

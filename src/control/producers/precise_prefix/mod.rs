@@ -1,7 +1,9 @@
 //! `precise-prefix-cache-producer` and the legacy `precise-prefix-cache-scorer`: how much of a prompt
 //! each endpoint holds, by what the engines say they hold.
 
+mod explain;
 mod observe;
+mod parity;
 mod publishers;
 mod settings;
 mod sink;
@@ -15,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::observe::{LookupSeries, Observer};
+use self::parity::{HitCheck, Parity};
 use self::publishers::Publishers;
 use self::settings::{Raw, Settings};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
@@ -34,6 +37,8 @@ use crate::telemetry::metrics::register;
 
 /// Internal column with the request's block keys, for the prediction after the pick.
 const KEYS: &str = "precise-prefix-keys";
+/// Internal column with what each candidate should find in its cache.
+const PREDICTIONS: &str = "precise-prefix-predictions";
 /// The pool serves one base model, whatever name a request gives it; adapters have spaces of their own.
 const BASE_MODEL: &str = "";
 /// Labels of an endpoint whose sockets are not where the others' are, such as several engines behind one
@@ -61,11 +66,23 @@ pub struct PrecisePrefixProducer {
     ids: Column<PromptTokens>,
     approximate: Column<PrefixMatch>,
     matches: Column<PrefixMatch>,
-    keys: Column<Keys>,
+    keys: Column<Arc<Keys>>,
+    /// Of each candidate, for the comparison with what its engine reports.
+    predictions: Column<Prediction>,
+    parity: Arc<Parity>,
+    max_bytes: usize,
     exact: Counter,
     mixed: Counter,
     without_tokens: Counter,
     without_events: Counter,
+}
+
+/// What a candidate's cache should yield.
+#[derive(Debug, Clone, Copy, Default)]
+struct Prediction {
+    /// Prompt tokens it can reuse: whole blocks, and never the last token of a prompt.
+    tokens: u64,
+    trust: Trust,
 }
 
 /// Block keys of one request for one block size, prompt after prompt.
@@ -92,7 +109,7 @@ struct Scratch {
     candidates: Vec<EndpointIndex>,
     sizes: Vec<Option<u32>>,
     scores: Vec<f64>,
-    trust: Vec<Trust>,
+    predictions: Vec<Prediction>,
 }
 
 thread_local! {
@@ -179,6 +196,9 @@ impl PrecisePrefixProducer {
             approximate: build.keys.require(PREFIX_MATCH, APPROX_PREFIX_PRODUCER),
             matches: build.keys.produce(PREFIX_MATCH),
             keys: build.keys.produce(KEYS),
+            predictions: build.keys.produce(PREDICTIONS),
+            parity: Arc::default(),
+            max_bytes: settings.index.max_bytes,
         }
     }
 
@@ -251,7 +271,7 @@ impl PrecisePrefixProducer {
         prompts: &[PromptTokens],
         candidates: &[Candidate],
         scratch: &mut Scratch,
-        keys: &mut Vec<Keys>,
+        keys: &mut Vec<Arc<Keys>>,
     ) -> usize {
         let lora = self.adapter(request, candidates);
         let sizes = candidates.iter();
@@ -262,19 +282,21 @@ impl PrecisePrefixProducer {
         for size in scratch.sizes.iter().flatten() {
             let known = keys.iter().any(|k| k.block_size == *size);
             if !known && keys.len() < MAX_BLOCK_SIZES {
-                keys.push(self.hash(request, prompts, *size, lora));
+                keys.push(Arc::new(self.hash(request, prompts, *size, lora)));
             }
         }
         scratch.scores.clear();
         scratch.scores.resize(candidates.len(), 0.0);
-        scratch.trust.clear();
-        scratch.trust.resize(candidates.len(), Trust::Unknown);
+        scratch.predictions.clear();
+        let unknown = Prediction::default();
+        scratch.predictions.resize(candidates.len(), unknown);
         let now = Instant::now();
         let all = candidates.iter().map(|c| c.endpoint.index);
         scratch.candidates.clear();
         scratch.candidates.extend(all);
         for of_size in keys.iter() {
-            for prompt in of_size.prompts() {
+            for (prompt, tokens) in of_size.prompts().zip(prompts) {
+                let usable = usable_blocks(tokens.ids.len(), of_size.block_size);
                 let Scratch {
                     lookup, candidates, ..
                 } = scratch;
@@ -285,17 +307,19 @@ impl PrecisePrefixProducer {
                     series.record(started, best.unwrap_or(0));
                 }
                 let places = scratch.sizes.iter().zip(&mut scratch.scores);
-                let results = places.zip(&mut scratch.trust).zip(lookup.matches());
-                for (((size, score), trust), found) in results {
+                let results = places.zip(&mut scratch.predictions).zip(lookup.matches());
+                for (((size, score), prediction), found) in results {
                     if *size == Some(of_size.block_size) {
                         *score += found.score;
-                        *trust = found.trust;
+                        let blocks = u64::from(found.blocks).min(usable);
+                        prediction.tokens += blocks * u64::from(of_size.block_size);
+                        prediction.trust = found.trust;
                     }
                 }
             }
         }
-        let known = scratch.trust.iter().filter(|t| **t != Trust::Unknown);
-        known.count()
+        let known = scratch.predictions.iter();
+        known.filter(|p| p.trust != Trust::Unknown).count()
     }
 }
 
@@ -311,7 +335,7 @@ impl DataProducer for PrecisePrefixProducer {
             let prompts = attributes.get(self.ids).unwrap_or_default();
             let known = if prompts.is_empty() {
                 self.without_tokens.increment(1);
-                scratch.trust.clear();
+                scratch.predictions.clear();
                 0
             } else {
                 let known = self.look_up(request, prompts, candidates, scratch, &mut keys);
@@ -325,7 +349,8 @@ impl DataProducer for PrecisePrefixProducer {
             };
             let guesses = attributes.get(self.approximate).unwrap_or_default();
             let matches = (0..candidates.len()).map(|at| {
-                let trust = scratch.trust.get(at).copied().unwrap_or_default();
+                let prediction = scratch.predictions.get(at).copied();
+                let trust = prediction.unwrap_or_default().trust;
                 let size = scratch.sizes.get(at).copied().flatten();
                 let of_size = size.and_then(|size| keys.iter().find(|k| k.block_size == size));
                 match of_size.filter(|_| known > 0 && trust != Trust::Unknown) {
@@ -333,12 +358,35 @@ impl DataProducer for PrecisePrefixProducer {
                     None => guesses.get(at).copied().unwrap_or_default(),
                 }
             });
-            matches.collect::<Vec<_>>()
+            let matches = matches.collect::<Vec<_>>();
+            let predictions = attributes.write(self.predictions);
+            predictions.extend_from_slice(&scratch.predictions);
+            matches
         });
         attributes.write(self.matches).extend(found);
         attributes.write(self.keys).append(&mut keys);
         Ok(())
     }
+
+    fn explain(
+        &self,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &Attributes,
+    ) -> Option<serde_json::Value> {
+        let prompts = attributes.get(self.ids)?;
+        let keys = attributes.get(self.keys).unwrap_or_default();
+        Some(self.explain_request(request, prompts, keys, candidates))
+    }
+
+    fn overview(&self, pool: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
+        Some(self.overview_of(pool))
+    }
+}
+
+/// Full blocks of a prompt that an engine can reuse: it computes the last token in any case.
+fn usable_blocks(tokens: usize, block_size: u32) -> u64 {
+    tokens.saturating_sub(1) as u64 / u64::from(block_size.max(1))
 }
 
 /// As the contract publishes it: the weighted sum, cut to whole blocks.
@@ -357,14 +405,18 @@ fn exact_match(keys: &Keys, score: Option<f64>) -> PrefixMatch {
 }
 
 impl PreRequest for PrecisePrefixProducer {
-    /// Predicts that the primary and the `prefill` pick will hold the prompt.
+    /// Predicts that the primary and the `prefill` pick will hold the prompt, and remembers what the
+    /// primary should find in its cache.
     fn on_pick(
         &self,
         cycle: &Cycle<'_>,
         candidates: &[Candidate],
         result: &SchedulingResult,
-        _: &mut Outcome,
+        outcome: &mut Outcome,
     ) {
+        if let Some(check) = self.hit_check(cycle, candidates, result) {
+            outcome.leases.push(Box::new(check));
+        }
         let Some(ttl) = self.speculative_ttl else {
             return;
         };
@@ -379,10 +431,68 @@ impl PreRequest for PrecisePrefixProducer {
             let endpoint = candidate.endpoint.index;
             let size = self.index.block_size(endpoint);
             let own = keys.iter().filter(|k| Some(k.block_size) == size);
-            for prompt in own.flat_map(Keys::prompts) {
+            for prompt in own.flat_map(|keys| keys.prompts()) {
                 self.index.expect(endpoint, prompt, now, ttl);
             }
         }
+    }
+}
+
+impl PrecisePrefixProducer {
+    /// What to hold the picked engine's answer against; `None` when there is nothing to compare: the
+    /// engine's events are not all there, or another endpoint computes the prompt.
+    fn hit_check(
+        &self,
+        cycle: &Cycle<'_>,
+        candidates: &[Candidate],
+        result: &SchedulingResult,
+    ) -> Option<HitCheck> {
+        let Cycle {
+            request,
+            attributes,
+            ..
+        } = cycle;
+        let prompts = attributes.get(self.ids).filter(|ids| !ids.is_empty())?;
+        if !result.others.is_empty() {
+            return None;
+        }
+        let pick = *result.primary.picks.first()? as usize;
+        let endpoint = &candidates.get(pick)?.endpoint;
+        let size = self.index.block_size(endpoint.index);
+        let mut keys = attributes.get(self.keys).unwrap_or_default().iter();
+        let keys = keys.find(|keys| Some(keys.block_size) == size).cloned();
+        let mut prediction = attributes.get(self.predictions)?.get(pick).copied()?;
+        if keys.is_none() {
+            // It never stored anything, which is all there is to predict from.
+            prediction.trust = self.trust(endpoint.index);
+        } else if let Some(keys) = keys.as_ref().filter(|_| self.speculative_ttl.is_some()) {
+            // What is only expected of the endpoint by routing is no claim about its cache.
+            let stored = parity::stored_tokens(&self.index, endpoint.index, keys);
+            prediction.tokens = prediction.tokens.min(stored);
+        }
+        if prediction.trust != Trust::Exact {
+            return None;
+        }
+        let salt = request.payload.cache_salt.as_deref();
+        Some(HitCheck {
+            parity: Arc::clone(&self.parity),
+            index: self.index.clone(),
+            endpoint: Arc::clone(endpoint),
+            keys,
+            predicted_tokens: prediction.tokens,
+            own_prompt_tokens: prompts.iter().map(|prompt| prompt.ids.len() as u64).sum(),
+            model: request.target_model.clone(),
+            prompt: parity::prompt_kind(request),
+            salted: salt.is_some_and(|salt| !salt.is_empty()),
+        })
+    }
+
+    fn trust(&self, endpoint: EndpointIndex) -> Trust {
+        let mut lookup = Lookup::new();
+        self.index
+            .lookup(&[], &[endpoint], Instant::now(), &mut lookup);
+        let found = lookup.matches().first();
+        found.map_or(Trust::Unknown, |found| found.trust)
     }
 }
 
@@ -393,6 +503,7 @@ impl EndpointListener for PrecisePrefixProducer {
 
     fn removed(&self, endpoint: &Arc<Endpoint>) {
         self.publishers.removed(endpoint);
+        self.parity.forget(endpoint.index);
     }
 }
 
@@ -431,6 +542,19 @@ impl DataProducer for PrecisePrefixScorer {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         self.0.produce(request, candidates, attributes)
+    }
+
+    fn explain(
+        &self,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &Attributes,
+    ) -> Option<serde_json::Value> {
+        self.0.explain(request, candidates, attributes)
+    }
+
+    fn overview(&self, pool: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
+        self.0.overview(pool)
     }
 }
 

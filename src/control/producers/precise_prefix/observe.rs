@@ -411,10 +411,10 @@ impl PublisherSeries {
         now
     }
 
-    /// Its endpoint left the pool.
+    /// Its endpoint left the pool. No number would be true, and a 0 would raise alarms for ever.
     fn leave(&self) {
-        self.lag.set(0.0);
-        self.live.set(0.0);
+        self.lag.set(f64::NAN);
+        self.live.set(f64::NAN);
     }
 }
 

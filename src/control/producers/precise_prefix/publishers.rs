@@ -36,10 +36,8 @@ pub(super) struct Publisher {
     /// The endpoint's `address:port`.
     pub(super) name: Arc<str>,
     /// Its data-parallel rank.
-    #[expect(dead_code, reason = "for the admin endpoint")]
     pub(super) rank: u32,
     /// Where we dial; `None` for one that connected to us.
-    #[expect(dead_code, reason = "for the admin endpoint")]
     pub(super) source: Option<Source>,
     pub(super) stats: Arc<SubscriberStats>,
 }
