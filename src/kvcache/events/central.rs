@@ -304,8 +304,10 @@ impl Shared {
                 return None;
             }
         }
+        let mut stream = Stream::new(sink, stats);
+        stream.on_topic(&topic);
         let publisher = Publisher {
-            stream: Stream::new(sink, stats),
+            stream,
             connection: 0,
         };
         let publisher = Arc::new(parking_lot::Mutex::new(publisher));

@@ -257,10 +257,16 @@ impl Subscriber {
     fn on_live(&mut self, frames: &[Bytes]) {
         count(&self.stream.stats.received);
         self.heard = true;
-        let Some(Message::Batch { seq, payload, .. }) = parse(frames) else {
+        let Some(Message::Batch {
+            seq,
+            topic,
+            payload,
+        }) = parse(frames)
+        else {
             count(&self.stream.stats.bad_frames);
             return;
         };
+        self.stream.on_topic(&topic);
         if let Some(ts) = super::wire::timestamp(&payload) {
             self.stream.stats.arrived(ts);
         }
@@ -274,7 +280,14 @@ impl Subscriber {
 
     fn on_step(&mut self, step: Step) {
         match step {
-            Step::Batch { seq, payload } => self.on_replayed(seq, &payload),
+            Step::Batch {
+                seq,
+                topic,
+                payload,
+            } => {
+                self.stream.on_topic(&topic);
+                self.on_replayed(seq, &payload);
+            }
             Step::Complete => {
                 let purpose = self.replay.take().map(|(_, purpose)| purpose);
                 if purpose == Some(Purpose::Recognise) {
