@@ -4,6 +4,7 @@
 
 mod check_config;
 mod demo;
+mod index;
 mod noop;
 mod plugins;
 mod serve;
@@ -43,6 +44,8 @@ enum Command {
     Sim(sim::SimArgs),
     /// Check an EndpointPickerConfig and show what it resolves to
     CheckConfig(check_config::CheckConfigArgs),
+    /// Ask a running picker which endpoints hold a prompt, in which tier and since when
+    Index(index::IndexArgs),
     /// List every plugin with its parameters
     Plugins(plugins::PluginsArgs),
     /// A picker that always answers the same: the floor to measure against
@@ -77,6 +80,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => report(demo::run(&args)),
         Command::Sim(args) => report(sim::run(&args)),
         Command::CheckConfig(args) => report(check_config::run(&args)),
+        Command::Index(args) => report(index::run(&args)),
         Command::Plugins(args) => report(plugins::run(&args)),
         Command::Noop(args) => report(noop::run(&args)),
     }
