@@ -17,5 +17,6 @@ pub mod python;
 pub mod remote;
 pub mod service;
 pub mod split;
+pub mod stats;
 pub mod template;
 pub mod tokenizer;

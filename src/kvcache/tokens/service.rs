@@ -11,6 +11,7 @@ use minijinja::Value;
 use super::memo::{DEFAULT_MEMO_BYTES, Memo, MemoStats};
 use super::messages::{self, MessageError, field, keys};
 use super::pool::{DEFAULT_QUEUE, Pool, PoolError, PoolStats};
+use super::stats::TokenStats;
 use super::template::{Chat, RenderError, Templates};
 use super::tokenizer::{EncodeError, LoadError, MAX_CONFIG_BYTES, ModelTokenizer, read};
 use crate::request::{ApiKind, Body, InferenceRequest, MediaItem, Prompt};
@@ -174,18 +175,21 @@ pub struct TokenService {
     settings: Settings,
     models: ArcSwap<HashMap<String, Arc<Model>>>,
     pool: Pool,
+    stats: Arc<TokenStats>,
 }
 
 impl TokenService {
     /// Loads every model. Blocks for up to seconds: start-up only.
     pub fn load(settings: Settings) -> Result<Self, LoadError> {
         let models = load_models(&settings)?;
-        let pool = Pool::new(settings.workers, settings.queue)
+        let stats = Arc::<TokenStats>::default();
+        let pool = Pool::new(settings.workers, settings.queue, Arc::clone(&stats))
             .map_err(|e| LoadError::invalid("tokenizer workers", e))?;
         Ok(Self {
             settings,
             models: ArcSwap::from_pointee(models),
             pool,
+            stats,
         })
     }
 
@@ -194,6 +198,11 @@ impl TokenService {
     pub fn reload(&self) -> Result<(), LoadError> {
         self.models.store(Arc::new(load_models(&self.settings)?));
         Ok(())
+    }
+
+    /// Everything that is counted, for export.
+    pub fn stats(&self) -> &Arc<TokenStats> {
+        &self.stats
     }
 
     /// Counters of the workers.
