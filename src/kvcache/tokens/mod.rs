@@ -8,6 +8,7 @@
 //!
 //! Does not know blocks, endpoints or plugins.
 
+pub mod anthropic;
 pub mod content_format;
 pub mod lru;
 pub mod memo;
@@ -15,6 +16,7 @@ pub mod messages;
 pub mod pool;
 pub mod python;
 pub mod remote;
+pub mod responses;
 pub mod service;
 pub mod split;
 pub mod stats;

@@ -8,9 +8,11 @@ use arc_swap::ArcSwap;
 use hashbrown::HashMap;
 use minijinja::Value;
 
+use super::anthropic::{self, Rules};
 use super::memo::{DEFAULT_MEMO_BYTES, Memo, MemoStats};
 use super::messages::{self, MessageError, field, keys};
 use super::pool::{DEFAULT_QUEUE, Pool, PoolError, PoolStats};
+use super::responses;
 use super::stats::TokenStats;
 use super::template::{Chat, RenderError, Templates};
 use super::tokenizer::{EncodeError, LoadError, MAX_CONFIG_BYTES, ModelTokenizer, read};
@@ -24,6 +26,14 @@ pub const INLINE_TOKENIZE_BYTES: usize = 1 << 10;
 pub const MAX_BODY_BYTES: usize = 32 << 20;
 /// Prompts of one completion request.
 pub const MAX_PROMPTS: usize = 4096;
+
+/// APIs whose prompts are made here.
+const KNOWN_APIS: [ApiKind; 4] = [
+    ApiKind::Completions,
+    ApiKind::ChatCompletions,
+    ApiKind::Messages,
+    ApiKind::Responses,
+];
 
 /// What a [`TokenService`] is made of.
 #[derive(Debug, Clone)]
@@ -167,6 +177,8 @@ impl Answer {
 struct Model {
     memo: Memo,
     templates: Option<Templates>,
+    /// How Anthropic bodies become chats.
+    rules: Rules,
 }
 
 /// In-process tokenizers of all configured models. Shared by all requests; models are replaced whole.
@@ -239,7 +251,7 @@ impl TokenService {
             return Ok(Answer::Ready(Ok(tokens)));
         }
         let api = request.payload.api;
-        if !matches!(api, ApiKind::Completions | ApiKind::ChatCompletions) {
+        if !KNOWN_APIS.contains(&api) {
             return Err(TokenizeError::Unsupported("this API"));
         }
         if request.body.len() > MAX_BODY_BYTES {
@@ -313,11 +325,38 @@ impl Model {
             }
             None => Templates::load(directory, &config)?,
         };
+        let templates = templates.filter(|_| !speaks_harmony(directory));
         let tokenizer = ModelTokenizer::load(directory, &config)?;
-        Ok(Self {
+        let mut model = Self {
             memo: Memo::new(tokenizer, memo_bytes),
-            templates: templates.filter(|_| !speaks_harmony(directory)),
-        })
+            rules: Rules {
+                system_first: templates.as_ref().is_none_or(Templates::system_first),
+                disabled_effort: "none",
+            },
+            templates,
+        };
+        model.rules.disabled_effort = model.disabled_effort();
+        Ok(model)
+    }
+
+    /// The effort that switches thinking off: `none`, unless the template refuses it or takes it for
+    /// one of the others.
+    fn disabled_effort(&self) -> &'static str {
+        let prompt = |effort: &str| {
+            let body = serde_json::json!({
+                "messages": [{"role": "user", "content": "Hi"}],
+                "reasoning_effort": effort,
+            });
+            let body: Value = serde_json::from_value(body).ok()?;
+            self.render(&body).ok()
+        };
+        let none = prompt("none");
+        let mut others = ["low", "medium", "high", "xhigh", "max"].into_iter();
+        if none.is_none() || others.any(|effort| prompt(effort) == none) {
+            "low"
+        } else {
+            "none"
+        }
     }
 
     /// The tokens of a body, or `None` when more than `budget_bytes` would have to be tokenized.
@@ -328,9 +367,12 @@ impl Model {
         budget_bytes: usize,
     ) -> Result<Option<Tokenized>, TokenizeError> {
         let body = parse(body)?;
-        if api == ApiKind::Completions {
-            return self.completions(&body, budget_bytes);
-        }
+        let body = match api {
+            ApiKind::Completions => return self.completions(&body, budget_bytes),
+            ApiKind::Messages => anthropic::to_chat(&body, self.rules)?,
+            ApiKind::Responses => responses::to_chat(&body)?,
+            _ => body,
+        };
         let special = flag(&body, "add_special_tokens", false)?;
         let text = self.render(&body)?;
         let ids = self.memo.encode_within(&text, special, budget_bytes);
@@ -386,7 +428,7 @@ impl Model {
         let given = field(body, "messages")
             .ok_or_else(|| TokenizeError::Malformed("no messages".to_owned()))?;
         let chat = Chat {
-            messages: messages::conversation(&given, template.format())?,
+            messages: messages::conversation(&given, template.wants())?,
             tools,
             documents: field(body, "documents"),
             variables: variables(templates.special(), body)?,
@@ -443,7 +485,12 @@ fn variables(
             variables.push((name.to_owned(), value));
         }
     }
-    if let Some(effort) = field(body, "reasoning_effort") {
+    if let Some(effort) = field(body, "reasoning_effort").filter(|e| e.as_str() != Some("auto")) {
+        // Any effort switches thinking on for templates that ask, unless the request says otherwise.
+        if !variables.iter().any(|(name, _)| name == "enable_thinking") {
+            let thinking = effort.as_str() != Some("none");
+            variables.push(("enable_thinking".to_owned(), Value::from(thinking)));
+        }
         variables.push(("reasoning_effort".to_owned(), effort));
     }
     Ok(variables)

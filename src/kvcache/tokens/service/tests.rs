@@ -249,7 +249,18 @@ fn fields_of_a_request_win_over_template_options() {
     let json = serde_json::to_string(&context).unwrap();
     assert_eq!(
         json,
-        r#"{"eos_token":"</s>","reasoning_effort":"high","thinking":true}"#
+        r#"{"eos_token":"</s>","reasoning_effort":"high","thinking":true,"enable_thinking":true}"#
+    );
+    // As vLLM 0.32 does, unless the request says otherwise.
+    let body: Value = serde_json::from_str(
+        r#"{"chat_template_kwargs":{"enable_thinking":true},"reasoning_effort":"none"}"#,
+    )
+    .unwrap();
+    let context = Value::from_pairs(variables(&[], &body).unwrap());
+    let json = serde_json::to_string(&context).unwrap();
+    assert_eq!(
+        json,
+        r#"{"enable_thinking":true,"reasoning_effort":"none"}"#
     );
 }
 
