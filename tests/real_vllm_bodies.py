@@ -201,6 +201,6 @@ class Bodies:
 
     def draw(self, count):
         """`count` chats and completions: most short and odd, some long."""
-        long_ = [self.long_chat(76_000), self.long_completion(76_000), self.long_chat(30_000), self.long_completion(5_000)]
+        long_ = [self.long_chat(36_500), self.long_completion(36_500), self.long_chat(30_000), self.long_completion(5_000)]
         rest = [self.chat() if i % 3 else self.completion() for i in range(count - len(long_))]
         return long_ + rest
