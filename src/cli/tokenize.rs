@@ -76,6 +76,7 @@ pub(super) fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
                 .map(std::path::absolute)
                 .transpose()?,
         }],
+        poll: None,
         ..Settings::default()
     };
     let service = TokenService::load(settings).context("cannot load the model")?;

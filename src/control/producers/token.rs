@@ -99,7 +99,7 @@ enum Tokenizer {
         timeout: Duration,
     },
     /// This process.
-    Local(TokenService),
+    Local(Arc<TokenService>),
 }
 
 impl Plugin for TokenProducer {
@@ -142,7 +142,7 @@ impl Plugin for TokenProducer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
-        let tokenizer = settings.tokenizer()?;
+        let tokenizer = settings.tokenizer(build.name)?;
         let name = build.name.to_owned();
         let requests = |result: &'static str| {
             metrics::counter!("pinpod_token_producer_requests_total",
@@ -162,7 +162,7 @@ impl Plugin for TokenProducer {
 }
 
 impl Settings {
-    fn tokenizer(&self) -> Result<Tokenizer, PluginError> {
+    fn tokenizer(&self, name: &str) -> Result<Tokenizer, PluginError> {
         if self.uds_tokenizer_config.is_some() {
             return Err(PluginError::Invalid(
                 "udsTokenizerConfig is known but not available: use the local backend".to_owned(),
@@ -178,7 +178,7 @@ impl Settings {
             .into());
         }
         match &self.local {
-            Some(local) => local.load(),
+            Some(local) => local.load(name),
             None if remote => self
                 .vllm
                 .as_ref()
@@ -224,7 +224,7 @@ impl Vllm {
 }
 
 impl Local {
-    fn load(&self) -> Result<Tokenizer, PluginError> {
+    fn load(&self, name: &str) -> Result<Tokenizer, PluginError> {
         let models = self.models.iter().map(|model| ModelSettings {
             name: model.name.clone(),
             directory: model.directory.clone(),
@@ -238,9 +238,11 @@ impl Local {
         if settings.models.is_empty() {
             return Err(ParamError("local.models: at least one model".to_owned()).into());
         }
-        TokenService::load(settings)
-            .map(Tokenizer::Local)
-            .map_err(|error| ParamError(format!("local.models: {error}")).into())
+        let service = TokenService::load(settings)
+            .map_err(|error| ParamError(format!("local.models: {error}")))?;
+        let service = Arc::new(service);
+        service.publish(name);
+        Ok(Tokenizer::Local(service))
     }
 }
 

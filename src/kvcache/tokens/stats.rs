@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use super::service::TokenizeError;
+
 /// Upper bounds of the buckets of [`Durations`] in seconds; one more bucket takes the rest.
 pub const DURATION_BOUNDS_SECONDS: [f64; 12] = [
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0,
@@ -70,9 +72,94 @@ pub struct TokenStats {
     pub wait: Durations,
     /// Time workers took for a job.
     pub work: Durations,
+    /// Changed files that were taken into use.
+    pub reloads: AtomicU64,
+    /// Changed files that could not be; the model before them stays in use.
+    pub reload_failures: AtomicU64,
+    /// Gauge: models whose newest files are not in use.
+    pub stale_models: AtomicUsize,
+    /// Gauge: models without a tokenizer, because their files are not here yet.
+    pub missing_models: AtomicUsize,
+    fallbacks: [AtomicU64; FallbackReason::ALL.len()],
+}
+
+/// Why a request went on without ids, few enough to be a label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FallbackReason {
+    /// No tokenizer for its model, or not yet.
+    Model,
+    /// Something in it only an engine renders.
+    Unsupported,
+    /// Media whose place among the tokens only an engine knows.
+    Media,
+    /// The engine will refuse it.
+    Malformed,
+    /// Larger than what is read.
+    TooLarge,
+    /// The chat template failed.
+    Template,
+    /// Workers were busy.
+    Busy,
+    /// Anything else.
+    Other,
+}
+
+impl FallbackReason {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Model,
+        Self::Unsupported,
+        Self::Media,
+        Self::Malformed,
+        Self::TooLarge,
+        Self::Template,
+        Self::Busy,
+        Self::Other,
+    ];
+
+    /// As a label value.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::Unsupported => "unsupported",
+            Self::Media => "media",
+            Self::Malformed => "malformed",
+            Self::TooLarge => "too_large",
+            Self::Template => "template",
+            Self::Busy => "busy",
+            Self::Other => "other",
+        }
+    }
+
+    /// The reason in an error.
+    pub fn of(error: &TokenizeError) -> Self {
+        match error {
+            TokenizeError::UnknownModel(_) | TokenizeError::NotLoaded(_) => Self::Model,
+            TokenizeError::Unsupported(_) => Self::Unsupported,
+            TokenizeError::Media => Self::Media,
+            TokenizeError::Malformed(_) => Self::Malformed,
+            TokenizeError::TooLarge => Self::TooLarge,
+            TokenizeError::Render(_) => Self::Template,
+            TokenizeError::Pool(_) | TokenizeError::Late(_) => Self::Busy,
+            TokenizeError::Encode(_) | TokenizeError::Remote(_) => Self::Other,
+        }
+    }
 }
 
 impl TokenStats {
+    /// Requests that went on without ids, by reason.
+    pub fn fallbacks(&self) -> impl Iterator<Item = (FallbackReason, u64)> {
+        let counters = FallbackReason::ALL.into_iter().zip(&self.fallbacks);
+        counters.map(|(reason, counter)| (reason, counter.load(Ordering::Relaxed)))
+    }
+
+    /// Counts one more.
+    pub(super) fn fell_back(&self, reason: FallbackReason) {
+        if let Some(counter) = self.fallbacks.get(reason as usize) {
+            Self::add(counter);
+        }
+    }
+
     pub(super) fn add(counter: &AtomicU64) {
         counter.fetch_add(1, Ordering::Relaxed);
     }
@@ -81,6 +168,19 @@ impl TokenStats {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn fallbacks_are_counted_by_their_reason() {
+        let stats = TokenStats::default();
+        stats.fell_back(FallbackReason::Other);
+        stats.fell_back(FallbackReason::of(&TokenizeError::Media));
+        stats.fell_back(FallbackReason::Media);
+        let counted: Vec<_> = stats.fallbacks().filter(|(_, count)| *count > 0).collect();
+        assert_eq!(
+            counted,
+            [(FallbackReason::Media, 2), (FallbackReason::Other, 1)]
+        );
+    }
 
     #[test]
     fn buckets_are_cumulative_and_the_last_has_all() {
