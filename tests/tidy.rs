@@ -51,6 +51,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
+    ("doctor", &["extproc", "kvcache", "datalayer", "telemetry"]),
     ("sim", &["telemetry"]),
     ("demo", &["telemetry"]),
 ];
