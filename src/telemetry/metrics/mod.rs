@@ -3,6 +3,7 @@
 
 mod cache;
 mod encoder_cache;
+mod kubernetes;
 mod recorder;
 mod series;
 pub mod table;
@@ -15,6 +16,7 @@ use tokio::time::Instant;
 
 use cache::{HandleCache, NameCaps};
 pub use encoder_cache::EncoderCacheSeries;
+pub use kubernetes::WatchSeries;
 pub use recorder::Exposition;
 use recorder::Recorder;
 pub use series::{Completion, RequestSeries, RunningGuard};
