@@ -14,6 +14,7 @@ pub mod config;
 pub mod control;
 pub mod datalayer;
 pub mod demo;
+pub mod doctor;
 pub mod epp;
 pub mod extproc;
 pub mod kubernetes;

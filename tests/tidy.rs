@@ -56,6 +56,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
+    ("doctor", &["extproc", "kvcache", "datalayer", "telemetry"]),
     ("sim", &["telemetry"]),
     ("demo", &["telemetry"]),
 ];

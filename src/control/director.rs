@@ -4,6 +4,8 @@
 //! the decision is handed back as [`Step::Wait`] and goes on with [`Director::resume`] where it
 //! stopped.
 
+mod explain;
+
 use std::any::Any;
 use std::cell::RefCell;
 use std::pin::Pin;

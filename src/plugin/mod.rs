@@ -15,7 +15,7 @@ pub use data::{
     MAX_IN_FLIGHT_PRODUCERS,
 };
 pub use hook::{Hook, Lap};
-pub use lease::{Lease, Leases};
+pub use lease::{Lease, Leases, PromptUsage};
 pub use params::{ParamError, Parameters};
 
 /// How settled a plugin is. Alpha needs `--allow-experimental-plugins`.

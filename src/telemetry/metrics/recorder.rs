@@ -56,8 +56,9 @@ impl Exposition {
         Recorder::new().exposition()
     }
 
-    /// All series in the Prometheus text format.
+    /// All series in the Prometheus text format, those of collectors brought up to date first.
     pub fn render(&self) -> String {
+        super::collect::collect_all();
         let mut text = self.plain.render();
         self.histograms.render(&mut text);
         text
