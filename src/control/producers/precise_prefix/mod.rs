@@ -519,6 +519,16 @@ impl EndpointListener for PrecisePrefixProducer {
         self.publishers.added(endpoint);
     }
 
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        let ports = |e: &Endpoint| {
+            [EVENTS_PORT, REPLAY_PORT].map(|label| e.spec.labels.get(label).cloned())
+        };
+        if ports(former) != ports(endpoint) {
+            self.removed(former);
+            self.added(endpoint);
+        }
+    }
+
     fn removed(&self, endpoint: &Arc<Endpoint>) {
         self.publishers.removed(endpoint);
         self.parity.forget(endpoint.index);
@@ -591,6 +601,10 @@ impl PreRequest for PrecisePrefixScorer {
 impl EndpointListener for PrecisePrefixScorer {
     fn added(&self, endpoint: &Arc<Endpoint>) {
         self.0.added(endpoint);
+    }
+
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        self.0.relabelled(former, endpoint);
     }
 
     fn removed(&self, endpoint: &Arc<Endpoint>) {
