@@ -31,9 +31,13 @@ test: $(ENVOY) ## every test, the real Envoy included
 ENGINES ?= 8100=5557/5657,8101=5558/5658
 TOKENIZER ?=
 ADAPTERS ?=
+# The engines' --chat-template, and a command that restarts the engine at PORT; both may be left out.
+CHAT_TEMPLATE ?=
+RESTART ?=
 
-test-real-vllm: $(ENVOY) build ## exact prefix routing in front of genuine engines, see ENGINES
-	python3 tests/real_vllm.py --engines "$(ENGINES)" --tokenizer "$(TOKENIZER)" --adapters "$(ADAPTERS)"
+test-real-vllm: $(ENVOY) build ## tokens, hits and matched blocks against genuine engines, see ENGINES
+	python3 tests/real_vllm.py --engines "$(ENGINES)" --tokenizer "$(TOKENIZER)" --adapters "$(ADAPTERS)" \
+		--chat-template "$(CHAT_TEMPLATE)" --restart "$(RESTART)"
 
 # Helm is built from its module; needs Go.
 $(HELM):

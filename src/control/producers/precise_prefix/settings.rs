@@ -1,5 +1,6 @@
 //! Parameters of `precise-prefix-cache-producer`.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -79,7 +80,7 @@ struct KvEvents {
     topic_filter: String,
     concurrency: i64,
     engine_type: String,
-    discover_pods: bool,
+    discover_pods: Option<bool>,
     pod_discovery_config: PodDiscovery,
 }
 
@@ -90,7 +91,7 @@ impl Default for KvEvents {
             topic_filter: String::new(),
             concurrency: 0,
             engine_type: "vllm".into(),
-            discover_pods: true,
+            discover_pods: None,
             pod_discovery_config: PodDiscovery::default(),
         }
     }
@@ -122,6 +123,10 @@ pub(super) struct Settings {
     pub(super) index: IndexSettings,
     /// Event and replay port of rank 0, where every endpoint is dialled; 0 means no replay.
     pub(super) dial: Option<(u16, u16)>,
+    /// Where engines connect to us.
+    pub(super) listen: Option<SocketAddr>,
+    /// Count look-ups, admissions and evictions.
+    pub(super) enable_metrics: bool,
     /// How long a pick counts before events confirm it; `None` when it does not.
     pub(super) speculative_ttl: Option<Duration>,
 }
@@ -153,7 +158,7 @@ impl Raw {
             ));
         }
         let mut index = IndexSettings::default();
-        if let Some(cost_aware) = block_index.cost_aware_memory_config
+        if let Some(cost_aware) = &block_index.cost_aware_memory_config
             && !cost_aware.size.is_empty()
         {
             index.max_bytes = bytes(&cost_aware.size).ok_or_else(|| {
@@ -177,13 +182,15 @@ impl Raw {
                 events.engine_type
             ));
         }
-        if !events.zmq_endpoint.is_empty() {
-            return Err(PluginError::Invalid(
-                "kvEventsConfig.zmqEndpoint (engines connect to the picker) is known but not yet \
-                 available in this version"
-                    .to_owned(),
-            ));
-        }
+        let listen = match events.zmq_endpoint.as_str() {
+            "" => None,
+            text => Some(listen_address(text).ok_or_else(|| {
+                ParamError(format!(
+                    "kvEventsConfig.zmqEndpoint: {text:?} is no address to listen on such as \
+                     tcp://*:5557"
+                ))
+            })?),
+        };
         let pods = events.pod_discovery_config;
         let port = |name: &str, value: i64| {
             u16::try_from(value).map_err(|_| {
@@ -209,10 +216,32 @@ impl Raw {
         let ttl = if ttl.is_zero() { DEFAULT_TTL } else { ttl };
         Ok(Settings {
             index,
-            dial: events.discover_pods.then_some((live, replay)),
+            // Engines that connect to us do not listen, so both ways are used only when both are asked for.
+            dial: events
+                .discover_pods
+                .unwrap_or(listen.is_none())
+                .then_some((live, replay)),
+            listen,
+            enable_metrics: block_index.enable_metrics,
             speculative_ttl: self.speculative_indexing.then_some(ttl),
         })
     }
+}
+
+/// `tcp://` with an address of this machine, `*` for all of them, and a port.
+fn listen_address(text: &str) -> Option<SocketAddr> {
+    let (host, port) = text.strip_prefix("tcp://")?.rsplit_once(':')?;
+    let port = port.parse().ok()?;
+    let ip = match host {
+        "*" => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        host => host
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .parse()
+            .ok()?,
+    };
+    Some(SocketAddr::new(ip, port))
 }
 
 /// A size as `2GiB`, `500MB` or `1048576`.
@@ -264,6 +293,31 @@ mod tests {
     }
 
     #[test]
+    fn engines_connect_to_us_or_are_dialled_or_both() {
+        let ways = |text: &str| {
+            let events = format!(r#"{{"kvEventsConfig": {text}}}"#);
+            let settings = read(&events).unwrap();
+            (
+                settings.listen.map(|address| address.to_string()),
+                settings.dial,
+            )
+        };
+        let at = |address: &str| Some(address.to_owned());
+        assert_eq!(
+            ways(r#"{"zmqEndpoint": "tcp://*:5557"}"#),
+            (at("0.0.0.0:5557"), None)
+        );
+        assert_eq!(
+            ways(r#"{"zmqEndpoint": "tcp://[::]:6000", "discoverPods": false}"#),
+            (at("[::]:6000"), None)
+        );
+        assert_eq!(
+            ways(r#"{"zmqEndpoint": "tcp://127.0.0.1:1", "discoverPods": true}"#),
+            (at("127.0.0.1:1"), Some((5557, 0)))
+        );
+    }
+
+    #[test]
     fn errors_name_the_parameter() {
         for (text, error) in [
             (
@@ -281,6 +335,10 @@ mod tests {
             (
                 r#"{"kvEventsConfig": {"podDiscoveryConfig": {"socketPort": 70000}}}"#,
                 "kvEventsConfig.podDiscoveryConfig.socketPort: 70000 is no port",
+            ),
+            (
+                r#"{"kvEventsConfig": {"zmqEndpoint": "ipc:///run/events"}}"#,
+                "kvEventsConfig.zmqEndpoint: \"ipc:///run/events\" is no address to listen on such as tcp://*:5557",
             ),
             (
                 r#"{"indexerConfig": {"kvBlockIndexConfig": {"costAwareMemoryConfig": {"size": "2 apples"}}}}"#,
