@@ -56,7 +56,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("doctor", &["extproc", "kvcache", "datalayer", "telemetry"]),
+    (
+        "doctor",
+        &["extproc", "kvcache", "kubernetes", "datalayer", "telemetry"],
+    ),
     ("sim", &["telemetry"]),
     ("demo", &["telemetry"]),
 ];
