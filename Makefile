@@ -5,8 +5,10 @@ ENVOY := .tools/envoy
 REDIS := .tools/redis-server
 CARGO := cargo
 BIN := target/release/pinpod
+HELM_VERSION := v3.18.6
+HELM := .tools/helm
 
-.PHONY: build test test-real-vllm lint docs demo demo-full bench clean
+.PHONY: build test test-real-vllm test-compose chart lint docs demo demo-full bench clean
 
 build: ## the release binary
 	$(CARGO) build --release --locked
@@ -46,9 +48,23 @@ test: $(ENVOY) $(REDIS) ## every test, the real Envoy and Redis included
 ENGINES ?= 8100=5557/5657,8101=5558/5658
 TOKENIZER ?=
 ADAPTERS ?=
+# The engines' --chat-template, and a command that restarts the engine at PORT; both may be left out.
+CHAT_TEMPLATE ?=
+RESTART ?=
 
-test-real-vllm: $(ENVOY) build ## exact prefix routing in front of genuine engines, see ENGINES
-	python3 tests/real_vllm.py --engines "$(ENGINES)" --tokenizer "$(TOKENIZER)" --adapters "$(ADAPTERS)"
+test-real-vllm: $(ENVOY) build ## tokens, hits and matched blocks against genuine engines, see ENGINES
+	python3 tests/real_vllm.py --engines "$(ENGINES)" --tokenizer "$(TOKENIZER)" --adapters "$(ADAPTERS)" \
+		--chat-template "$(CHAT_TEMPLATE)" --restart "$(RESTART)"
+
+# Helm is built from its module; needs Go.
+$(HELM):
+	GOBIN=$(CURDIR)/.tools go install helm.sh/helm/v3/cmd/helm@$(HELM_VERSION)
+
+chart: $(HELM) ## lint the Helm chart and render it for the tests
+	python3 tests/render_chart.py $(HELM)
+
+test-compose: ## the very docker-compose file: traffic flows, Prometheus has the dashboard's data
+	python3 tests/compose.py
 
 lint: ## format, clippy and documentation, warnings are errors
 	$(CARGO) fmt --check

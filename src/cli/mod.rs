@@ -9,6 +9,7 @@ mod noop;
 mod plugins;
 mod serve;
 mod sim;
+mod tokenize;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -48,6 +49,8 @@ enum Command {
     Index(index::IndexArgs),
     /// List every plugin with its parameters
     Plugins(plugins::PluginsArgs),
+    /// Token ids of request bodies, as `serve` computes them for exact prefix routing
+    Tokenize(tokenize::TokenizeArgs),
     /// A picker that always answers the same: the floor to measure against
     #[command(hide = true)]
     Noop(noop::NoopArgs),
@@ -82,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::CheckConfig(args) => report(check_config::run(&args)),
         Command::Index(args) => report(index::run(&args)),
         Command::Plugins(args) => report(plugins::run(&args)),
+        Command::Tokenize(args) => report(tokenize::run(&args)),
         Command::Noop(args) => report(noop::run(&args)),
     }
 }

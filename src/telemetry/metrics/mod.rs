@@ -4,6 +4,7 @@
 mod cache;
 mod collect;
 mod encoder_cache;
+mod kubernetes;
 mod recorder;
 mod series;
 pub mod table;
@@ -17,6 +18,7 @@ use tokio::time::Instant;
 use cache::{HandleCache, NameCaps};
 pub use collect::{Collect, Follow, register};
 pub use encoder_cache::EncoderCacheSeries;
+pub use kubernetes::WatchSeries;
 pub use recorder::Exposition;
 use recorder::Recorder;
 pub use series::{Completion, RequestSeries, RunningGuard};

@@ -248,6 +248,11 @@ series! {
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";
     "pinpod_config_last_reload_success", Gauge, "1 when the configuration file in its present state is in use.";
+    "pinpod_kubernetes_watch_connected", Gauge, "1 while a collection of the Kubernetes API is followed, 0 while its last known state stands.";
+    "pinpod_kubernetes_last_contact_timestamp_seconds", Gauge, "When the API server last said something about a collection, in Unix time.";
+    "pinpod_kubernetes_lists_total", Counter, "Complete lists of a collection.";
+    "pinpod_kubernetes_events_total", Counter, "Events of a collection: applied, deleted, stale (repeated or out of order, dropped).";
+    "pinpod_kubernetes_failures_total", Counter, "Requests, events and objects of a collection that failed, by reason.";
     "pinpod_discovery_reload_failures_total", Counter, "Endpoint files that could not be read.";
 }
 

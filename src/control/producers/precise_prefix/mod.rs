@@ -450,6 +450,23 @@ fn exact_match(keys: &Keys, score: Option<f64>) -> PrefixMatch {
     }
 }
 
+impl PrecisePrefixProducer {
+    /// Logs what the first pick is credited with, to be held against the engine's own count.
+    fn tell(&self, cycle: &Cycle<'_>, result: &SchedulingResult) {
+        let picked = result.primary.picks.first();
+        let matches = cycle.attributes.get(self.matches).unwrap_or_default();
+        if let Some(found) = picked.and_then(|&pick| matches.get(pick as usize)) {
+            tracing::debug!(
+                request_id = cycle.request.id,
+                matched_blocks = found.matched_blocks,
+                total_blocks = found.total_blocks,
+                block_size_tokens = found.block_size_tokens,
+                "exact prefix"
+            );
+        }
+    }
+}
+
 impl PreRequest for PrecisePrefixProducer {
     /// Predicts that the primary and the `prefill` pick will hold the prompt, and remembers what the
     /// primary should find in its cache.
@@ -463,6 +480,7 @@ impl PreRequest for PrecisePrefixProducer {
         if let Some(check) = self.hit_check(cycle, candidates, result) {
             outcome.leases.push(Box::new(check));
         }
+        self.tell(cycle, result);
         let Some(ttl) = self.speculative_ttl else {
             return;
         };
@@ -542,6 +560,16 @@ impl PrecisePrefixProducer {
 impl EndpointListener for PrecisePrefixProducer {
     fn added(&self, endpoint: &Arc<Endpoint>) {
         self.publishers.added(endpoint);
+    }
+
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        let ports = |e: &Endpoint| {
+            [EVENTS_PORT, REPLAY_PORT].map(|label| e.spec.labels.get(label).cloned())
+        };
+        if ports(former) != ports(endpoint) {
+            self.removed(former);
+            self.added(endpoint);
+        }
     }
 
     fn removed(&self, endpoint: &Arc<Endpoint>) {
@@ -636,6 +664,10 @@ impl PreRequest for PrecisePrefixScorer {
 impl EndpointListener for PrecisePrefixScorer {
     fn added(&self, endpoint: &Arc<Endpoint>) {
         self.0.added(endpoint);
+    }
+
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        self.0.relabelled(former, endpoint);
     }
 
     fn removed(&self, endpoint: &Arc<Endpoint>) {
