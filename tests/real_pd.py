@@ -138,7 +138,7 @@ def main():
         commands = [
             [given.pinpod, "serve", "--pool-name", "pool", "--config-file", directory / "config.yaml"],
             [given.pinpod, "sidecar", "--port", str(SIDECAR), "--model-server-port", given.decode,
-             "--secure-proxy=false", "--allowed-hosts", f"127.0.0.1:{RELAY}"],
+             "--secure-proxy=false", "--allowed-targets", f"127.0.0.1:{RELAY}"],
             [ROOT / ".tools/envoy", "-c", ROOT / "deploy/envoy/original-dst.yaml", "--log-level", "error"],
         ]
         parts = [subprocess.Popen(command, stdout=log, stderr=log) for command in commands]
