@@ -6,6 +6,7 @@ pub mod burst_prefix;
 pub mod inflight_load;
 mod media_tokens;
 pub mod mm_embeddings_cache;
+pub mod p2p_source;
 pub mod precise_prefix;
 pub mod prefix_index;
 pub mod session_id;

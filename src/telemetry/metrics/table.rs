@@ -192,6 +192,8 @@ series! {
     "llm_d_epp_prefix_indexer_hit_bytes" = "inference_extension_prefix_indexer_hit_bytes", Histogram(HIT), "Prompt bytes found on the best endpoint.";
     "llm_d_epp_inflight_requests", Gauge, "Requests booked on an endpoint.";
     "llm_d_epp_inflight_tokens", Gauge, "Uncached prompt tokens booked on an endpoint.";
+    "llm_d_epp_disagg_decision_total" = "llm_d_inference_scheduler_disagg_decision_total", Counter, "Requests by the stages that ran on endpoints of their own.";
+    "llm_d_epp_pd_decision_total" = "llm_d_inference_scheduler_pd_decision_total", Counter, "Requests of the deprecated handler by the stages that ran on endpoints of their own.";
     "llm_d_epp_disaggregatedset_strict_header_no_match_total", Counter, "Requests whose strict header no endpoint matched.";
     "llm_d_epp_disaggregatedset_revision_gating_share", Gauge, "Share of requests that a revision gets, 0 to 1; 0 while a role is missing.";
     "llm_d_epp_encoder_cache_queries_total", Counter, "Media items looked up, by modality.";
