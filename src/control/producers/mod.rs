@@ -10,3 +10,4 @@ pub mod precise_prefix;
 pub mod prefix_index;
 pub mod session_id;
 pub mod token;
+mod token_metrics;
