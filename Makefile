@@ -8,7 +8,7 @@ BIN := target/release/pinpod
 HELM_VERSION := v3.18.6
 HELM := .tools/helm
 
-.PHONY: build test test-real-vllm test-compose chart lint docs demo demo-full bench clean
+.PHONY: build test test-real-vllm test-real-pd test-compose chart lint docs demo demo-full bench clean
 
 build: ## the release binary
 	$(CARGO) build --release --locked
@@ -55,6 +55,14 @@ RESTART ?=
 test-real-vllm: $(ENVOY) build ## tokens, hits and matched blocks against genuine engines, see ENGINES
 	python3 tests/real_vllm.py --engines "$(ENGINES)" --tokenizer "$(TOKENIZER)" --adapters "$(ADAPTERS)" \
 		--chat-template "$(CHAT_TEMPLATE)" --restart "$(RESTART)"
+
+# HTTP ports of two running vLLM servers that hand KV blocks over, and the file with the first one's pid.
+PREFILL ?= 8110
+DECODE ?= 8111
+PREFILL_PID ?=
+
+test-real-pd: $(ENVOY) build ## prefill and decode on two genuine engines, see PREFILL and DECODE
+	python3 tests/real_pd.py --prefill "$(PREFILL)" --decode "$(DECODE)" --prefill-pid "$(PREFILL_PID)"
 
 # Helm is built from its module; needs Go.
 $(HELM):
