@@ -246,6 +246,14 @@ series! {
     "pinpod_kv_hit_compared_total", Counter, "Answers held against the index, by result: agree, engine_misses, engine_hits_more, neutral, unreported.";
     "pinpod_decision_duration_seconds", Histogram(DECISION), "Time from the complete request to its decision in seconds.";
     "pinpod_precise_prefix_requests_total", Counter, "Requests by how their prefix was matched: exact, mixed (some endpoints publish no KV events), no_tokens, no_events, shared_failed (the shared index gave no answer).";
+    "pinpod_tokenizer_queue_depth", Gauge, "Prompts that wait for a tokenizer worker.";
+    "pinpod_tokenizer_busy_workers", Gauge, "Tokenizer workers at work.";
+    "pinpod_tokenizer_stale_models", Gauge, "Models whose newest files are not in use.";
+    "pinpod_tokenizer_missing_models", Gauge, "Models without a tokenizer.";
+    "pinpod_tokenizer_jobs_total", Counter, "Prompts given to the workers, by result: done, refused (the queue was full), abandoned, panicked.";
+    "pinpod_tokenizer_reloads_total", Counter, "Changed model files, by result.";
+    "pinpod_tokenizer_fallbacks_total", Counter, "Requests that went on without ids, by reason.";
+    "pinpod_tokenizer_job_duration_seconds_bucket", Counter, "Prompts by the time they waited for a worker and kept it, cumulative by upper bound in seconds.";
     "pinpod_token_producer_requests_total", Counter, "Requests by how their prompt became tokens: ready, waited, failed.";
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";
