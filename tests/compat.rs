@@ -13,10 +13,10 @@ mod alloc;
 mod catalogue;
 #[path = "compat/corpus.rs"]
 mod corpus;
-#[path = "compat/doctor.rs"]
-mod doctor;
 #[path = "compat/disagg.rs"]
 mod disagg;
+#[path = "compat/doctor.rs"]
+mod doctor;
 #[path = "compat/drop_in.rs"]
 mod drop_in;
 #[path = "compat/errors.rs"]

@@ -3,8 +3,9 @@
 use std::net::SocketAddr;
 use std::process::Output;
 
+use pinpod::demo::client::Connections;
 use pinpod::demo::envoy::ORIGINAL_DST;
-use pinpod::demo::processes::{Envoy, Picker, Sims, free_ports};
+use pinpod::demo::processes::{Envoy, Picker, Sims, free_port_range, free_ports};
 use serde_json::Value;
 
 use super::process::{program, run, text};
@@ -49,7 +50,11 @@ async fn until_envoy_is_content(admin: u16) {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_installation_that_works_is_told_so_and_one_that_does_not_how_to_mend_it() {
     let directory = tempfile::tempdir().unwrap();
-    let sims = Sims::start(program(), 2, &[], directory.path())
+    let [live, replay] = [2; 2].map(|count| free_port_range(count).unwrap());
+    let events = format!(
+        r#"--kv-events-config={{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"tcp://*:{live}","replay_endpoint":"tcp://*:{replay}"}}"#
+    );
+    let sims = Sims::start(program(), 2, &[events], directory.path())
         .await
         .unwrap();
     let flags = [sims.endpoints_flag(), "--secure-serving=true".to_owned()];
@@ -61,8 +66,17 @@ async fn an_installation_that_works_is_told_so_and_one_that_does_not_how_to_mend
         .await
         .unwrap();
     until_envoy_is_content(envoy.admin).await;
+    // A prompt of more than one block, so that there is something to replay.
+    let body =
+        serde_json::json!({"model": "sim-model", "max_tokens": 1, "prompt": "word ".repeat(200)});
+    Connections::new(sims.addresses[0])
+        .post("/v1/completions", body.to_string().into())
+        .await
+        .unwrap();
     let line = [
         "--json".to_owned(),
+        format!("--kv-events-port={live}"),
+        format!("--kv-replay-port={replay}"),
         format!("--picker=127.0.0.1:{}", picker.grpc),
         format!("--picker-metrics=127.0.0.1:{}", picker.metrics),
         format!("--envoy-admin=127.0.0.1:{}", envoy.admin),
@@ -88,6 +102,7 @@ async fn an_installation_that_works_is_told_so_and_one_that_does_not_how_to_mend
         "pool",
         "endpoint-metrics",
         "pool-models",
+        "kv-events",
     ] {
         assert!(checks.contains(&check), "{check} in {checks:?}");
     }
@@ -102,11 +117,17 @@ async fn an_installation_that_works_is_told_so_and_one_that_does_not_how_to_mend
         format!("--picker=127.0.0.1:{}", picker.grpc),
         format!("--envoy-admin=127.0.0.1:{}", plaintext.admin),
         format!("--endpoints=127.0.0.1:{nobody}"),
+        format!("--kv-events-port={nobody}"),
+        "--wait=500ms".to_owned(),
     ];
     let ill = doctor(&line).await;
     assert_eq!(ill.status.code(), Some(1));
     let found = bad(&ill);
-    for pair in pairs(&[("error", "envoy-picker-tls"), ("error", "endpoint")]) {
+    for pair in pairs(&[
+        ("error", "envoy-picker-tls"),
+        ("error", "endpoint"),
+        ("error", "kv-events"),
+    ]) {
         assert!(found.contains(&pair), "{pair:?} in {found:?}");
     }
 
