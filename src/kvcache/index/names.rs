@@ -3,7 +3,10 @@
 //! Engines with the same algorithm and seed agree, so one list serves all of them; an engine that calls a
 //! block something else has a list of its own, from the first block it names to the last.
 
+use std::ops::Range;
+
 use super::run::shorten;
+use super::table::short;
 
 /// Stands for "no name". An engine may use it as a name all the same; the table sees to that.
 pub(super) const NONE: u64 = 0;
@@ -46,17 +49,19 @@ impl Names {
             self.shared.resize(len, NONE);
             return;
         }
-        for (offset, name) in (0..).zip(&self.shared).skip(len) {
+        let gone = self.shared.get(len..).unwrap_or_default();
+        for (n, name) in gone.iter().enumerate() {
             if *name != NONE {
-                shared(offset, *name);
+                shared(short(len + n), *name);
             }
         }
         shorten(&mut self.shared, len);
         self.own.retain_mut(|list| {
             let kept = len.saturating_sub(list.start as usize);
-            for (offset, name) in (list.start..).zip(&list.names).skip(kept) {
+            let gone = list.names.get(kept..).unwrap_or_default();
+            for (n, name) in gone.iter().enumerate() {
                 if *name != NONE {
-                    own(list.column, offset, *name);
+                    own(list.column, list.start + short(kept + n), *name);
                     list.live -= 1;
                 }
             }
@@ -89,6 +94,15 @@ impl Names {
         let list = self.own.get(self.find(column).ok()?)?;
         let name = list.names.get(list.slot(offset)?).copied()?;
         (name != NONE).then_some(name)
+    }
+
+    /// The column may have own names for some of the blocks.
+    pub(super) fn has_own(&self, column: u32, blocks: Range<u32>) -> bool {
+        let list = self.find(column).ok().and_then(|at| self.own.get(at));
+        list.is_some_and(|list| {
+            let end = u64::from(list.start) + list.names.len() as u64;
+            blocks.start < blocks.end && u64::from(blocks.start) < end && list.start < blocks.end
+        })
     }
 
     /// Names a block for the column alone, which has no own name for it; `more` tells how many of the
@@ -153,6 +167,10 @@ impl Names {
     }
 
     fn find(&self, column: u32) -> Result<usize, usize> {
+        // Columns often come in the order they were made.
+        if self.own.last().is_none_or(|last| last.column < column) {
+            return Err(self.own.len());
+        }
         self.own.binary_search_by_key(&column, |list| list.column)
     }
 }
@@ -192,6 +210,8 @@ mod tests {
             ]
         );
         assert_eq!((names.own(1, 5), names.own(2, 5)), (Some(51), None));
+        assert!(names.has_own(3, 7..9) && names.has_own(3, 0..3) && !names.has_own(3, 8..10));
+        assert!(!names.has_own(3, 0..2) && !names.has_own(2, 0..10));
         assert_eq!(names.remove_own(3, 7), Some(77));
         assert_eq!(names.remove_own(3, 7), None);
         assert_eq!(names.clear(3), 2);

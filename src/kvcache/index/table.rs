@@ -20,17 +20,20 @@ pub(super) const MAX_EXPECTED: usize = 1 << 16;
 
 // Memory at the worst fill: vectors half empty, hash tables just grown (7 in 16 slots used), and what
 // look-ups read there twice.
-/// One block: its key (8, twice, in either copy), its shared name (8, twice), its entry in `by_name` (9 a
+/// One block: its key (8, twice, in either copy), its shared name (8, twice), its entry in `by_name` (13 a
 /// slot).
-pub(super) const BLOCK_BYTES: usize = 69;
+pub(super) const BLOCK_BYTES: usize = 78;
 /// One span (16, twice, in either copy) and the run's entry in its column (5 a slot).
 pub(super) const SPAN_BYTES: usize = 76;
 /// A run beside its blocks: itself (72, twice, in either copy), its entry in `heads` (17 a slot, in
 /// either copy) and what writers keep of it (80, twice).
 pub(super) const RUN_BYTES: usize = 526;
 /// One name an endpoint does not share with the others: itself (8, twice), its entry in the column's table
-/// (9 a slot) and its part of a list.
-const OWN_BYTES: usize = 38;
+/// (13 a slot) and its part of a list.
+const OWN_BYTES: usize = 47;
+
+/// Names looked up ahead of their use.
+pub(super) const WARM: usize = 64;
 
 /// A block's place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,13 +42,21 @@ pub(super) struct Place {
     pub(super) offset: u32,
 }
 
+/// A block's entry in a table of names: the table needs no other memory until the name is right but for a
+/// chance of 2^-32.
+#[derive(Debug, Clone, Copy)]
+struct Named {
+    place: Place,
+    tag: u32,
+}
+
 /// Of a publisher, what look-ups do not need.
 #[derive(Debug, Default)]
 struct Column {
     /// Runs it has spans or predictions in.
     runs: HashSet<u32>,
     /// Blocks it has a name of its own for.
-    own: HashTable<Place>,
+    own: HashTable<Named>,
     /// The block it calls [`NONE`], with its run's generation.
     none: Option<(Place, u32)>,
     /// Tiers with a store and without any removal, as bits.
@@ -96,7 +107,7 @@ pub(super) struct Table {
     metas: Vec<Meta>,
     columns: Vec<Option<Column>>,
     /// Blocks with a shared name.
-    by_name: HashTable<Place>,
+    by_name: HashTable<Named>,
     free_runs: Vec<u32>,
     free_columns: Vec<u32>,
     /// Deadline, run and its generation, oldest first.
@@ -112,6 +123,17 @@ pub(super) struct Table {
     /// Minutes since the index was made.
     minute: u32,
     stats: TableStats,
+}
+
+/// Blocks of a run that a column stored, being named one after the other.
+struct Naming<'a> {
+    id: u32,
+    first: Place,
+    names: &'a [u64],
+    /// The column may have other names for some of them.
+    renamed: bool,
+    /// Some block had to be given up, maybe one of these.
+    left: bool,
 }
 
 /// How stored blocks are held.
@@ -207,33 +229,84 @@ impl Table {
 
     /// Where a name of the column's engine stands, if the column holds the block.
     pub(super) fn resolve(&self, view: &View, id: u32, name: u64) -> Option<Place> {
-        let column = self.columns.get(id as usize)?.as_ref()?;
-        let place = if name == NONE {
-            let (place, generation) = column.none?;
-            (self.meta(place.run)?.generation == generation).then_some(place)?
-        } else {
-            let own = |place: &Place| {
-                let names = self.meta(place.run).map(|meta| &meta.names);
-                names.and_then(|names| names.own(id, place.offset)) == Some(name)
-            };
-            match column.own.find(hash(name), own) {
-                Some(place) => *place,
-                None => self.shared(name).filter(|place| {
-                    let names = self.meta(place.run).map(|meta| &meta.names);
-                    names.is_some_and(|names| names.own(id, place.offset).is_none())
-                })?,
-            }
-        };
+        let place = self.place_of(id, name)?;
         holds(view, id, place).then_some(place)
     }
 
-    /// The block everybody calls by the name.
-    fn shared(&self, name: u64) -> Option<Place> {
-        let same = |place: &Place| {
-            let meta = self.meta(place.run);
-            meta.and_then(|meta| meta.names.shared(place.offset)) == Some(name)
+    /// Where a name of the column's engine stands, whoever holds the block.
+    fn place_of(&self, id: u32, name: u64) -> Option<Place> {
+        let column = self.columns.get(id as usize)?.as_ref()?;
+        if name == NONE {
+            let (place, generation) = column.none?;
+            return (self.meta(place.run)?.generation == generation).then_some(place);
+        }
+        if let Some(place) = self.own_place(column, id, name) {
+            return Some(place);
+        }
+        self.if_shared(id, self.shared_place(name))
+    }
+
+    /// As [`Table::resolve`], for a name that everybody else uses for the block at `shared`.
+    fn resolve_known(
+        &self,
+        view: &View,
+        id: u32,
+        name: u64,
+        shared: Option<Place>,
+    ) -> Option<Place> {
+        if name == NONE {
+            return self.resolve(view, id, name);
+        }
+        let column = self.columns.get(id as usize)?.as_ref()?;
+        let own = self.own_place(column, id, name);
+        let place = own.or_else(|| self.if_shared(id, shared))?;
+        holds(view, id, place).then_some(place)
+    }
+
+    /// The block at `place`, if the column calls it what everybody does.
+    fn if_shared(&self, id: u32, place: Option<Place>) -> Option<Place> {
+        let place = place?;
+        let own = self.meta(place.run)?.names.own(id, place.offset);
+        own.is_none().then_some(place)
+    }
+
+    /// Brings what the tables have for these names into the processor's caches: look-ups that do not
+    /// depend on each other wait for memory together, and the exact ones that follow do not.
+    pub(super) fn warm(&self, id: u32, names: &[u64]) {
+        let Some(Some(column)) = self.columns.get(id as usize) else {
+            return;
         };
-        self.by_name.find(hash(name), same).copied()
+        for names in names.chunks(WARM) {
+            let found = names.iter().filter(|name| {
+                let tag = tag(**name);
+                let same = |named: &Named| named.tag == tag;
+                let own = column.own.find(spread(tag), same).is_some();
+                own | self.by_name.find(spread(tag), same).is_some()
+            });
+            std::hint::black_box(found.count());
+        }
+    }
+
+    /// The block only this column calls by the name.
+    fn own_place(&self, column: &Column, id: u32, name: u64) -> Option<Place> {
+        let tag = tag(name);
+        let same = |named: &Named| {
+            let Place { run, offset } = named.place;
+            let meta = (named.tag == tag).then(|| self.meta(run)).flatten();
+            meta.and_then(|meta| meta.names.own(id, offset)) == Some(name)
+        };
+        Some(column.own.find(spread(tag), same)?.place)
+    }
+
+    /// The block everybody calls by the name.
+    fn shared_place(&self, name: u64) -> Option<Place> {
+        let tag = tag(name);
+        let same = |named: &Named| {
+            let Place { run, offset } = named.place;
+            let meta = (named.tag == tag).then(|| self.meta(run)).flatten();
+            meta.and_then(|meta| meta.names.shared(offset)) == Some(name)
+        };
+        Some(self.by_name.find(spread(tag), same)?.place)
     }
 
     /// Stores `keys`, which follow the block at `parent`. Blocks beyond the memory bound are refused
@@ -289,13 +362,16 @@ impl Table {
     /// One copy less; false when the column has none.
     pub(super) fn remove(&mut self, draft: &mut Draft<'_>, plane: Plane, name: u64) -> bool {
         let id = plane.column;
-        let Some(place) = self.resolve(draft.view, id, name) else {
+        let Some(place) = self.place_of(id, name) else {
             return false;
         };
-        let run = draft.view.run(place.run);
-        if !run.is_some_and(|run| run.has(plane, place.offset)) {
+        let Some(run) = draft.view.run(place.run) else {
+            return false;
+        };
+        if !run.has(plane, place.offset) {
             return false;
         }
+        let last = run.keys.len() == place.offset as usize + 1;
         if let Some(column) = self.column(id) {
             let tier = 1 << plane.tier;
             column.removed_tiers |= tier;
@@ -305,7 +381,10 @@ impl Table {
         if !holds(draft.view, id, place) {
             self.unname(id, place);
             self.forget_if_absent(draft.view, id, place.run);
-            self.trim(draft, place.run);
+            // The last block of a run is always held; in front of it nothing ends.
+            if last {
+                self.trim(draft, place.run);
+            }
         }
         true
     }
@@ -541,21 +620,41 @@ impl Table {
         }
     }
 
-    /// Notes what the column's engine calls the blocks from `place` on.
-    fn name(&mut self, draft: &mut Draft<'_>, id: u32, place: Place, names: &[u64]) {
-        let agree = self
-            .meta(place.run)
-            .is_some_and(|meta| meta.names.agree(place.offset, names));
-        if agree && self.column(id).is_some_and(|c| c.own.is_empty()) {
+    /// Notes what the column's engine calls the blocks from `first` on.
+    fn name(&mut self, draft: &mut Draft<'_>, id: u32, first: Place, names: &[u64]) {
+        let Some(meta) = self.meta(first.run) else {
+            return;
+        };
+        let agree = meta.names.agree(first.offset, names);
+        let Some(column) = self.column(id) else {
+            return;
+        };
+        if agree && column.own.is_empty() {
             return;
         }
+        let renamed = column.none.is_some() || {
+            let end = first.offset + short(names.len());
+            self.meta(first.run)
+                .is_some_and(|meta| meta.names.has_own(id, first.offset..end))
+        };
+        self.warm(id, names);
+        let mut naming = Naming {
+            id,
+            first,
+            names,
+            renamed,
+            left: false,
+        };
         for at in 0..names.len() {
-            self.name_one(draft, id, place, names, at);
+            self.name_one(draft, &mut naming, at);
         }
     }
 
-    /// Number `at` of the blocks from `first` on is called by its name now; those behind it will be.
-    fn name_one(&mut self, draft: &mut Draft<'_>, id: u32, first: Place, names: &[u64], at: usize) {
+    /// Block number `at` is called by its name now; those behind it will be.
+    fn name_one(&mut self, draft: &mut Draft<'_>, naming: &mut Naming<'_>, at: usize) {
+        let Naming {
+            id, first, names, ..
+        } = *naming;
         let Some(&name) = names.get(at) else {
             return;
         };
@@ -563,7 +662,8 @@ impl Table {
             run: first.run,
             offset: first.offset + short(at),
         };
-        let previous = self.resolve(draft.view, id, name);
+        let known = self.shared_place(name);
+        let previous = self.resolve_known(draft.view, id, name, known);
         if previous == Some(place) {
             return;
         }
@@ -573,52 +673,51 @@ impl Table {
             let next = behind.and_then(|n| names.get(n as usize));
             if next.is_none_or(|next| *next == name) {
                 self.leave(draft, id, previous);
+                naming.left = true;
             }
         }
-        self.unname(id, place);
+        if naming.renamed {
+            self.unname(id, place);
+        }
         let Some(meta) = self.meta(place.run) else {
             return;
         };
         let generation = meta.generation;
         let shared = meta.names.shared(place.offset);
-        if !holds(draft.view, id, place) {
-            // It was left a moment ago: the event names two blocks alike.
+        if naming.left && !holds(draft.view, id, place) {
+            // The event names two blocks alike.
         } else if name == NONE {
             if let Some(column) = self.column(id) {
                 column.none = Some((place, generation));
             }
+            naming.renamed = true;
         } else if shared == Some(name) {
             // As everybody.
-        } else if shared.is_none() && self.shared(name).is_none() {
+        } else if shared.is_none() && self.is_free(name, known, naming.left) {
             self.share(place, name);
         } else {
             self.add_own(id, place, name, names.len() - at - 1);
         }
     }
 
+    /// Nobody calls a block by the name; `known` was who did, until something was `left`.
+    fn is_free(&self, name: u64, known: Option<Place>, left: bool) -> bool {
+        known.is_none() || left && self.shared_place(name).is_none()
+    }
+
     fn share(&mut self, place: Place, name: u64) {
         if let Some(meta) = self.meta_mut(place.run) {
             meta.names.share(place.offset, name);
         }
-        let Self { by_name, metas, .. } = self;
-        by_name.insert_unique(hash(name), place, |place| {
-            let meta = metas.get(place.run as usize);
-            let name = meta.and_then(|meta| meta.names.shared(place.offset));
-            hash(name.unwrap_or(NONE))
-        });
+        insert(&mut self.by_name, place, name);
     }
 
     fn add_own(&mut self, id: u32, place: Place, name: u64, more: usize) {
         if let Some(meta) = self.meta_mut(place.run) {
             meta.names.add_own(id, place.offset, name, more);
         }
-        let Self { columns, metas, .. } = self;
-        if let Some(Some(column)) = columns.get_mut(id as usize) {
-            column.own.insert_unique(hash(name), place, |place| {
-                let meta = metas.get(place.run as usize);
-                let name = meta.and_then(|meta| meta.names.own(id, place.offset));
-                hash(name.unwrap_or(NONE))
-            });
+        if let Some(column) = self.column(id) {
+            insert(&mut column.own, place, name);
             self.own_names += 1;
         }
     }
@@ -627,14 +726,15 @@ impl Table {
     fn unname(&mut self, id: u32, place: Place) {
         let meta = self.meta_mut(place.run);
         let name = meta.and_then(|meta| meta.names.remove_own(id, place.offset));
-        if let Some(name) = name {
-            drop_own(&mut self.columns, id, place, name);
-            self.own_names -= 1;
-        }
-        if let Some(column) = self.column(id)
-            && column.none.is_some_and(|(none, _)| none == place)
-        {
+        let Some(column) = self.column(id) else {
+            return;
+        };
+        if column.none.is_some_and(|(none, _)| none == place) {
             column.none = None;
+        }
+        if let Some(name) = name {
+            remove(&mut column.own, place, name);
+            self.own_names -= 1;
         }
     }
 
@@ -738,13 +838,12 @@ impl Table {
         meta.names.resize(
             len,
             |offset, name| {
-                let place = Place { run, offset };
-                if let Ok(entry) = by_name.find_entry(hash(name), |other| *other == place) {
-                    entry.remove();
-                }
+                remove(by_name, Place { run, offset }, name);
             },
             |column, offset, name| {
-                drop_own(columns, column, Place { run, offset }, name);
+                if let Some(Some(column)) = columns.get_mut(column as usize) {
+                    remove(&mut column.own, Place { run, offset }, name);
+                }
                 *own_names -= 1;
             },
         );
@@ -835,20 +934,32 @@ fn find(view: &View, at: Option<Place>, wanted: BlockKey) -> Option<Place> {
     Some(Place { run, offset: 0 })
 }
 
-fn drop_own(columns: &mut [Option<Column>], id: u32, place: Place, name: u64) {
-    if let Some(Some(column)) = columns.get_mut(id as usize)
-        && let Ok(entry) = column.own.find_entry(hash(name), |other| *other == place)
-    {
+fn insert(table: &mut HashTable<Named>, place: Place, name: u64) {
+    let tag = tag(name);
+    table.insert_unique(spread(tag), Named { place, tag }, |named| spread(named.tag));
+}
+
+fn remove(table: &mut HashTable<Named>, place: Place, name: u64) {
+    let same = |named: &Named| named.place == place;
+    if let Ok(entry) = table.find_entry(spread(tag(name)), same) {
         entry.remove();
     }
 }
 
-/// Where a name goes in a hash table. Names are hashes, but nobody says how good.
-fn hash(name: u64) -> u64 {
+/// 32 bits of a name. Names are hashes, but nobody says how good.
+fn tag(name: u64) -> u32 {
     let product = u128::from(name ^ 0x9e37_79b9_7f4a_7c15) * 0xd6e8_feb8_6659_fd93;
-    #[expect(clippy::cast_possible_truncation, reason = "both halves are used")]
-    let folded = (product >> 64) as u64 ^ product as u64;
+    #[expect(clippy::cast_possible_truncation, reason = "all parts are used")]
+    let folded = (product >> 64) as u32 ^ (product >> 32) as u32;
     folded
+}
+
+/// A tag as hash tables want it, with bits at both ends.
+fn spread(tag: u32) -> u64 {
+    u64::from(tag)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .rotate_left(32)
+        ^ u64::from(tag)
 }
 
 /// Numbers of runs, columns and offsets fit 32 bits long after memory has run out.

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::extras::ExtraKeys;
 use super::parked::Parked;
 use super::run::Plane;
-use super::table::{Hold, MAX_GROUPS, Table, key};
+use super::table::{Hold, MAX_GROUPS, Table, WARM, key};
 use super::view::{Draft, Op, stamp};
 use super::{KvIndex, minutes};
 use crate::kvcache::block::{BlockContent, BlockHasher, BlockKey, KeySpace};
@@ -68,6 +68,8 @@ struct Part {
     parked: Parked,
     stats: WriterStats,
     keys: Vec<BlockKey>,
+    /// Names of removals to come.
+    names: Vec<u64>,
 }
 
 /// What can be computed of a batch before it is this writer's turn.
@@ -111,6 +113,7 @@ impl EndpointWriter {
             parked: Parked::default(),
             stats: WriterStats::default(),
             keys: Vec::new(),
+            names: Vec::new(),
         };
         Self {
             index,
@@ -149,7 +152,11 @@ impl EventSink for EndpointWriter {
         } = self;
         index.change(|table, draft| {
             table.age(draft, part.column, minute);
-            for (event, contents) in batch.events.iter().zip(&hashed.events) {
+            let mut ahead = batch.events.chunks(WARM);
+            for (at, (event, contents)) in batch.events.iter().zip(&hashed.events).enumerate() {
+                if at % WARM == 0 {
+                    part.warm(table, ahead.next().unwrap_or_default());
+                }
                 match event {
                     Event::Stored(event) => {
                         let contents = hashed.of(contents);
@@ -436,6 +443,20 @@ impl Part {
             self.stats.located_blocks += 1;
         }
         self.add_group(draft, plane);
+    }
+
+    /// Looks up what the events will remove.
+    fn warm(&mut self, table: &Table, events: &[Event<'_>]) {
+        self.names.clear();
+        for event in events {
+            if let Event::Removed(event) = event {
+                let names = event.hashes.get(..WARM).unwrap_or(event.hashes);
+                self.names.extend_from_slice(names);
+            }
+        }
+        if self.names.len() > 1 {
+            table.warm(self.column, &self.names);
+        }
     }
 
     fn removed(&mut self, table: &mut Table, draft: &mut Draft<'_>, event: &Removed<'_>) {
