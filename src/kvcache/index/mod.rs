@@ -23,6 +23,7 @@ mod lookup;
 mod names;
 mod parked;
 mod run;
+mod since;
 mod table;
 mod tier;
 mod view;
@@ -40,6 +41,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 pub use lookup::{Lookup, Match, Trust};
+pub use since::{Held, Holding};
 pub use table::TableStats;
 pub use tier::{CPU, GPU, MAX_TIERS, SPECULATIVE};
 pub use writer::{EndpointWriter, WriterStats};
@@ -304,6 +306,39 @@ impl KvIndex {
             log.replay(view);
             change(table, &mut Draft { view, log })
         })
+    }
+
+    /// Stretches of the first `blocks` of a prompt with these keys that `endpoint` has stored blocks of,
+    /// and when it began to: for people, not for requests.
+    pub fn held_since(
+        &self,
+        endpoint: EndpointIndex,
+        keys: &[BlockKey],
+        blocks: usize,
+    ) -> Vec<Held> {
+        let keys = keys.get(..blocks.min(keys.len())).unwrap_or_default();
+        let writer = self.shared.writer.lock();
+        let view = self.shared.views.read();
+        let found = since::held_since(&writer.table, &view, endpoint, keys);
+        let at = |seconds: u32| self.shared.started + Duration::from_secs(seconds.into());
+        let held = found.into_iter().map(|(blocks, seconds)| Held {
+            blocks,
+            since: seconds.map(at),
+        });
+        held.collect()
+    }
+
+    /// Blocks and runs that each of `endpoints` holds, over all its ranks; a block counts once for each
+    /// tier and group it lies in. Cost: the runs of these endpoints.
+    pub fn holdings(&self, endpoints: &[EndpointIndex]) -> Vec<Holding> {
+        let writer = self.shared.writer.lock();
+        let view = self.shared.views.read();
+        let of = |endpoint: &EndpointIndex| since::holding(&writer.table, &view, *endpoint);
+        endpoints.iter().map(of).collect()
+    }
+
+    fn seconds(&self, at: Instant) -> u32 {
+        u32::try_from(self.millis(at) / 1000).unwrap_or(u32::MAX - 1)
     }
 
     fn millis(&self, at: Instant) -> u64 {

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use hashbrown::{HashSet, HashTable};
+use hashbrown::{HashMap, HashTable};
 use smallvec::SmallVec;
 
 use super::lookup::Trust;
@@ -23,8 +23,8 @@ pub(super) const MAX_EXPECTED: usize = 1 << 16;
 /// One block: its key (8, twice, in either copy), its shared name (8, twice), its entry in `by_name` (13 a
 /// slot).
 pub(super) const BLOCK_BYTES: usize = 78;
-/// One span (16, twice, in either copy) and the run's entry in its column (5 a slot).
-pub(super) const SPAN_BYTES: usize = 76;
+/// One span (16, twice, in either copy) and the run's entry in its column (9 a slot).
+pub(super) const SPAN_BYTES: usize = 85;
 /// A run beside its blocks: itself (72, twice, in either copy), its entry in `heads` (17 a slot, in
 /// either copy) and what writers keep of it (80, twice).
 pub(super) const RUN_BYTES: usize = 526;
@@ -32,6 +32,8 @@ pub(super) const RUN_BYTES: usize = 526;
 /// (13 a slot) and its part of a list.
 const OWN_BYTES: usize = 47;
 
+/// Stands for the time of the first store where there was none.
+pub(super) const PREDICTED: u32 = u32::MAX;
 /// Names looked up ahead of their use.
 pub(super) const WARM: usize = 64;
 
@@ -53,8 +55,9 @@ struct Named {
 /// Of a publisher, what look-ups do not need.
 #[derive(Debug, Default)]
 struct Column {
-    /// Runs it has spans or predictions in.
-    runs: HashSet<u32>,
+    /// Runs it has spans or predictions in, and when it first stored to each, in seconds since the index
+    /// began; [`PREDICTED`] until it did.
+    runs: HashMap<u32, u32>,
     /// Blocks it has a name of its own for.
     own: HashTable<Named>,
     /// The block it calls [`NONE`], with its run's generation.
@@ -83,7 +86,7 @@ struct Meta {
     referenced: bool,
 }
 
-/// Counters of the table; all but `used_bytes`, `blocks` and `runs` only grow.
+/// Counters of the table; those below `predictions` only grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TableStats {
     /// Estimated memory.
@@ -92,8 +95,14 @@ pub struct TableStats {
     pub blocks: usize,
     /// Runs they lie in.
     pub runs: usize,
+    /// Publishers with a part in it: ranks of endpoints.
+    pub columns: usize,
+    /// Predictions that wait for events or their deadline.
+    pub predictions: usize,
     /// Runs dropped because the memory bound was reached.
     pub evicted_runs: u64,
+    /// Blocks that were in them.
+    pub evicted_blocks: u64,
     /// Blocks not taken in because nothing could be dropped for them.
     pub refused_blocks: u64,
     /// Predictions not taken in because too many wait.
@@ -120,8 +129,8 @@ pub(super) struct Table {
     max_bytes: usize,
     /// Minutes after which what a silent tier stored is dropped.
     silent_minutes: u32,
-    /// Minutes since the index was made.
-    minute: u32,
+    /// Seconds since the index was made.
+    now_s: u32,
     stats: TableStats,
 }
 
@@ -134,6 +143,17 @@ struct Naming<'a> {
     renamed: bool,
     /// Some block had to be given up, maybe one of these.
     left: bool,
+}
+
+/// What became of a removal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Removal {
+    /// The column has no such copy.
+    Unknown,
+    /// Another copy stays, there or in another tier.
+    Kept,
+    /// The column holds the block no longer.
+    Gone,
 }
 
 /// How stored blocks are held.
@@ -164,7 +184,7 @@ impl Table {
             own_names: 0,
             max_bytes,
             silent_minutes,
-            minute: 0,
+            now_s: 0,
             stats: TableStats::default(),
         }
     }
@@ -174,6 +194,8 @@ impl Table {
             used_bytes: self.used_bytes(view),
             blocks: self.blocks,
             runs: view.heads.len(),
+            columns: self.columns.len() - self.free_columns.len(),
+            predictions: self.expiry.len(),
             ..self.stats
         }
     }
@@ -183,9 +205,10 @@ impl Table {
             self.columns.push(None);
             short(self.columns.len() - 1)
         });
+        let swept = self.minute();
         if let Some(slot) = self.columns.get_mut(id as usize) {
             *slot = Some(Column {
-                swept: self.minute,
+                swept,
                 ..Column::default()
             });
         }
@@ -217,7 +240,7 @@ impl Table {
         column.swept = old.swept;
         column.removed_tiers = old.removed_tiers;
         draft.apply(Op::ResetColumn { id });
-        for run in old.runs {
+        for run in old.runs.into_keys() {
             if let Some(meta) = self.meta_mut(run) {
                 let names = meta.names.clear(id);
                 self.own_names -= names;
@@ -359,17 +382,17 @@ impl Table {
         );
     }
 
-    /// One copy less; false when the column has none.
-    pub(super) fn remove(&mut self, draft: &mut Draft<'_>, plane: Plane, name: u64) -> bool {
+    /// One copy less.
+    pub(super) fn remove(&mut self, draft: &mut Draft<'_>, plane: Plane, name: u64) -> Removal {
         let id = plane.column;
         let Some(place) = self.place_of(id, name) else {
-            return false;
+            return Removal::Unknown;
         };
         let Some(run) = draft.view.run(place.run) else {
-            return false;
+            return Removal::Unknown;
         };
         if !run.has(plane, place.offset) {
-            return false;
+            return Removal::Unknown;
         }
         let last = run.keys.len() == place.offset as usize + 1;
         if let Some(column) = self.column(id) {
@@ -378,15 +401,16 @@ impl Table {
             column.silent_tiers &= !tier;
         }
         self.remove_copy(draft, plane, place);
-        if !holds(draft.view, id, place) {
-            self.unname(id, place);
-            self.forget_if_absent(draft.view, id, place.run);
-            // The last block of a run is always held; in front of it nothing ends.
-            if last {
-                self.trim(draft, place.run);
-            }
+        if holds(draft.view, id, place) {
+            return Removal::Kept;
         }
-        true
+        self.unname(id, place);
+        self.forget_if_absent(draft.view, id, place.run);
+        // The last block of a run is always held; in front of it nothing ends.
+        if last {
+            self.trim(draft, place.run);
+        }
+        Removal::Gone
     }
 
     /// Predicts that `endpoint` will hold `keys` until `deadline_ms`: the rank of it that already holds
@@ -447,11 +471,12 @@ impl Table {
         }
     }
 
-    /// It is so many minutes after the index was made: once a minute, what the column's silent tiers
-    /// stored long ago is dropped. A tier that reports its evictions has none or some; one that never
-    /// reports any is taken for a connector that does not (LMCache's), unless it is the GPU.
-    pub(super) fn age(&mut self, draft: &mut Draft<'_>, id: u32, minute: u32) {
-        self.minute = minute;
+    /// It is so many seconds after the index was made. Once a minute, what the column's silent tiers
+    /// stored long ago is dropped: a tier that never reports a removal is taken for a connector that does
+    /// not (LMCache's), unless it is the GPU.
+    pub(super) fn age(&mut self, draft: &mut Draft<'_>, id: u32, now_s: u32) {
+        self.now_s = now_s;
+        let minute = self.minute();
         let Some(newest_old) = minute.checked_sub(self.silent_minutes) else {
             return;
         };
@@ -463,7 +488,7 @@ impl Table {
         }
         column.swept = minute;
         let tiers = column.silent_tiers;
-        let runs: Vec<u32> = column.runs.iter().copied().collect();
+        let runs: Vec<u32> = column.runs.keys().copied().collect();
         for run in runs {
             if self.meta(run).is_some_and(|meta| meta.stored <= newest_old) {
                 self.age_run(draft, id, run, tiers);
@@ -553,8 +578,12 @@ impl Table {
     ) {
         let run = place.run;
         let (start, end) = (place.offset, place.offset + short(n));
+        let now_s = self.now_s;
         if let Some(column) = self.column(id) {
-            column.runs.insert(run);
+            let since = column.runs.entry(run).or_insert(PREDICTED);
+            if matches!(hold, Hold::Copy { .. }) && *since == PREDICTED {
+                *since = now_s;
+            }
         }
         match hold {
             Hold::Copy { tier, group, names } => {
@@ -608,7 +637,7 @@ impl Table {
 
     /// A copy came to the run.
     fn stored_in(&mut self, plane: Plane, run: u32) {
-        let minute = self.minute;
+        let minute = self.minute();
         if let Some(meta) = self.meta_mut(run) {
             meta.referenced = true;
             meta.stored = minute;
@@ -849,6 +878,25 @@ impl Table {
         );
     }
 
+    /// When the column first stored to the run, [`PREDICTED`] if it has not; `None` when nothing of it is
+    /// there.
+    pub(super) fn since(&self, id: u32, run: u32) -> Option<u32> {
+        let column = self.columns.get(id as usize)?.as_ref()?;
+        column.runs.get(&run).copied()
+    }
+
+    /// Runs that hold something of the column.
+    pub(super) fn runs_of(&self, id: u32) -> impl Iterator<Item = u32> {
+        let column = self.columns.get(id as usize).and_then(Option::as_ref);
+        column
+            .into_iter()
+            .flat_map(|column| column.runs.keys().copied())
+    }
+
+    fn minute(&self) -> u32 {
+        self.now_s / 60
+    }
+
     fn meta(&self, run: u32) -> Option<&Meta> {
         self.metas.get(run as usize)
     }
@@ -900,6 +948,8 @@ impl Table {
             if spared && step < 2 * n {
                 continue;
             }
+            let blocks = draft.view.run(id).map_or(0, |run| run.keys.len());
+            self.stats.evicted_blocks += blocks as u64;
             self.free(draft, id);
             self.stats.evicted_runs += 1;
             return true;

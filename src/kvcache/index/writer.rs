@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use tokio::time::Instant;
 
+use super::KvIndex;
 use super::extras::ExtraKeys;
 use super::parked::Parked;
 use super::run::Plane;
-use super::table::{Hold, MAX_GROUPS, Table, WARM, key};
+use super::table::{Hold, MAX_GROUPS, Removal, Table, WARM, key};
 use super::view::{Draft, Op, stamp};
-use super::{KvIndex, minutes};
 use crate::kvcache::block::{BlockContent, BlockHasher, BlockKey, KeySpace};
 use crate::kvcache::events::{Batch, Event, EventSink, Removed, Stored, StreamState};
 
@@ -23,6 +23,8 @@ pub struct WriterStats {
     pub stored_blocks: u64,
     /// Copies removed.
     pub removed_blocks: u64,
+    /// Those of them that left another copy of their block.
+    pub kept_blocks: u64,
     /// Copies noted by name only.
     pub located_blocks: u64,
     /// Stores kept until their parent is known.
@@ -143,15 +145,14 @@ impl EventSink for EndpointWriter {
             }
         }
         let now = Instant::now();
-        let since = now.saturating_duration_since(self.index.shared.started);
-        let minute = minutes(since);
+        let now_s = self.index.seconds(now);
         let Self {
             index,
             part,
             hashed,
         } = self;
         index.change(|table, draft| {
-            table.age(draft, part.column, minute);
+            table.age(draft, part.column, now_s);
             let mut ahead = batch.events.chunks(WARM);
             for (at, (event, contents)) in batch.events.iter().zip(&hashed.events).enumerate() {
                 if at % WARM == 0 {
@@ -465,9 +466,13 @@ impl Part {
             return;
         };
         for hash in event.hashes {
-            if table.remove(draft, plane, *hash) {
-                self.stats.removed_blocks += 1;
-                continue;
+            match table.remove(draft, plane, *hash) {
+                Removal::Unknown => {}
+                removal => {
+                    self.stats.removed_blocks += 1;
+                    self.stats.kept_blocks += u64::from(removal == Removal::Kept);
+                    continue;
+                }
             }
             self.stats.unknown_hashes += 1;
             if !self.parked.is_empty() {

@@ -91,10 +91,11 @@ fn one_name_may_mean_different_blocks_to_different_engines() {
     assert_eq!((pool.blocks(0, &tokens), pool.blocks(1, &tokens)), (3, 0));
     pool.store(1, &[14], &tokens[..1]);
     assert_eq!(pool.blocks(1, &tokens), 4);
-    // It calls the block as everybody does from now on.
+    // It calls the block as everybody does from now on, and no block else.
     pool.store(1, &[11], &tokens[..1]);
+    assert_eq!(pool.blocks(1, &tokens), 3);
     pool.remove(1, &[11], "GPU");
-    assert_eq!(pool.blocks(1, &tokens), 4, "one of two copies");
+    assert_eq!(pool.blocks(1, &tokens), 3, "one of two copies");
     pool.remove(1, &[11], "GPU");
     assert_eq!(pool.blocks(1, &tokens), 0);
 }
