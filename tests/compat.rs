@@ -13,6 +13,8 @@ mod alloc;
 mod catalogue;
 #[path = "compat/corpus.rs"]
 mod corpus;
+#[path = "compat/disagg.rs"]
+mod disagg;
 #[path = "compat/drop_in.rs"]
 mod drop_in;
 #[path = "compat/errors.rs"]
@@ -86,6 +88,10 @@ fn shipped_documents_load_without_warnings() {
         assert!(
             show::resolved(&config, &builtin::registry()).contains("type: single-profile-handler")
         );
+    }
+    for text in [disagg::PD, disagg::EPD] {
+        let config = resolve(text).unwrap();
+        assert!(config.warnings.is_empty(), "{:?}", config.warnings);
     }
 }
 
@@ -177,7 +183,7 @@ fn errors_name_what_is_wrong() {
         ),
         (
             "plugins: [{type: disagg-profile-handler}]",
-            "plugin type 'disagg-profile-handler' is known but not yet available in this version",
+            "disagg-profile-handler: there is no scheduling profile called 'decode' to decode with",
         ),
         ("plugins: [{name: x}]", "plugin 'x' is missing a type"),
         (

@@ -8,6 +8,7 @@ mod explain;
 
 use std::any::Any;
 use std::cell::RefCell;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -290,7 +291,11 @@ impl Director {
             destination: endpoint.host_port.clone(),
             scores: None,
             set_headers: id.header().into_iter().collect(),
-            remove_headers: headers_to_remove(&intake.headers, self.options.strip_control_headers),
+            remove_headers: headers_to_remove(
+                &intake.headers,
+                self.options.strip_control_headers,
+                &[],
+            ),
             body: intake.body,
             rewritten: false,
             account: Accounting::new(facts, Leases::default(), None),
@@ -427,7 +432,13 @@ impl Director {
             .iter()
             .filter_map(|&p| Some(Arc::clone(&candidates.get(p as usize)?.endpoint)))
             .collect();
-        let destination = join(picks.iter().map(|e| &e.host_port));
+        let destination = match (outcome.primary_port, picks.first()) {
+            // The header beside it names a rank of the first pick's address only.
+            (Some(port), Some(first)) => SocketAddr::new(first.spec.address.ip(), port)
+                .to_string()
+                .into(),
+            _ => join(picks.iter().map(|e| &e.host_port)),
+        };
         let spec = picks.first().map(|e| &e.spec);
         let labels = spec.map(|s| (s.name.as_str(), s.namespace.as_str(), s.address.port()));
         self.metrics.scheduled(&request.target_model, labels);
@@ -465,16 +476,17 @@ impl Director {
         let Outcome {
             leases,
             mut set_headers,
+            primary_port,
         } = outcome;
-        let mut remove_headers =
-            headers_to_remove(&request.headers, self.options.strip_control_headers);
-        remove_headers.retain(|name| !set_headers.iter().any(|(own, _)| own == name));
+        let remove_headers = headers_to_remove(
+            &request.headers,
+            self.options.strip_control_headers,
+            &set_headers,
+        );
         set_headers.extend(id.header());
         Decision {
             destination,
-            scores: self
-                .options
-                .emit_scores
+            scores: (self.options.emit_scores && primary_port.is_none())
                 .then(|| named_scores(candidates, scratch)),
             set_headers,
             remove_headers,

@@ -7,6 +7,7 @@ use super::RequestError;
 use super::candidates::Subset;
 use crate::request::parsers::{ParserSet, request_path};
 use crate::request::{Body, Early, Headers, InferenceRequest, Payload};
+use crate::scheduling::stages::{ENCODE_HEADER, PREFILL_HEADER, RANK_HEADER, SOURCE_HEADER};
 
 /// Request header that names the objective; current spelling first.
 const OBJECTIVE: [&str; 2] = [
@@ -25,13 +26,13 @@ pub(super) const DEFAULT_FLOW: &str = "default-flow";
 /// Longest value of a header that becomes a label or a model name; longer ones count as absent.
 const MAX_NAME_BYTES: usize = 1024;
 
-/// Headers that steer endpoints or belong to the gateway: what a client sends of them must not reach
-/// an engine or its sidecar. Removed unless this process sets them itself.
-const ROUTING_HEADERS: [&str; 7] = [
-    "x-prefiller-host-port",
-    "x-encoder-hosts-ports",
-    "x-data-parallel-host-port",
-    "x-kv-cache-source-host-port",
+/// Headers by which the picker steers a sidecar: what a client sends of them must not reach one. Removed
+/// from every request unless set for it, also when the picker saw none: a gateway may forward only some
+/// headers to it.
+const STEERING_HEADERS: [&str; 4] = [PREFILL_HEADER, ENCODE_HEADER, RANK_HEADER, SOURCE_HEADER];
+
+/// Headers that belong to the gateway; removed when a client sends them.
+const GATEWAY_HEADERS: [&str; 3] = [
     "x-gateway-destination-endpoint-subset",
     "x-gateway-destination-endpoint-served",
     "x-llm-d-request-dropped-reason",
@@ -178,14 +179,20 @@ pub(super) fn wants_cached_prefix(headers: &Headers) -> bool {
         .any(|token| token.trim().eq_ignore_ascii_case("if-available"))
 }
 
-/// Names of the received headers that must not go on: what steers endpoints and, with `control`, what
-/// speaks to the picker only.
-pub(super) fn headers_to_remove(headers: &Headers, control: bool) -> Vec<String> {
+/// Names of the headers that must not go on: what steers sidecars, unless it is among `own`, what belongs
+/// to the gateway and, with `control`, what speaks to the picker only.
+pub(super) fn headers_to_remove(
+    headers: &Headers,
+    control: bool,
+    own: &[(&'static str, Bytes)],
+) -> Vec<String> {
     let control: &[&str] = if control { &CONTROL_HEADERS } else { &[] };
-    let mut remove = Vec::new();
+    let is_own = |name: &&str| own.iter().any(|(set, _)| set == name);
+    let steering = STEERING_HEADERS.into_iter().filter(|name| !is_own(name));
+    let mut remove: Vec<String> = steering.map(str::to_owned).collect();
     for header in headers.iter().filter(|h| h.name.starts_with("x-")) {
         let name = header.name.as_str();
-        if ROUTING_HEADERS.contains(&name) || control.contains(&name) {
+        if GATEWAY_HEADERS.contains(&name) || control.contains(&name) {
             remove.push(name.to_owned());
         }
     }

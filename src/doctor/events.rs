@@ -55,7 +55,10 @@ pub async fn check(endpoints: &[SocketAddr], events: Events, report: &mut Report
             endpoint: EndpointIndex(index),
             rank: 0,
         };
-        if pool.add(key, source, Box::new(Discard)).is_err() {
+        if pool
+            .add(key, &ip.to_string(), source, Box::new(Discard))
+            .is_err()
+        {
             break;
         }
     }

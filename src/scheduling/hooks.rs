@@ -144,8 +144,26 @@ pub trait PreRequest: Send + Sync + Debug {
 pub struct Outcome {
     /// Released when the request ends, whatever ends it.
     pub leases: Leases,
-    /// Request headers to set towards the endpoint.
+    /// Request headers to set towards the endpoint; see [`Self::set_header`].
     pub set_headers: Vec<(&'static str, Bytes)>,
+    /// Send the request to this port of the picked address instead: the picked endpoint is a rank behind
+    /// it, and a header says which.
+    pub primary_port: Option<u16>,
+}
+
+impl Outcome {
+    /// Sets a request header, instead of what another hook set.
+    pub fn set_header(&mut self, name: &'static str, value: Bytes) {
+        self.set_headers.retain(|(own, _)| *own != name);
+        self.set_headers.push((name, value));
+    }
+
+    /// Sets a request header unless another hook did.
+    pub fn set_header_if_absent(&mut self, name: &'static str, value: Bytes) {
+        if !self.set_headers.iter().any(|(own, _)| *own == name) {
+            self.set_headers.push((name, value));
+        }
+    }
 }
 
 /// How full the pool is.

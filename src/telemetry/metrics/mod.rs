@@ -3,6 +3,7 @@
 
 mod cache;
 mod collect;
+mod disagg;
 mod encoder_cache;
 mod kubernetes;
 mod recorder;
@@ -17,6 +18,7 @@ use tokio::time::Instant;
 
 use cache::{HandleCache, NameCaps};
 pub use collect::{Collect, Follow, register};
+pub use disagg::DecisionSeries;
 pub use encoder_cache::EncoderCacheSeries;
 pub use kubernetes::WatchSeries;
 pub use recorder::Exposition;

@@ -192,6 +192,8 @@ series! {
     "llm_d_epp_prefix_indexer_hit_bytes" = "inference_extension_prefix_indexer_hit_bytes", Histogram(HIT), "Prompt bytes found on the best endpoint.";
     "llm_d_epp_inflight_requests", Gauge, "Requests booked on an endpoint.";
     "llm_d_epp_inflight_tokens", Gauge, "Uncached prompt tokens booked on an endpoint.";
+    "llm_d_epp_disagg_decision_total" = "llm_d_inference_scheduler_disagg_decision_total", Counter, "Requests by the stages that ran on endpoints of their own.";
+    "llm_d_epp_pd_decision_total" = "llm_d_inference_scheduler_pd_decision_total", Counter, "Requests of the deprecated handler by the stages that ran on endpoints of their own.";
     "llm_d_epp_disaggregatedset_strict_header_no_match_total", Counter, "Requests whose strict header no endpoint matched.";
     "llm_d_epp_disaggregatedset_revision_gating_share", Gauge, "Share of requests that a revision gets, 0 to 1; 0 while a role is missing.";
     "llm_d_epp_encoder_cache_queries_total", Counter, "Media items looked up, by modality.";
@@ -244,6 +246,14 @@ series! {
     "pinpod_kv_hit_compared_total", Counter, "Answers held against the index, by result: agree, engine_misses, engine_hits_more, neutral, unreported.";
     "pinpod_decision_duration_seconds", Histogram(DECISION), "Time from the complete request to its decision in seconds.";
     "pinpod_precise_prefix_requests_total", Counter, "Requests by how their prefix was matched: exact, mixed (some endpoints publish no KV events), no_tokens, no_events, shared_failed (the shared index gave no answer).";
+    "pinpod_tokenizer_queue_depth", Gauge, "Prompts that wait for a tokenizer worker.";
+    "pinpod_tokenizer_busy_workers", Gauge, "Tokenizer workers at work.";
+    "pinpod_tokenizer_stale_models", Gauge, "Models whose newest files are not in use.";
+    "pinpod_tokenizer_missing_models", Gauge, "Models without a tokenizer.";
+    "pinpod_tokenizer_jobs_total", Counter, "Prompts given to the workers, by result: done, refused (the queue was full), abandoned, panicked.";
+    "pinpod_tokenizer_reloads_total", Counter, "Changed model files, by result.";
+    "pinpod_tokenizer_fallbacks_total", Counter, "Requests that went on without ids, by reason.";
+    "pinpod_tokenizer_job_duration_seconds_bucket", Counter, "Prompts by the time they waited for a worker and kept it, cumulative by upper bound in seconds.";
     "pinpod_token_producer_requests_total", Counter, "Requests by how their prompt became tokens: ready, waited, failed.";
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";

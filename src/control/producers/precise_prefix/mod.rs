@@ -25,7 +25,7 @@ use self::publishers::{Backend, Publishers};
 use self::settings::{Raw, Settings};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
 use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace, MediaSpan};
-use crate::kvcache::index::{KvIndex, Lookup, Trust};
+use crate::kvcache::index::{CPU, KvIndex, Lookup, Trust};
 use crate::kvcache::redis::SharedIndex;
 use crate::kvcache::tokens::service::PromptTokens;
 use crate::plugin::{
@@ -120,6 +120,8 @@ struct Scratch {
     candidates: Vec<EndpointIndex>,
     sizes: Vec<Option<u32>>,
     scores: Vec<f64>,
+    /// Leading blocks in any tier, and in host memory.
+    held: Vec<(u32, u32)>,
     predictions: Vec<Prediction>,
 }
 
@@ -307,6 +309,8 @@ impl PrecisePrefixProducer {
         }
         scratch.scores.clear();
         scratch.scores.resize(candidates.len(), 0.0);
+        scratch.held.clear();
+        scratch.held.resize(candidates.len(), (0, 0));
         scratch.predictions.clear();
         let unknown = Prediction::default();
         scratch.predictions.resize(candidates.len(), unknown);
@@ -327,10 +331,13 @@ impl PrecisePrefixProducer {
                     series.record(started, best.unwrap_or(0));
                 }
                 let places = scratch.sizes.iter().zip(&mut scratch.scores);
-                let results = places.zip(&mut scratch.predictions).zip(lookup.matches());
-                for (((size, score), prediction), found) in results {
+                let places = places.zip(&mut scratch.held).zip(&mut scratch.predictions);
+                for ((((size, score), held), prediction), found) in places.zip(lookup.matches()) {
                     if *size == Some(of_size.block_size) {
+                        let in_host = found.by_tier.get(usize::from(CPU));
                         *score += found.score;
+                        held.0 += found.blocks;
+                        held.1 += in_host.copied().unwrap_or(0);
                         let blocks = u64::from(found.blocks).min(usable);
                         prediction.tokens += blocks * u64::from(of_size.block_size);
                         prediction.trust = found.trust;
@@ -374,7 +381,11 @@ impl DataProducer for PrecisePrefixProducer {
                 let size = scratch.sizes.get(at).copied().flatten();
                 let of_size = size.and_then(|size| keys.iter().find(|k| k.block_size == size));
                 match of_size.filter(|_| known > 0 && trust != Trust::Unknown) {
-                    Some(of_size) => exact_match(of_size, scratch.scores.get(at).copied()),
+                    Some(of_size) => exact_match(
+                        of_size,
+                        scratch.scores.get(at).copied(),
+                        scratch.held.get(at).copied(),
+                    ),
                     None => guesses.get(at).copied().unwrap_or_default(),
                 }
             });
@@ -435,8 +446,8 @@ fn usable_blocks(tokens: usize, block_size: u32) -> u64 {
     tokens.saturating_sub(1) as u64 / u64::from(block_size.max(1))
 }
 
-/// As the contract publishes it: the weighted sum, cut to whole blocks.
-fn exact_match(keys: &Keys, score: Option<f64>) -> PrefixMatch {
+/// As the contract publishes it: the weighted sum, cut to whole blocks, beside the blocks as they are.
+fn exact_match(keys: &Keys, score: Option<f64>, held: Option<(u32, u32)>) -> PrefixMatch {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
@@ -447,6 +458,8 @@ fn exact_match(keys: &Keys, score: Option<f64>) -> PrefixMatch {
         matched_blocks,
         total_blocks: u32::try_from(keys.blocks.len()).unwrap_or(u32::MAX),
         block_size_tokens: keys.block_size,
+        cached_blocks: held.map_or(0, |(any, _)| any),
+        host_blocks: held.map(|(_, host)| host),
     }
 }
 

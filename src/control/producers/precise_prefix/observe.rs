@@ -121,22 +121,24 @@ struct Series {
     remote: Option<RemoteSeries>,
 }
 
+/// Finds a number among the counters of a shared index.
+type ReadShared = fn(&SharedStats) -> &AtomicU64;
+
 /// Of an index that replicas share.
 struct RemoteSeries {
     up: Gauge,
-    counters: Vec<(Follow, fn(&SharedStats) -> &AtomicU64)>,
+    counters: Vec<(Follow, ReadShared)>,
 }
 
 impl RemoteSeries {
     fn new() -> Self {
-        type Read = fn(&SharedStats) -> &AtomicU64;
-        let lookups: [(&'static str, Read); 4] = [
+        let lookups: [(&'static str, ReadShared); 4] = [
             ("found", |s| &s.found),
             ("down", |s| &s.down),
             ("late", |s| &s.late),
             ("failed", |s| &s.failed),
         ];
-        let events: [(&'static str, Read); 5] = [
+        let events: [(&'static str, ReadShared); 5] = [
             ("written", |s| &s.written),
             ("overflowed", |s| &s.overflowed),
             ("lost", |s| &s.lost),
@@ -144,7 +146,7 @@ impl RemoteSeries {
             ("without_parent", |s| &s.without_parent),
         ];
         let connections = metrics::counter!("pinpod_kv_shared_index_connections_total");
-        let mut counters: Vec<(Follow, Read)> =
+        let mut counters: Vec<(Follow, ReadShared)> =
             vec![(Follow::new(connections), |s| &s.connections)];
         for (result, read) in lookups {
             let counter =

@@ -63,16 +63,19 @@ fn ask(
             matched_blocks: 1,
             total_blocks: 2,
             block_size_tokens: 64,
+            ..PrefixMatch::default()
         },
         PrefixMatch {
             matched_blocks: 1,
             total_blocks: 2,
             block_size_tokens: 64,
+            ..PrefixMatch::default()
         },
         PrefixMatch {
             matched_blocks: 2,
             total_blocks: 2,
             block_size_tokens: 64,
+            ..PrefixMatch::default()
         },
     ]);
     for step in [tokens as &dyn DataProducer, producer] {
