@@ -51,6 +51,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
+    (
+        "sidecar",
+        &["epp", "request", "datalayer", "plugin", "telemetry"],
+    ),
     ("sim", &["telemetry"]),
     ("demo", &["telemetry"]),
 ];

@@ -7,6 +7,7 @@ mod demo;
 mod noop;
 mod plugins;
 mod serve;
+mod sidecar;
 mod sim;
 
 use std::ffi::OsString;
@@ -34,6 +35,13 @@ enum Command {
     #[command(disable_help_flag = true)]
     Serve {
         /// Flags of the endpoint picker
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// The routing proxy of a decode pod (see `pinpod sidecar --help`)
+    #[command(disable_help_flag = true)]
+    Sidecar {
+        /// Flags of the sidecar
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
@@ -74,6 +82,7 @@ pub fn main() -> ExitCode {
     }
     match Cli::parse_from(arguments).command {
         Command::Serve { arguments } => serve::main(arguments),
+        Command::Sidecar { arguments } => sidecar::main(arguments),
         Command::Demo(args) => report(demo::run(&args)),
         Command::Sim(args) => report(sim::run(&args)),
         Command::CheckConfig(args) => report(check_config::run(&args)),

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the TLS flags say.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct TlsOptions {
     /// Directory with `tls.crt` and `tls.key`; `None` makes a self-signed certificate.
     pub cert_path: Option<PathBuf>,
@@ -25,6 +25,20 @@ pub struct TlsOptions {
     pub min_version: String,
     /// Go names of TLS 1.2 suites; empty for all.
     pub cipher_suites: Vec<String>,
+    /// Protocols offered, best first.
+    pub alpn: &'static [&'static [u8]],
+}
+
+impl Default for TlsOptions {
+    /// gRPC's: HTTP/2 alone.
+    fn default() -> Self {
+        Self {
+            cert_path: None,
+            min_version: String::new(),
+            cipher_suites: Vec::new(),
+            alpn: &[b"h2"],
+        }
+    }
 }
 
 /// The current server configuration; replaced by [`watch`].
@@ -42,7 +56,7 @@ pub fn load(options: &TlsOptions) -> anyhow::Result<ServerConfig> {
         .with_no_client_auth()
         .with_single_cert(chain, key)
         .context("the certificate and its key do not fit together")?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = options.alpn.iter().map(|name| name.to_vec()).collect();
     Ok(config)
 }
 

@@ -200,6 +200,16 @@ series! {
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";
     "pinpod_config_last_reload_success", Gauge, "1 when the configuration file in its present state is in use.";
     "pinpod_discovery_reload_failures_total", Counter, "Endpoint files that could not be read.";
+    "pinpod_sidecar_requests_total", Counter, "Requests of the sidecar, by how they were served: plain, decode_only, prefill_decode, local_prefill, error.";
+    "pinpod_sidecar_active_legs", Gauge, "Engine calls in progress, by stage: encode, prefill, decode.";
+    "pinpod_sidecar_legs_total", Counter, "Engine calls begun, by stage.";
+    "pinpod_sidecar_leg_failures_total", Counter, "Engine calls that ended without an answer, by stage.";
+    "pinpod_sidecar_leg_duration_seconds", Histogram(LAT), "Time from the beginning of an engine call to the last byte of its answer in seconds.";
+    "pinpod_sidecar_denied_targets_total", Counter, "Targets in routing headers that are not on the allow-list.";
+    "moriio_dns_reresolve_total", Counter, "Look-ups of a host whose address had grown stale.";
+    "moriio_dns_ip_changed_total", Counter, "Look-ups that found another address.";
+    "moriio_dns_lookup_failures_total", Counter, "Look-ups that found none.";
+    "pinpod_sidecar_decode_chunks_total", Counter, "Calls of chunked decode.";
 }
 
 /// The legacy name of `name`, if it has one.
