@@ -7,6 +7,9 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "support/events.rs"]
+mod events;
+
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
@@ -14,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use events::{BLOCK, frame, message, shake, stored};
 use pinpod::config::{LoadOptions, builtin, load};
 use pinpod::control::director::DirectorOptions;
 use pinpod::control::{BodyKnowledge, Decision, Director, Intake, Step, Subset};
@@ -23,11 +27,9 @@ use pinpod::request::{Body, Headers};
 use pinpod::response::Served;
 use pinpod::telemetry::metrics::{Exposition, Metrics, install};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
-
-const BLOCK: usize = 16;
 
 /// One recorder for all tests of this file, which use an endpoint each.
 fn exposition() -> &'static Exposition {
@@ -73,19 +75,8 @@ impl Engine {
                 Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
             }
         };
-        let mut hello = [0_u8; 64];
-        hello[..10].copy_from_slice(&[0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0x7f]);
-        hello[10] = 3;
-        hello[12..16].copy_from_slice(b"NULL");
-        stream.write_all(&hello).await.unwrap();
-        stream
-            .write_all(b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03PUB")
-            .await
-            .unwrap();
-        // Greeting, READY (27 bytes with its header), and the subscription to everything.
-        let mut theirs = [0_u8; 64 + 27 + 3];
-        stream.read_exact(&mut theirs).await.unwrap();
-        assert_eq!(&theirs[91..], b"\x00\x01\x01");
+        shake(&mut stream, "PUB").await.unwrap();
+        assert_eq!(frame(&mut stream).await.unwrap(), (0, vec![1]));
         Self {
             stream,
             topic: format!("kv@{endpoint}@base"),
@@ -123,67 +114,14 @@ impl Engine {
         (prompt.ids.len(), cached * BLOCK)
     }
 
-    /// `[ts, [["BlockStored", hashes, nil, ids, 16, nil, "GPU", adapter, extra keys]], 0]`
     async fn publish(&mut self, hashes: &[u64], said: &Prompt) {
-        let mut bytes = vec![0x93, 0xcb];
-        bytes.extend((1e9 + self.seq as f64).to_be_bytes());
-        bytes.extend([0x91, 0x99]);
-        string(&mut bytes, "BlockStored");
-        list_of(&mut bytes, hashes.len());
-        for hash in hashes {
-            number(&mut bytes, *hash);
-        }
-        bytes.push(0xc0);
-        list_of(&mut bytes, said.ids.len());
-        for id in &said.ids {
-            number(&mut bytes, u64::from(*id));
-        }
-        bytes.extend([u8::try_from(BLOCK).unwrap(), 0xc0]);
-        string(&mut bytes, "GPU");
         let adapter = (said.model != "base").then_some(said.model);
-        match adapter {
-            Some(adapter) => string(&mut bytes, adapter),
-            None => bytes.push(0xc0),
-        }
-        list_of(&mut bytes, hashes.len());
-        for block in 0..hashes.len() {
-            let salt = said.salt.filter(|_| block == 0);
-            let keys: Vec<_> = adapter.into_iter().chain(salt).collect();
-            if keys.is_empty() {
-                bytes.push(0xc0);
-            } else {
-                list_of(&mut bytes, keys.len());
-                for key in &keys {
-                    string(&mut bytes, key);
-                }
-            }
-        }
-        bytes.push(0);
-        let mut message = vec![1, u8::try_from(self.topic.len()).unwrap()];
-        message.extend(self.topic.as_bytes());
-        message.extend([1, 8]);
-        message.extend(self.seq.to_be_bytes());
-        message.push(2);
-        message.extend((bytes.len() as u64).to_be_bytes());
-        message.extend(bytes);
-        self.stream.write_all(&message).await.unwrap();
+        let payload = stored(self.seq, hashes, &said.ids, adapter, said.salt);
+        let seq = self.seq.to_be_bytes();
+        let frames = message(&[self.topic.as_bytes(), &seq, &payload]);
+        self.stream.write_all(&frames).await.unwrap();
         self.seq += 1;
     }
-}
-
-fn number(bytes: &mut Vec<u8>, n: u64) {
-    bytes.push(0xcf);
-    bytes.extend(n.to_be_bytes());
-}
-
-fn string(bytes: &mut Vec<u8>, text: &str) {
-    bytes.push(0xa0 | u8::try_from(text.len()).unwrap());
-    bytes.extend(text.as_bytes());
-}
-
-fn list_of(bytes: &mut Vec<u8>, n: usize) {
-    bytes.push(0xdc);
-    bytes.extend(u16::try_from(n).unwrap().to_be_bytes());
 }
 
 /// A picker in front of one engine.

@@ -4,6 +4,7 @@
 
 mod check_config;
 mod demo;
+mod doctor;
 mod index;
 mod noop;
 mod plugins;
@@ -49,6 +50,8 @@ enum Command {
     Index(index::IndexArgs),
     /// List every plugin with its parameters
     Plugins(plugins::PluginsArgs),
+    /// Look at an installation and say what is wrong with it
+    Doctor(doctor::DoctorArgs),
     /// Token ids of request bodies, as `serve` computes them for exact prefix routing
     Tokenize(tokenize::TokenizeArgs),
     /// A picker that always answers the same: the floor to measure against
@@ -85,6 +88,7 @@ pub fn main() -> ExitCode {
         Command::CheckConfig(args) => report(check_config::run(&args)),
         Command::Index(args) => report(index::run(&args)),
         Command::Plugins(args) => report(plugins::run(&args)),
+        Command::Doctor(args) => doctor::run(&args).unwrap_or_else(|error| report(Err(error))),
         Command::Tokenize(args) => report(tokenize::run(&args)),
         Command::Noop(args) => report(noop::run(&args)),
     }

@@ -13,6 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::control_plane::ControlPlane;
 use super::health::{HealthService, HealthState};
 use super::options::ServeOptions;
 use super::reload::{Live, LiveFlags, Reloader};
@@ -59,8 +60,10 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let store = Arc::new(EndpointStore::default());
     let shutdown = CancellationToken::new();
     let tasks = TaskTracker::new();
+    let control_plane = ControlPlane::connect(&options, &config).await?;
     let flags = LiveFlags {
         endpoints: options.endpoints.clone(),
+        kubernetes: control_plane.as_ref().map(ControlPlane::discovery),
         scrape: options.scrape.clone(),
         refresh_metrics_interval: options.refresh_metrics_interval,
     };

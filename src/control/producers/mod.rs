@@ -11,3 +11,4 @@ pub mod precise_prefix;
 pub mod prefix_index;
 pub mod session_id;
 pub mod token;
+mod token_metrics;

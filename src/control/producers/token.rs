@@ -11,6 +11,7 @@ use serde::Deserialize;
 use smallvec::SmallVec;
 
 use super::media_tokens::{EstimateSettings, MediaEstimate, VideoHints};
+use super::token_metrics::TokenObserver;
 use crate::kvcache::tokens::remote::{RemoteSettings, RemoteTokenizer};
 use crate::kvcache::tokens::service::{
     Answer, ModelSettings, Pending, PromptTokens, Settings as TokenSettings, TokenService,
@@ -26,6 +27,7 @@ use crate::scheduling::attributes::{
     MEDIA_FEATURES, MediaFeature, TOKEN_IDS, TOKEN_PRODUCER, TOKENIZED_PROMPT,
 };
 use crate::scheduling::{Candidate, DataProducer, Preparation, ProducerError};
+use crate::telemetry::metrics::register;
 
 /// Engine that the vllm backend asks unless configured.
 const DEFAULT_ENGINE: &str = "http://localhost:8000";
@@ -45,6 +47,8 @@ const MAX_MEDIA_TOKENS: u32 = 1 << 20;
 #[derive(Debug)]
 pub struct TokenProducer {
     tokenizer: Tokenizer,
+    /// Kept, since metrics ask it only as long as it lives.
+    _observer: Option<Arc<TokenObserver>>,
     ready: Counter,
     waited: Counter,
     failed: Counter,
@@ -145,11 +149,22 @@ impl Plugin for TokenProducer {
         let settings: Settings = build.read::<Self, _>()?;
         let tokenizer = settings.tokenizer(build.name)?;
         let name = build.name.to_owned();
+        let observer = match &tokenizer {
+            Tokenizer::Local(service) => {
+                let stats = Arc::clone(service.stats());
+                Some(Arc::new(TokenObserver::new(&name, stats)))
+            }
+            _ => None,
+        };
+        if let Some(observer) = &observer {
+            register(observer);
+        }
         let requests = |result: &'static str| {
             metrics::counter!("pinpod_token_producer_requests_total",
                 "plugin_name" => name.clone(), "result" => result)
         };
         Ok(Self {
+            _observer: observer,
             tokenizer,
             ready: requests("ready"),
             waited: requests("waited"),

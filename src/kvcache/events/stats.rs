@@ -121,6 +121,11 @@ impl SubscriberStats {
         }
     }
 
+    /// Whether any event was applied.
+    pub fn has_events(&self) -> bool {
+        self.events.load(Relaxed) > 0
+    }
+
     pub(super) fn set_state(&self, state: StreamState) {
         self.state.store(state as u8, Relaxed);
     }

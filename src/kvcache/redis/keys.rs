@@ -146,16 +146,16 @@ fn head(bytes: &mut Vec<u8>, major: u8, n: u64) {
         if n < 24 {
             bytes.push(major | n);
         } else {
-            bytes.extend([major | 24, n]);
+            bytes.extend([major | 0x18, n]);
         }
     } else if let Ok(n) = u16::try_from(n) {
-        bytes.push(major | 25);
+        bytes.push(major | 0x19);
         bytes.extend(n.to_be_bytes());
     } else if let Ok(n) = u32::try_from(n) {
-        bytes.push(major | 26);
+        bytes.push(major | 0x1a);
         bytes.extend(n.to_be_bytes());
     } else {
-        bytes.push(major | 27);
+        bytes.push(major | 0x1b);
         bytes.extend(n.to_be_bytes());
     }
 }

@@ -235,17 +235,34 @@ series! {
     "pinpod_kv_index_evicted_runs_total", Counter, "Runs dropped because the index was full.";
     "pinpod_kv_index_refused_blocks_total", Counter, "Blocks and predictions not taken in because the index was full, by what.";
     "pinpod_kv_index_parked_stores_total", Counter, "Stores whose parent block was unknown, by what became of them: parked, dropped.";
+    "pinpod_kv_shared_index_up", Gauge, "1 while the shared index can be reached.";
+    "pinpod_kv_shared_index_connections_total", Counter, "Connections made to the shared index.";
+    "pinpod_kv_shared_index_lookups_total", Counter, "Look-ups in the shared index by result: found, down, late, failed.";
+    "pinpod_kv_shared_index_events_total", Counter, "Events for the shared index by what became of them: written, overflowed, lost, without_model, without_parent.";
     "pinpod_kv_hit_parity", Gauge, "What index and engine agree on of what either says is cached, over an endpoint's last 32 answers, 0 to 1.";
     "pinpod_kv_hit_parity_broken", Gauge, "1 after 5 answers in a row whose cached tokens contradict the index, by endpoint, model, kind of prompt and salt; 0 again after 3 that agree.";
     "pinpod_kv_hit_predicted_tokens_total", Counter, "Prompt tokens that should be in the picked endpoint's cache, over compared answers.";
     "pinpod_kv_hit_reported_tokens_total", Counter, "Prompt tokens that the engine found in its cache, over compared answers.";
     "pinpod_kv_hit_compared_total", Counter, "Answers held against the index, by result: agree, engine_misses, engine_hits_more, neutral, unreported.";
     "pinpod_decision_duration_seconds", Histogram(DECISION), "Time from the complete request to its decision in seconds.";
-    "pinpod_precise_prefix_requests_total", Counter, "Requests by how their prefix was matched: exact, mixed (some endpoints publish no KV events), no_tokens, no_events.";
+    "pinpod_precise_prefix_requests_total", Counter, "Requests by how their prefix was matched: exact, mixed (some endpoints publish no KV events), no_tokens, no_events, shared_failed (the shared index gave no answer).";
+    "pinpod_tokenizer_queue_depth", Gauge, "Prompts that wait for a tokenizer worker.";
+    "pinpod_tokenizer_busy_workers", Gauge, "Tokenizer workers at work.";
+    "pinpod_tokenizer_stale_models", Gauge, "Models whose newest files are not in use.";
+    "pinpod_tokenizer_missing_models", Gauge, "Models without a tokenizer.";
+    "pinpod_tokenizer_jobs_total", Counter, "Prompts given to the workers, by result: done, refused (the queue was full), abandoned, panicked.";
+    "pinpod_tokenizer_reloads_total", Counter, "Changed model files, by result.";
+    "pinpod_tokenizer_fallbacks_total", Counter, "Requests that went on without ids, by reason.";
+    "pinpod_tokenizer_job_duration_seconds_bucket", Counter, "Prompts by the time they waited for a worker and kept it, cumulative by upper bound in seconds.";
     "pinpod_token_producer_requests_total", Counter, "Requests by how their prompt became tokens: ready, waited, failed.";
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";
     "pinpod_config_last_reload_success", Gauge, "1 when the configuration file in its present state is in use.";
+    "pinpod_kubernetes_watch_connected", Gauge, "1 while a collection of the Kubernetes API is followed, 0 while its last known state stands.";
+    "pinpod_kubernetes_last_contact_timestamp_seconds", Gauge, "When the API server last said something about a collection, in Unix time.";
+    "pinpod_kubernetes_lists_total", Counter, "Complete lists of a collection.";
+    "pinpod_kubernetes_events_total", Counter, "Events of a collection: applied, deleted, stale (repeated or out of order, dropped).";
+    "pinpod_kubernetes_failures_total", Counter, "Requests, events and objects of a collection that failed, by reason.";
     "pinpod_discovery_reload_failures_total", Counter, "Endpoint files that could not be read.";
 }
 

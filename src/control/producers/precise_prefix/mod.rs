@@ -6,31 +6,37 @@ mod observe;
 mod parity;
 mod publishers;
 mod settings;
+mod shared;
 mod sink;
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::Counter;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::observe::{LookupSeries, Observer};
 use self::parity::{HitCheck, Parity};
-use self::publishers::Publishers;
+use self::publishers::{Backend, Publishers};
 use self::settings::{Raw, Settings};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
 use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace, MediaSpan};
 use crate::kvcache::index::{CPU, KvIndex, Lookup, Trust};
+use crate::kvcache::redis::SharedIndex;
 use crate::kvcache::tokens::service::PromptTokens;
-use crate::plugin::{Attributes, Build, Column, Maturity, ParamDoc, Plugin, PluginError};
+use crate::plugin::{
+    Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
+};
 use crate::request::InferenceRequest;
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_IDS, TOKEN_PRODUCER,
 };
 use crate::scheduling::{
-    Candidate, Candidates, Cycle, DataProducer, Outcome, PreRequest, ProducerError,
+    Candidate, Candidates, Cycle, DataProducer, Outcome, PreRequest, Preparation, ProducerError,
     SchedulingResult, Scorer,
 };
 use crate::telemetry::metrics::register;
@@ -39,6 +45,8 @@ use crate::telemetry::metrics::register;
 const KEYS: &str = "precise-prefix-keys";
 /// Internal column with what each candidate should find in its cache.
 const PREDICTIONS: &str = "precise-prefix-predictions";
+/// Internal column with the keys of each prompt in a shared index.
+const SHARED_KEYS: &str = "precise-prefix-shared-keys";
 /// The pool serves one base model, whatever name a request gives it; adapters have spaces of their own.
 const BASE_MODEL: &str = "";
 /// Labels of an endpoint whose sockets are not where the others' are, such as several engines behind one
@@ -69,6 +77,9 @@ pub struct PrecisePrefixProducer {
     keys: Column<Arc<Keys>>,
     /// Of each candidate, for the comparison with what its engine reports.
     predictions: Column<Prediction>,
+    /// Keys of each prompt in an index that replicas share.
+    shared_keys: Column<Vec<u64>>,
+    shared_failed: Counter,
     parity: Arc<Parity>,
     max_bytes: usize,
     exact: Counter,
@@ -123,13 +134,13 @@ const PARAMETERS: &[ParamDoc] = &[
         name: "tokenProcessorConfig",
         kind: "object",
         default: "",
-        help: "Accepted and checked: block sizes are learned from each engine, and keys are the process's own, so `blockSizeTokens`, `hashSeed` and `hashAlgorithm` change nothing.",
+        help: "`blockSizeTokens` (16), `hashSeed` and `hashAlgorithm` (cbor-fnv or xxh64) make the keys of an index in Redis. Without one they change nothing: block sizes are learned from each engine, and keys are the process's own.",
     },
     ParamDoc {
         name: "indexerConfig",
         kind: "object",
         default: "",
-        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted; `redisConfig` is not yet available.",
+        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
     },
     ParamDoc {
         name: "kvEventsConfig",
@@ -159,20 +170,27 @@ impl Plugin for PrecisePrefixProducer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let raw: Raw = build.read::<Self, _>()?;
-        Ok(Self::new(&raw.resolve()?, build))
+        Self::new(&raw.resolve()?, build)
     }
 }
 
 impl PrecisePrefixProducer {
-    fn new(settings: &Settings, build: &mut Build<'_>) -> Self {
+    fn new(settings: &Settings, build: &mut Build<'_>) -> Result<Self, PluginError> {
         let name = build.name.to_owned();
         let requests = |result: &'static str| {
             metrics::counter!("pinpod_precise_prefix_requests_total",
                 "plugin_name" => name.clone(), "result" => result)
         };
         let index = KvIndex::new(&settings.index, BlockHasher::default());
+        let backend = match settings.shared.as_ref().map(SharedIndex::new) {
+            None => Backend::Local(index.clone()),
+            Some(shared) => {
+                let (shared, queue) = shared.map_err(ParamError)?;
+                Backend::Remote(shared, Mutex::new(Some(queue)))
+            }
+        };
         let publishers = Arc::new(Publishers::new(
-            index.clone(),
+            backend,
             settings.dial,
             settings.listen,
             CancellationToken::new(),
@@ -184,7 +202,7 @@ impl PrecisePrefixProducer {
             settings.enable_metrics,
         ));
         register(&observer);
-        Self {
+        Ok(Self {
             index,
             publishers,
             observer,
@@ -199,9 +217,11 @@ impl PrecisePrefixProducer {
             matches: build.keys.produce(PREFIX_MATCH),
             keys: build.keys.produce(KEYS),
             predictions: build.keys.produce(PREDICTIONS),
+            shared_keys: build.keys.produce(SHARED_KEYS),
+            shared_failed: requests("shared_failed"),
             parity: Arc::default(),
             max_bytes: settings.index.max_bytes,
-        }
+        })
     }
 
     /// Keys of the request's prompts for blocks of `block_size` tokens.
@@ -379,12 +399,38 @@ impl DataProducer for PrecisePrefixProducer {
         Ok(())
     }
 
+    fn prepare(
+        &self,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &Attributes,
+    ) -> Option<Preparation> {
+        let index = self.publishers.remote()?;
+        self.prepare_shared(index, request, candidates, attributes)
+    }
+
+    fn produce_prepared(
+        &self,
+        prepared: Box<dyn Any + Send>,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &mut Attributes,
+    ) -> Result<(), ProducerError> {
+        match self.publishers.remote() {
+            Some(index) => self.produce_shared(index, prepared, candidates, attributes),
+            None => self.produce(request, candidates, attributes),
+        }
+    }
+
     fn explain(
         &self,
         request: &InferenceRequest,
         candidates: &[Candidate],
         attributes: &Attributes,
     ) -> Option<serde_json::Value> {
+        if let Some(index) = self.publishers.remote() {
+            return self.explain_shared(index, candidates, attributes);
+        }
         let prompts = attributes.get(self.ids)?;
         let keys = attributes.get(self.keys).unwrap_or_default();
         Some(self.explain_request(request, prompts, keys, candidates))
@@ -451,6 +497,11 @@ impl PreRequest for PrecisePrefixProducer {
         let Some(ttl) = self.speculative_ttl else {
             return;
         };
+        if let Some(index) = self.publishers.remote() {
+            let keys = cycle.attributes.get(self.shared_keys).unwrap_or_default();
+            Self::expect_shared(index, keys, candidates, result, ttl);
+            return;
+        }
         let keys = cycle.attributes.get(self.keys).unwrap_or_default();
         let now = Instant::now();
         let prefill = result.others.iter().filter(|p| &*p.profile == "prefill");
@@ -517,19 +568,21 @@ impl PrecisePrefixProducer {
             salted: salt.is_some_and(|salt| !salt.is_empty()),
         })
     }
-
-    fn trust(&self, endpoint: EndpointIndex) -> Trust {
-        let mut lookup = Lookup::new();
-        self.index
-            .lookup(&[], &[endpoint], Instant::now(), &mut lookup);
-        let found = lookup.matches().first();
-        found.map_or(Trust::Unknown, |found| found.trust)
-    }
 }
 
 impl EndpointListener for PrecisePrefixProducer {
     fn added(&self, endpoint: &Arc<Endpoint>) {
         self.publishers.added(endpoint);
+    }
+
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        let ports = |e: &Endpoint| {
+            [EVENTS_PORT, REPLAY_PORT].map(|label| e.spec.labels.get(label).cloned())
+        };
+        if ports(former) != ports(endpoint) {
+            self.removed(former);
+            self.added(endpoint);
+        }
     }
 
     fn removed(&self, endpoint: &Arc<Endpoint>) {
@@ -550,7 +603,7 @@ impl Plugin for PrecisePrefixScorer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let raw: Raw = build.read::<Self, _>()?;
-        Ok(Self(PrecisePrefixProducer::new(&raw.resolve()?, build)))
+        PrecisePrefixProducer::new(&raw.resolve()?, build).map(Self)
     }
 }
 
@@ -573,6 +626,26 @@ impl DataProducer for PrecisePrefixScorer {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         self.0.produce(request, candidates, attributes)
+    }
+
+    fn prepare(
+        &self,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &Attributes,
+    ) -> Option<Preparation> {
+        self.0.prepare(request, candidates, attributes)
+    }
+
+    fn produce_prepared(
+        &self,
+        prepared: Box<dyn Any + Send>,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &mut Attributes,
+    ) -> Result<(), ProducerError> {
+        self.0
+            .produce_prepared(prepared, request, candidates, attributes)
     }
 
     fn explain(
@@ -604,6 +677,10 @@ impl PreRequest for PrecisePrefixScorer {
 impl EndpointListener for PrecisePrefixScorer {
     fn added(&self, endpoint: &Arc<Endpoint>) {
         self.0.added(endpoint);
+    }
+
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        self.0.relabelled(former, endpoint);
     }
 
     fn removed(&self, endpoint: &Arc<Endpoint>) {

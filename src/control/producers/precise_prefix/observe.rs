@@ -15,6 +15,7 @@ use crate::kvcache::events::pool::MAX_SUBSCRIBERS;
 use crate::kvcache::events::stats::{StatsSnapshot, SubscriberStats};
 use crate::kvcache::events::subscriber::MAX_BUFFERED_BATCHES;
 use crate::kvcache::index::{KvIndex, TableStats};
+use crate::kvcache::redis::SharedStats;
 use crate::telemetry::metrics::table::twin_of;
 use crate::telemetry::metrics::{Collect, Follow, Pair, labels};
 
@@ -117,6 +118,58 @@ struct Series {
     admissions: Option<[Vec<Follow>; 2]>,
     dedup: [Vec<Follow>; 2],
     skipped: HashMap<(&'static str, usize, usize), Follow>,
+    remote: Option<RemoteSeries>,
+}
+
+/// Finds a number among the counters of a shared index.
+type ReadShared = fn(&SharedStats) -> &AtomicU64;
+
+/// Of an index that replicas share.
+struct RemoteSeries {
+    up: Gauge,
+    counters: Vec<(Follow, ReadShared)>,
+}
+
+impl RemoteSeries {
+    fn new() -> Self {
+        let lookups: [(&'static str, ReadShared); 4] = [
+            ("found", |s| &s.found),
+            ("down", |s| &s.down),
+            ("late", |s| &s.late),
+            ("failed", |s| &s.failed),
+        ];
+        let events: [(&'static str, ReadShared); 5] = [
+            ("written", |s| &s.written),
+            ("overflowed", |s| &s.overflowed),
+            ("lost", |s| &s.lost),
+            ("without_model", |s| &s.without_model),
+            ("without_parent", |s| &s.without_parent),
+        ];
+        let connections = metrics::counter!("pinpod_kv_shared_index_connections_total");
+        let mut counters: Vec<(Follow, ReadShared)> =
+            vec![(Follow::new(connections), |s| &s.connections)];
+        for (result, read) in lookups {
+            let counter =
+                metrics::counter!("pinpod_kv_shared_index_lookups_total", "result" => result);
+            counters.push((Follow::new(counter), read));
+        }
+        for (result, read) in events {
+            let counter =
+                metrics::counter!("pinpod_kv_shared_index_events_total", "result" => result);
+            counters.push((Follow::new(counter), read));
+        }
+        Self {
+            up: metrics::gauge!("pinpod_kv_shared_index_up"),
+            counters,
+        }
+    }
+
+    fn update(&mut self, stats: &SharedStats) {
+        self.up.set(f64::from(u8::from(stats.up.load(Relaxed))));
+        for (counter, read) in &mut self.counters {
+            counter.to(read(stats).load(Relaxed));
+        }
+    }
 }
 
 struct IndexSeries {
@@ -157,6 +210,7 @@ impl Observer {
                 follow_pair("llm_d_epp_kv_cache_events_dedup_removed_hashes_forwarded_total"),
             ],
             skipped: HashMap::new(),
+            remote: publishers.remote().map(|_| RemoteSeries::new()),
         };
         Self {
             index,
@@ -190,6 +244,9 @@ impl Collect for Observer {
                 .listener
                 .get_or_insert_with(|| PublisherSeries::new(&address.to_string(), stats));
             listener.update();
+        }
+        if let (Some(index), Some(remote)) = (self.publishers.remote(), &mut series.remote) {
+            remote.update(index.stats());
         }
         let stats = self.index.stats();
         series.index.update(&stats, self.max_bytes);

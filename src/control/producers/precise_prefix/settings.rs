@@ -6,11 +6,16 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::kvcache::index::IndexSettings;
+use crate::kvcache::redis::{Algorithm, KeyScheme, SharedIndex, SharedSettings};
 use crate::plugin::duration::GoDuration;
 use crate::plugin::{ParamError, PluginError};
 
 /// Port of an engine's event socket unless configured.
 const DEFAULT_SOCKET_PORT: u16 = 5557;
+/// Server of the shared index unless configured.
+const DEFAULT_REDIS: &str = "redis://127.0.0.1:6379";
+/// Tokens of a block of the shared index unless configured.
+const DEFAULT_BLOCK_TOKENS: i64 = 16;
 /// How long a prediction counts unless configured.
 const DEFAULT_TTL: Duration = Duration::from_secs(2);
 
@@ -48,7 +53,7 @@ struct Indexer {
 struct BlockIndex {
     in_memory_config: Option<InMemory>,
     cost_aware_memory_config: Option<CostAware>,
-    redis_config: Option<serde_json::Value>,
+    redis_config: Option<Redis>,
     enable_metrics: bool,
     metrics_logging_interval: i64,
 }
@@ -64,6 +69,15 @@ struct InMemory {
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 struct CostAware {
     size: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+struct Redis {
+    address: String,
+    backend_type: String,
+    #[serde(rename = "enableRDMA")]
+    enable_rdma: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -123,6 +137,8 @@ pub(super) struct Settings {
     pub(super) index: IndexSettings,
     /// Event and replay port of rank 0, where every endpoint is dialled; 0 means no replay.
     pub(super) dial: Option<(u16, u16)>,
+    /// The index that replicas share, instead of one of our own.
+    pub(super) shared: Option<SharedSettings>,
     /// Where engines connect to us.
     pub(super) listen: Option<SocketAddr>,
     /// Count look-ups, admissions and evictions.
@@ -150,13 +166,6 @@ impl Raw {
             );
         }
         let block_index = indexer.kv_block_index_config;
-        if block_index.redis_config.is_some() && block_index.cost_aware_memory_config.is_none() {
-            return Err(PluginError::Invalid(
-                "indexerConfig.kvBlockIndexConfig.redisConfig is known but not yet available in \
-                 this version"
-                    .to_owned(),
-            ));
-        }
         let mut index = IndexSettings::default();
         if let Some(cost_aware) = &block_index.cost_aware_memory_config
             && !cost_aware.size.is_empty()
@@ -175,6 +184,12 @@ impl Raw {
                 .map(|backend| (backend.name.to_lowercase(), backend.weight))
                 .collect();
         }
+        // A configured size wins over a server, as the contract has it.
+        let redis = block_index.redis_config.as_ref();
+        let redis = redis.filter(|_| block_index.cost_aware_memory_config.is_none());
+        let shared = redis
+            .map(|redis| shared(redis, processor, &index.tier_weights))
+            .transpose()?;
         let events = self.kv_events_config;
         if !matches!(events.engine_type.as_str(), "" | "vllm" | "sglang") {
             return invalid(format!(
@@ -221,10 +236,50 @@ impl Raw {
                 .discover_pods
                 .unwrap_or(listen.is_none())
                 .then_some((live, replay)),
+            shared,
             listen,
             enable_metrics: block_index.enable_metrics,
             speculative_ttl: self.speculative_indexing.then_some(ttl),
         })
+    }
+}
+
+/// Where the shared index is, and how its keys are made.
+fn shared(
+    redis: &Redis,
+    processor: &TokenProcessor,
+    tier_weights: &[(String, f64)],
+) -> Result<SharedSettings, ParamError> {
+    const FIELD: &str = "indexerConfig.kvBlockIndexConfig.redisConfig";
+    if !matches!(redis.backend_type.as_str(), "" | "redis" | "valkey") || redis.enable_rdma {
+        return Err(ParamError(format!(
+            "{FIELD}: backendType is redis or valkey, and RDMA is not available"
+        )));
+    }
+    let address = match redis.address.as_str() {
+        "" => DEFAULT_REDIS,
+        address => address,
+    };
+    let algorithm = match processor.hash_algorithm.as_str() {
+        "xxh64" => Algorithm::Xxh64,
+        _ => Algorithm::CborFnv,
+    };
+    let sizes = [processor.block_size_tokens, processor.block_size];
+    let size = sizes.into_iter().find(|size| *size != 0);
+    let size = size.unwrap_or(DEFAULT_BLOCK_TOKENS);
+    let block_tokens = usize::try_from(size).map_err(|_| {
+        ParamError(format!(
+            "tokenProcessorConfig.blockSizeTokens: {size} is below 0"
+        ))
+    })?;
+    let settings = SharedSettings {
+        address: address.to_owned(),
+        scheme: KeyScheme::new(algorithm, &processor.hash_seed, block_tokens),
+        tier_weights: tier_weights.to_vec(),
+    };
+    match SharedIndex::new(&settings) {
+        Ok(_) => Ok(settings),
+        Err(error) => Err(ParamError(format!("{FIELD}.address: {error}"))),
     }
 }
 
@@ -320,6 +375,10 @@ mod tests {
     #[test]
     fn errors_name_the_parameter() {
         for (text, error) in [
+            (
+                r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"address": "rediss://h"}}}}"#,
+                "redisConfig.address: TLS to the shared index is not available",
+            ),
             (
                 r#"{"tokenProcessorConfig": {"hashAlgorithm": "md5"}}"#,
                 "tokenProcessorConfig.hashAlgorithm: \"md5\" is neither cbor-fnv nor xxh64",
