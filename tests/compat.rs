@@ -15,6 +15,8 @@ mod catalogue;
 mod corpus;
 #[path = "compat/disagg.rs"]
 mod disagg;
+#[path = "compat/doctor.rs"]
+mod doctor;
 #[path = "compat/drop_in.rs"]
 mod drop_in;
 #[path = "compat/errors.rs"]

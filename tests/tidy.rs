@@ -51,12 +51,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "kubernetes",
             "extproc",
             "control",
+            "request",
             "datalayer",
             "plugin",
             "telemetry",
         ],
     ),
-    ("doctor", &["extproc", "kvcache", "datalayer", "telemetry"]),
+    (
+        "doctor",
+        &["extproc", "kvcache", "kubernetes", "datalayer", "telemetry"],
+    ),
     ("sim", &["telemetry"]),
     ("demo", &["telemetry"]),
 ];

@@ -8,7 +8,9 @@ use anyhow::Context;
 
 use crate::config::{LoadOptions, builtin, load, read_file};
 use crate::datalayer::discovery::list;
+use crate::doctor::kubernetes::{Installation, Target};
 use crate::doctor::{self, Plan, Report, Severity, endpoints, events, picker};
+use crate::kubernetes::{self, ClientOptions};
 use crate::plugin::duration::GoDuration;
 
 /// Flags of `doctor`.
@@ -20,6 +22,10 @@ Looks only at what it is told about. Everything is read, nothing is changed.
       --envoy-admin localhost:19000 --endpoints 10.0.0.1:8000,10.0.0.2:8000 --kv-events-port 5557
 
 Exit status: 0 nothing is broken (there may be warnings), 1 something is, 2 bad usage.")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent switches of a command line"
+)]
 pub(super) struct DoctorArgs {
     /// ext_proc port of a picker: host:port
     #[arg(long, value_name = "ADDRESS", value_parser = address, help_heading = "Picker")]
@@ -80,6 +86,51 @@ pub(super) struct DoctorArgs {
     /// Admin interface of Envoy: host:port
     #[arg(long, value_name = "ADDRESS", value_parser = address, help_heading = "Proxy")]
     envoy_admin: Option<SocketAddr>,
+    /// InferencePool to look at in the cluster
+    #[arg(
+        long,
+        value_name = "NAME",
+        conflicts_with = "endpoint_selector",
+        help_heading = "Kubernetes"
+    )]
+    pool_name: Option<String>,
+    /// Label selector of the model servers, where there is no pool
+    #[arg(
+        long,
+        value_name = "SELECTOR",
+        requires = "endpoint_target_ports",
+        help_heading = "Kubernetes"
+    )]
+    endpoint_selector: Option<String>,
+    /// Their ports, comma-separated
+    #[arg(
+        long,
+        value_name = "PORTS",
+        value_delimiter = ',',
+        help_heading = "Kubernetes"
+    )]
+    endpoint_target_ports: Vec<u16>,
+    /// Namespace of all of it
+    #[arg(
+        long,
+        visible_alias = "pool-namespace",
+        env = "NAMESPACE",
+        default_value = "default",
+        help_heading = "Kubernetes"
+    )]
+    namespace: String,
+    /// Account of the picker, if no Service leads to it
+    #[arg(long, value_name = "NAME", help_heading = "Kubernetes")]
+    service_account: Option<String>,
+    /// Ask the pods themselves too; they answer only inside the cluster's network
+    #[arg(long, help_heading = "Kubernetes")]
+    probe_pods: bool,
+    /// Another kubeconfig than KUBECONFIG or ~/.kube/config
+    #[arg(long, value_name = "FILE", help_heading = "Kubernetes")]
+    kubeconfig: Option<PathBuf>,
+    /// Another context of it than the current one
+    #[arg(long, value_name = "NAME", help_heading = "Kubernetes")]
+    context: Option<String>,
     /// Print the findings as JSON
     #[arg(long)]
     json: bool,
@@ -88,7 +139,7 @@ pub(super) struct DoctorArgs {
 /// Looks, prints, and says by its exit code whether something is broken.
 #[expect(clippy::print_stdout, reason = "the output that was asked for")]
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
-    let plan = plan(args)?;
+    let mut plan = plan(args)?;
     let mut report = Report::default();
     if let Some(path) = &args.config_file {
         configuration(path, args.allow_experimental_plugins, &mut report);
@@ -97,10 +148,13 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
         .worker_threads(1)
         .enable_all()
         .build()?;
-    report.append(runtime.block_on(doctor::examine(&plan)));
+    report.append(runtime.block_on(async {
+        plan.installation = installation(args).await?;
+        anyhow::Ok(doctor::examine(&plan).await)
+    })?);
     anyhow::ensure!(
         !report.findings.is_empty(),
-        "nothing to look at: give --picker, --endpoints, --envoy-admin or --config-file"
+        "nothing to look at: give --picker, --endpoints, --envoy-admin, --pool-name or --config-file"
     );
     let text = if args.json {
         let (errors, warnings) = (
@@ -142,7 +196,30 @@ fn plan(args: &DoctorArgs) -> anyhow::Result<Plan> {
         },
         events,
         envoy_admin: args.envoy_admin,
+        installation: None,
+        probe_pods: args.probe_pods,
     })
+}
+
+/// The cluster, when asked about a pool or a selector.
+async fn installation(args: &DoctorArgs) -> anyhow::Result<Option<Installation>> {
+    let target = match (&args.pool_name, &args.endpoint_selector) {
+        (Some(name), _) => Target::Pool(name.clone()),
+        (None, Some(selector)) => {
+            Target::Selector(selector.clone(), args.endpoint_target_ports.clone())
+        }
+        (None, None) => return Ok(None),
+    };
+    let options = ClientOptions {
+        kubeconfig: args.kubeconfig.clone(),
+        context: args.context.clone(),
+    };
+    Ok(Some(Installation {
+        client: kubernetes::client(&options).await?,
+        namespace: args.namespace.clone(),
+        target,
+        service_account: args.service_account.clone(),
+    }))
 }
 
 /// What `check-config` would say.

@@ -11,6 +11,7 @@ pub mod events;
 pub mod finding;
 pub mod grpc;
 pub mod http;
+pub mod kubernetes;
 pub mod picker;
 
 use std::net::SocketAddr;
@@ -30,6 +31,10 @@ pub struct Plan {
     pub events: Option<events::Events>,
     /// Envoy's admin interface.
     pub envoy_admin: Option<SocketAddr>,
+    /// The cluster it runs in.
+    pub installation: Option<kubernetes::Installation>,
+    /// Ask the cluster's pods too; they answer only inside its network.
+    pub probe_pods: bool,
 }
 
 impl Default for endpoints::Scrape {
@@ -51,9 +56,16 @@ pub async fn examine(plan: &Plan) -> Report {
         envoy::check(admin, picker_tls, &mut report).await;
     }
     report.append(picker_report);
-    endpoints::check(&plan.endpoints, &plan.scrape, &mut report).await;
+    let mut endpoints = plan.endpoints.clone();
+    if let Some(installation) = &plan.installation {
+        let pods = kubernetes::check(installation, &mut report).await;
+        if plan.probe_pods {
+            endpoints.extend(pods);
+        }
+    }
+    endpoints::check(&endpoints, &plan.scrape, &mut report).await;
     if let Some(events) = plan.events {
-        events::check(&plan.endpoints, events, &mut report).await;
+        events::check(&endpoints, events, &mut report).await;
     }
     report
 }

@@ -173,6 +173,9 @@ fn shared_match(score: f64, total: usize, block_tokens: usize) -> PrefixMatch {
         matched_blocks,
         total_blocks: short(total),
         block_size_tokens: short(block_tokens),
+        // The shared index says how much a match is worth, not where each block lies.
+        cached_blocks: matched_blocks,
+        host_blocks: None,
     }
 }
 
