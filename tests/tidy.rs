@@ -51,6 +51,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "kubernetes",
             "extproc",
             "control",
+            "request",
             "datalayer",
             "plugin",
             "telemetry",

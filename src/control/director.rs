@@ -22,14 +22,15 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use super::RequestError;
 use super::candidates::{CandidatePool, Lent, Subset};
 use super::intake::{
-    BodyKnowledge, DEFAULT_FLOW, Intake, RequestId, headers_to_remove, read_request, received_id,
-    request_id, wants_cached_prefix,
+    BodyKnowledge, DEFAULT_FLOW, Intake, Read, RequestId, headers_to_remove, read_request,
+    received_id, request_id, wants_cached_prefix,
 };
+use super::rules::SharedRules;
 use crate::datalayer::EndpointStore;
 use crate::plugin::{Attributes, Column, Hook, Lap, Leases};
 use crate::request::parsers::{ParserSet, request_path};
 use crate::request::rewrite::rewrite_model;
-use crate::request::{ApiKind, Body, Early, Headers, InferenceRequest, Payload};
+use crate::request::{ApiKind, AppProtocol, Body, Early, Headers, InferenceRequest, Payload};
 use crate::response::accounting::RequestFacts;
 use crate::response::usage::UsageFormat;
 use crate::response::{Accounting, ResponseHooks};
@@ -109,6 +110,7 @@ pub struct Director {
     active: ArcSwap<ActiveConfig>,
     options: DirectorOptions,
     metrics: Metrics,
+    rules: SharedRules,
 }
 
 /// What became of a request that was handed to the director.
@@ -186,7 +188,20 @@ impl Director {
             active: ArcSwap::from_pointee(active),
             options,
             metrics,
+            rules: SharedRules::default(),
         }
+    }
+
+    /// Objectives and rewrites to decide by, which may change at any time.
+    #[must_use]
+    pub fn with_rules(mut self, rules: SharedRules) -> Self {
+        self.rules = rules;
+        self
+    }
+
+    /// True when every parser in use reads what an engine of this protocol is sent.
+    pub fn accepts(&self, protocol: AppProtocol) -> bool {
+        self.active.load().parsers.accept(protocol)
     }
 
     /// Replaces the configuration between requests.
@@ -313,14 +328,25 @@ impl Director {
             subset,
             received_at,
         } = intake;
-        let read = read_request(&config.parsers, headers, body, early, knowledge);
-        let (mut request, id) = match read {
+        self.seed(&workspace.rng, &headers, &body);
+        let rules = self.rules.load();
+        let with = (&**rules, &workspace.rng);
+        let read = match read_request(&config.parsers, headers, body, early, knowledge, with) {
             Ok(read) => read,
             Err(error) => {
                 self.note_refusal(&error);
                 return Step::Done(Err(error));
             }
         };
+        let Read {
+            mut request,
+            id,
+            rewritten_by,
+        } = read;
+        if let Some((rule, exact)) = rewritten_by {
+            let target = &request.target_model;
+            self.metrics.rewritten(&rule, &request.model, target, exact);
+        }
         let mut attributes = std::mem::take(&mut workspace.attributes);
         attributes.clear();
         for hook in &config.header_processors {

@@ -3,8 +3,11 @@
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use std::cell::RefCell;
+
 use super::RequestError;
 use super::candidates::Subset;
+use super::rules::TrafficRules;
 use crate::request::parsers::{ParserSet, request_path};
 use crate::request::{Body, Early, Headers, InferenceRequest, Payload};
 use crate::scheduling::stages::{ENCODE_HEADER, PREFILL_HEADER, RANK_HEADER, SOURCE_HEADER};
@@ -123,14 +126,25 @@ fn named<'a>(headers: &'a Headers, names: &[&str]) -> Option<&'a str> {
         .filter(|v| !v.is_empty() && v.len() <= MAX_NAME_BYTES)
 }
 
-/// Parses the body and applies the model rewrite header.
+/// A request as its client means it, and what operators make of it.
+#[derive(Debug)]
+pub(super) struct Read {
+    pub(super) request: InferenceRequest,
+    pub(super) id: RequestId,
+    /// The rewrite that chose the model, and whether it names the incoming one.
+    pub(super) rewritten_by: Option<(String, bool)>,
+}
+
+/// Parses the body, finds the model to ask for and the priority. A rewrite for the incoming model
+/// comes before the rewrite header.
 pub(super) fn read_request(
     parsers: &ParserSet,
     headers: Headers,
     body: Body,
     early: Option<Early>,
     knowledge: BodyKnowledge,
-) -> Result<(InferenceRequest, RequestId), RequestError> {
+    (rules, rng): (&TrafficRules, &RefCell<fastrand::Rng>),
+) -> Result<Read, RequestError> {
     let path = request_path(&headers).to_owned();
     let mut first_blocks = None;
     let payload = match knowledge {
@@ -155,17 +169,29 @@ pub(super) fn read_request(
     if let Some(target) = named(&headers, &MODEL_REWRITE) {
         target.clone_into(&mut request.target_model);
     }
-    if request.payload.rewritable && request.target_model.is_empty() {
-        return Err(RequestError::NoModel);
+    let mut rewritten_by = None;
+    if request.payload.rewritable {
+        if let Some(rewrite) = rules.rewrite(&request.model, &mut rng.borrow_mut()) {
+            rewrite.target.clone_into(&mut request.target_model);
+            rewritten_by = Some((rewrite.rule.to_owned(), rewrite.exact));
+        }
+        if request.target_model.is_empty() {
+            return Err(RequestError::NoModel);
+        }
     }
     if let Some(objective) = named(&headers, &OBJECTIVE) {
         objective.clone_into(&mut request.objective);
+        request.priority = rules.priority(objective);
     }
     request.path = path;
     // Empty until the plugins that read headers have run.
     request.fairness_id = named(&headers, &FAIRNESS).unwrap_or_default().to_owned();
     request.headers = headers;
-    Ok((request, id))
+    Ok(Read {
+        request,
+        id,
+        rewritten_by,
+    })
 }
 
 /// `Prefer: if-available` (RFC 7240, parameters ignored): serve only from a cached prefix.

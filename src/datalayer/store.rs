@@ -155,7 +155,7 @@ impl EndpointStore {
             })
             .collect();
         writer.positions = positions;
-        self.publish(&mut writer, next, changes);
+        self.publish(&mut writer, next, &changes);
     }
 
     /// Changes a part of the pool, as [`Self::replace`] would: the endpoints called `gone` leave,
@@ -188,20 +188,19 @@ impl EndpointStore {
             let name = spec.endpoint_name();
             let endpoint = writer.place(current, spec, &mut changes);
             let next = next.get_or_insert_with(|| Vec::clone(&old));
-            match position.and_then(|at| next.get_mut(at)) {
-                Some(slot) => *slot = endpoint,
-                None => {
-                    writer.positions.insert(name, next.len());
-                    next.push(endpoint);
-                }
+            if let Some(slot) = position.and_then(|at| next.get_mut(at)) {
+                *slot = endpoint;
+            } else {
+                writer.positions.insert(name, next.len());
+                next.push(endpoint);
             }
         }
         if let Some(next) = next {
-            self.publish(&mut writer, next, changes);
+            self.publish(&mut writer, next, &changes);
         }
     }
 
-    fn publish(&self, writer: &mut Writer, next: Vec<Arc<Endpoint>>, changes: Changes) {
+    fn publish(&self, writer: &mut Writer, next: Vec<Arc<Endpoint>>, changes: &Changes) {
         self.snapshot.store(Arc::new(next));
         writer.synced = true;
         for endpoint in &changes.removed {

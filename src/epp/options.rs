@@ -51,6 +51,8 @@ pub struct ServeOptions {
     pub pool_name: String,
     /// The pool in Kubernetes; not used when endpoints come from elsewhere.
     pub kubernetes: Option<KubernetesOptions>,
+    /// `--rules-file`.
+    pub rules_file: Option<PathBuf>,
     /// `--config-file`.
     pub config_file: Option<PathBuf>,
     /// `--config-text`.
@@ -93,6 +95,10 @@ pub struct ServeOptions {
     pub emit_endpoint_scores: bool,
     /// `--strip-routing-headers`.
     pub strip_routing_headers: bool,
+    /// `--metrics-endpoint-auth`.
+    pub metrics_endpoint_auth: bool,
+    /// `--metrics-cert-dir` and `--metrics-client-ca-file`; without the first the port is plain.
+    pub metrics_tls: Option<TlsOptions>,
     /// `--enable-grpc-stream-metrics`.
     pub enable_grpc_stream_metrics: bool,
     /// The scrape flags of releases before 0.10.
@@ -118,6 +124,10 @@ pub struct KubernetesOptions {
     pub pool_group: String,
     /// `--pool-name`, or `--endpoint-selector` and `--endpoint-target-ports`.
     pub source: PoolSource,
+    /// `--ha-enable-leader-election`.
+    pub leader_election: bool,
+    /// Name of our own pod; empty outside of one.
+    pub pod_name: String,
 }
 
 /// `--model-server-metrics-*`: what they say overrides every metrics source of the document.
@@ -204,7 +214,15 @@ struct PoolFlags {
     /// Permit plugins marked alpha
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
     allow_experimental_plugins: bool,
-    /// Serve only as elected leader (Kubernetes; not yet available)
+    /// Objectives and model rewrites as YAML documents, instead of those in Kubernetes
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "",
+        hide_default_value = true
+    )]
+    rules_file: String,
+    /// Be ready only as the elected leader
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
     ha_enable_leader_election: bool,
 }
@@ -310,10 +328,10 @@ struct TelemetryFlags {
     /// Ask Kubernetes about bearer tokens on the metrics port (without Kubernetes: no effect)
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
     metrics_endpoint_auth: bool,
-    /// TLS on the metrics port (not yet available)
+    /// Directory with tls.crt and tls.key: TLS on the metrics port
     #[arg(long, default_value = "", hide_default_value = true)]
     metrics_cert_dir: String,
-    /// Client CA of the metrics port (not yet available)
+    /// CA of the certificates that clients of the metrics port must show
     #[arg(long, default_value = "", hide_default_value = true)]
     metrics_client_ca_file: String,
     /// Accepted: there is no pprof here
@@ -541,6 +559,8 @@ impl PoolFlags {
             namespace: namespace.to_owned(),
             pool_group: self.pool_group.clone(),
             source,
+            leader_election: self.ha_enable_leader_election,
+            pod_name: self.pod_name.clone(),
         }))
     }
 
@@ -604,8 +624,31 @@ fn workload(pod: &str) -> Option<&str> {
     (is_word(last) && is_word(hash) && !name.is_empty()).then_some(name)
 }
 
+impl TelemetryFlags {
+    /// TLS of the metrics port.
+    fn tls(&self) -> Result<Option<TlsOptions>, OptionsError> {
+        let ca = Some(&self.metrics_client_ca_file).filter(|path| !path.is_empty());
+        if self.metrics_cert_dir.is_empty() {
+            return match ca {
+                Some(_) => invalid("flag --metrics-client-ca-file needs --metrics-cert-dir"),
+                None => Ok(None),
+            };
+        }
+        if ca.is_none() && !self.metrics_endpoint_auth {
+            return invalid(
+                "flag --metrics-cert-dir needs --metrics-client-ca-file or --metrics-endpoint-auth",
+            );
+        }
+        Ok(Some(TlsOptions {
+            cert_path: Some((&self.metrics_cert_dir).into()),
+            client_ca: ca.map(Into::into),
+            http1: true,
+            ..TlsOptions::default()
+        }))
+    }
+}
+
 impl Flags {
-    #[expect(clippy::too_many_lines, reason = "one field after the other")]
     fn validate(self, warnings: &mut Vec<String>) -> Result<ServeOptions, OptionsError> {
         let Self {
             pool,
@@ -630,11 +673,6 @@ impl Flags {
             );
         }
         let kubernetes = pool.kubernetes(warnings)?;
-        if pool.ha_enable_leader_election {
-            return invalid(
-                "flag --ha-enable-leader-election is known but not yet available in this version",
-            );
-        }
         if scrape
             .scheme
             .as_deref()
@@ -642,11 +680,7 @@ impl Flags {
         {
             return invalid("flag --model-server-metrics-scheme: expected http or https");
         }
-        if !telemetry.metrics_cert_dir.is_empty() || !telemetry.metrics_client_ca_file.is_empty() {
-            return invalid(
-                "flags --metrics-cert-dir and --metrics-client-ca-file are not yet available in this version",
-            );
-        }
+        let metrics_tls = telemetry.tls()?;
         let mut refresh = telemetry.refresh_metrics_interval.0;
         if refresh < MIN_REFRESH {
             warnings.push(format!(
@@ -664,6 +698,7 @@ impl Flags {
             pool_name: pool.identity(warnings),
             endpoints: pool.endpoints.filter(|e| !e.is_empty()),
             kubernetes,
+            rules_file: optional(&pool.rules_file).map(Into::into),
             config_file: optional(&pool.config_file).map(Into::into),
             config_text: optional(&pool.config_text),
             allow_experimental_plugins: pool.allow_experimental_plugins,
@@ -675,6 +710,7 @@ impl Flags {
                 cert_path: optional(&ports.cert_path).map(Into::into),
                 min_version: ports.tls_min_version,
                 cipher_suites: list(&ports.tls_cipher_suites),
+                ..TlsOptions::default()
             },
             workers: if ports.workers == 0 {
                 cores
@@ -702,6 +738,8 @@ impl Flags {
             disable_endpoint_subset_filter: requests.disable_endpoint_subset_filter,
             emit_endpoint_scores: requests.emit_endpoint_scores,
             strip_routing_headers: requests.strip_routing_headers,
+            metrics_endpoint_auth: telemetry.metrics_endpoint_auth,
+            metrics_tls,
             enable_grpc_stream_metrics: telemetry.enable_grpc_stream_metrics,
             scrape,
             seed: requests.seed,
@@ -881,6 +919,18 @@ mod tests {
                 "not a size",
             ),
             (&["--pool-name"], "needs a value"),
+            (
+                &["--pool-name=p", "--metrics-client-ca-file=ca"],
+                "needs --metrics-cert-dir",
+            ),
+            (
+                &[
+                    "--pool-name=p",
+                    "--metrics-cert-dir=d",
+                    "--metrics-endpoint-auth=false",
+                ],
+                "needs --metrics-client-ca-file",
+            ),
         ] {
             let error = options(line).unwrap_err();
             assert!(error.contains(text), "{line:?}: {error}");

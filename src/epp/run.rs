@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::control_plane::ControlPlane;
+use super::control_plane::{ControlPlane, follow_rules};
 use super::health::{HealthService, HealthState};
 use super::options::ServeOptions;
 use super::reload::{Live, LiveFlags, Reloader};
@@ -22,6 +22,7 @@ use crate::config::{self, ConfigLoader, LoadOptions, ResolvedConfig};
 use crate::control::Director;
 use crate::control::director::DirectorOptions;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
+use crate::control::rules::SharedRules;
 use crate::datalayer::EndpointStore;
 use crate::datalayer::pool_gauges::PoolGauges;
 use crate::extproc::proto::health::health_server::HealthServer;
@@ -70,7 +71,13 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let mut live = Live::new(flags, Arc::clone(&store), tasks.clone(), shutdown.clone());
     live.apply(&config).await?;
 
-    let director = Arc::new(Director::new(
+    let rules = SharedRules::default();
+    if let Some(path) = &options.rules_file {
+        follow_rules(path, &rules, &tasks, &shutdown)?;
+    } else if let Some(plane) = &control_plane {
+        plane.follow_rules(&rules, &tasks, &shutdown);
+    }
+    let director = Director::new(
         Arc::clone(&store),
         config.activate(),
         DirectorOptions {
@@ -80,9 +87,18 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
             seed: options.seed,
         },
         metrics,
-    ));
+    );
+    let director = Arc::new(director.with_rules(rules));
     loader.adopt(config);
-    let health = Arc::new(HealthState::new(Arc::clone(&store)));
+    // Ends before anything else: another replica shall lead while this one serves what it has.
+    let candidacy = shutdown.child_token();
+    let mut health = HealthState::new(Arc::clone(&store));
+    if let Some(plane) = &control_plane {
+        health = health
+            .elected(plane.take_part_in_election(&tasks, &candidacy))
+            .in_kubernetes(plane.protocol_check(&director), plane.contact());
+    }
+    let health = Arc::new(health);
     if let Some((path, text)) = options.config_file.clone().zip(text) {
         let reloader = Reloader {
             path,
@@ -100,10 +116,13 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         plugin_state(Arc::clone(&store)),
         Arc::new(IndexPages(director)),
     );
+    let gate = control_plane.as_ref().and_then(ControlPlane::metrics_gate);
+    let pages = pages.behind(gate);
     start_metrics(&options, &store, pages, &tasks, &shutdown).await?;
     tracing::info!(extproc = %servers[0].address(), health = %servers[1].address(), "serving");
 
     wait_for_signal().await?;
+    candidacy.cancel();
     drain(&options, &health, servers, &shutdown).await;
     tasks.close();
     tasks.wait().await;
@@ -203,7 +222,18 @@ async fn start_metrics(
         .await
         .with_context(|| format!("--metrics-port {}", options.metrics_port))?;
     tracing::info!(metrics = %listener.local_addr()?, "serving metrics");
-    tasks.spawn(telemetry::server::serve(listener, pages, shutdown.clone()));
+    let tls = match &options.metrics_tls {
+        Some(tls_options) => {
+            let loaded = tls::load(tls_options).context("--metrics-cert-dir")?;
+            let shared = Arc::new(ArcSwap::from_pointee(loaded));
+            let watch = tls::watch(tls_options.clone(), Arc::clone(&shared), shutdown.clone());
+            tasks.spawn(watch);
+            Some(shared)
+        }
+        None => None,
+    };
+    let serve = telemetry::server::serve(listener, tls, pages, shutdown.clone());
+    tasks.spawn(serve);
     let gauges = PoolGauges::new(
         Arc::clone(store),
         &options.pool_name,

@@ -188,7 +188,7 @@ fn read(pool: &InferencePool) -> Option<PoolSpec> {
                 pool = pool.metadata.name,
                 problem,
                 "the InferencePool cannot be used"
-            )
+            );
         })
         .ok()
 }
@@ -273,5 +273,7 @@ async fn next_of(pods: Option<&mut Pods>, store: &EndpointStore) -> bool {
     }
 }
 
+#[cfg(test)]
+mod scale;
 #[cfg(test)]
 mod tests;

@@ -139,8 +139,12 @@ impl ApiServer {
 
     /// A client of this server.
     pub(crate) fn client(&self) -> Client {
-        let uri = format!("http://{}", self.address).parse().unwrap();
-        crate::kubernetes::client::connect(kube::Config::new(uri)).unwrap()
+        client_of(self.address)
+    }
+
+    /// Where it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// Nobody is there any more: connections break, new ones are refused.
@@ -279,6 +283,12 @@ impl ApiServer {
         });
         lists.count()
     }
+}
+
+/// A client of the server at `address`, for another runtime.
+pub(crate) fn client_of(address: SocketAddr) -> Client {
+    let uri = format!("http://{address}").parse().unwrap();
+    crate::kubernetes::client::connect(kube::Config::new(uri)).unwrap()
 }
 
 impl Drop for ApiServer {

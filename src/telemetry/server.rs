@@ -1,4 +1,4 @@
-//! The metrics port over plain HTTP/1.1: `/metrics`, `/debug/plugins/state`, and `/debug/kv-index`, which
+//! The metrics port over HTTP/1.1, plain or in TLS, open or behind a [`Gate`]: `/metrics`, `/debug/plugins/state`, and `/debug/kv-index`, which
 //! answers a GET with totals and a POST to `/debug/kv-index/<path of a request>` with what each endpoint
 //! holds of the prompt in its body.
 
@@ -6,13 +6,18 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, header};
+use futures_util::future::BoxFuture;
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 use tokio_util::sync::CancellationToken;
 
 use super::metrics::Exposition;
@@ -23,6 +28,8 @@ const MAX_CONNECTIONS: usize = 256;
 const MAX_PROMPT_BYTES: usize = 32 << 20;
 /// Prompts worked on at once; further ones are refused, for requests come first.
 const MAX_PROMPTS: usize = 2;
+/// How long a TLS handshake may take.
+const HANDSHAKE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 /// Where the block index is looked at.
 const KV_INDEX: &str = "/debug/kv-index";
 
@@ -50,6 +57,28 @@ pub trait IndexView: Send + Sync {
     fn explain(&self, path: String, body: Bytes) -> Explained;
 }
 
+/// Why a request may not pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refused {
+    /// Nobody vouches for it.
+    Unauthenticated,
+    /// This user may not.
+    Denied(String),
+    /// It could not be found out.
+    Failed,
+}
+
+/// Lets requests pass or not.
+pub trait Gate: Send + Sync + std::fmt::Debug {
+    /// Whether a request may pass.
+    fn check<'a>(
+        &'a self,
+        method: &'a Method,
+        path: &'a str,
+        headers: &'a HeaderMap,
+    ) -> BoxFuture<'a, Result<(), Refused>>;
+}
+
 /// What the port serves beside metrics.
 #[derive(Clone)]
 pub struct Pages {
@@ -60,6 +89,7 @@ pub struct Pages {
     /// Of `/debug/kv-index`.
     pub index: Arc<dyn IndexView>,
     prompts: Arc<Semaphore>,
+    gate: Option<Arc<dyn Gate>>,
 }
 
 impl std::fmt::Debug for Pages {
@@ -76,12 +106,25 @@ impl Pages {
             state,
             index,
             prompts: Arc::new(Semaphore::new(MAX_PROMPTS)),
+            gate: None,
         }
+    }
+
+    /// Everything but `/healthz` only for those that `gate` lets pass.
+    #[must_use]
+    pub fn behind(mut self, gate: Option<Arc<dyn Gate>>) -> Self {
+        self.gate = gate;
+        self
     }
 }
 
 /// Serves until `shutdown`. An accept error is logged and survived.
-pub async fn serve(listener: TcpListener, pages: Pages, shutdown: CancellationToken) {
+pub async fn serve(
+    listener: TcpListener,
+    tls: Option<Arc<ArcSwap<ServerConfig>>>,
+    pages: Pages,
+    shutdown: CancellationToken,
+) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
@@ -99,23 +142,55 @@ pub async fn serve(listener: TcpListener, pages: Pages, shutdown: CancellationTo
                 continue;
             }
         };
-        let pages = pages.clone();
+        let conversation = converse(stream, tls.as_ref().map(|t| t.load_full()), pages.clone());
         let shutdown = shutdown.clone();
         tokio::spawn(async move {
-            let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-                let pages = pages.clone();
-                async move { Ok::<_, Infallible>(answer(request, &pages).await) }
-            });
-            let connection = hyper::server::conn::http1::Builder::new()
-                .serve_connection(TokioIo::new(stream), service);
-            tokio::select! {
-                // A scraper that hangs up is none of our business.
-                _ = connection => {}
-                () = shutdown.cancelled() => {}
-            }
+            // A scraper that hangs up is none of our business.
+            shutdown.run_until_cancelled(conversation).await;
             drop(permit);
         });
     }
+}
+
+/// One connection, to its end.
+async fn converse(stream: TcpStream, tls: Option<Arc<ServerConfig>>, pages: Pages) {
+    let Some(config) = tls else {
+        return respond_on(stream, pages).await;
+    };
+    let handshake = TlsAcceptor::from(config).accept(stream);
+    match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await {
+        Ok(Ok(stream)) => respond_on(stream, pages).await,
+        Ok(Err(error)) => tracing::debug!(%error, "metrics port: handshake failed"),
+        Err(_) => tracing::debug!("metrics port: handshake not in time"),
+    }
+}
+
+async fn respond_on<S: AsyncRead + AsyncWrite + Unpin>(stream: S, pages: Pages) {
+    let service = service_fn(move |request: Request<hyper::body::Incoming>| {
+        let pages = pages.clone();
+        async move { Ok::<_, Infallible>(answer(request, &pages).await) }
+    });
+    let connection =
+        hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+    if let Err(error) = connection.await {
+        tracing::trace!(%error, "metrics port");
+    }
+}
+
+/// The answer to a request that may not pass, in the reference's words.
+fn refuse(refused: Refused) -> Response<Full<Bytes>> {
+    let (status, text) = match refused {
+        Refused::Unauthenticated => (StatusCode::UNAUTHORIZED, "Unauthorized".to_owned()),
+        Refused::Denied(user) => (
+            StatusCode::FORBIDDEN,
+            format!("Authorization denied for user {user}"),
+        ),
+        Refused::Failed => (
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "Authentication failed".to_owned(),
+        ),
+    };
+    reply(status, "text/plain", text + "\n")
 }
 
 async fn answer<B>(request: Request<B>, pages: &Pages) -> Response<Full<Bytes>>
@@ -124,6 +199,16 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let (head, body) = request.into_parts();
+    let gate = pages
+        .gate
+        .as_ref()
+        .filter(|_| head.uri.path() != "/healthz");
+    if let Some(gate) = gate {
+        let checked = gate.check(&head.method, head.uri.path(), &head.headers);
+        if let Err(refused) = checked.await {
+            return refuse(refused);
+        }
+    }
     let prompt = head.uri.path().strip_prefix(KV_INDEX);
     match prompt.filter(|path| path.len() > 1 && path.starts_with('/')) {
         Some(path) if head.method == Method::POST => explain(path.to_owned(), body, pages).await,
@@ -248,6 +333,48 @@ mod tests {
         let status = response.status().as_u16();
         let body = response.into_body().collect().await.unwrap().to_bytes();
         (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    /// Lets GETs with a header pass.
+    #[derive(Debug)]
+    struct Door;
+
+    impl Gate for Door {
+        fn check<'a>(
+            &'a self,
+            method: &'a Method,
+            path: &'a str,
+            _: &'a HeaderMap,
+        ) -> BoxFuture<'a, Result<(), Refused>> {
+            let verdict = match path {
+                _ if method == Method::POST => Err(Refused::Failed),
+                "/metrics" => Ok(()),
+                "/debug/kv-index" => Err(Refused::Denied("eve".to_owned())),
+                _ => Err(Refused::Unauthenticated),
+            };
+            Box::pin(std::future::ready(verdict))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_gate_stands_before_everything_but_health() {
+        let pages = pages().behind(Some(Arc::new(Door)));
+        for (method, path, status, text) in [
+            (Method::GET, "/metrics", 200, ""),
+            (Method::GET, "/healthz", 200, "ok\n"),
+            (Method::GET, "/debug/plugins/state", 401, "Unauthorized\n"),
+            (Method::GET, "/nothing", 401, "Unauthorized\n"),
+            (
+                Method::GET,
+                "/debug/kv-index",
+                403,
+                "Authorization denied for user eve\n",
+            ),
+            (Method::POST, "/metrics", 500, "Authentication failed\n"),
+        ] {
+            let (got, body) = ask(&pages, method, path, Vec::new()).await;
+            assert_eq!((got, body.as_str()), (status, text), "{path}");
+        }
     }
 
     #[tokio::test]

@@ -1,5 +1,6 @@
 //! What producers know about a request that nobody sent, for the admin endpoint.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -21,13 +22,12 @@ impl Director {
         let mut headers = Headers::default();
         headers.push(":path".to_owned(), Bytes::copy_from_slice(path.as_bytes()));
         let body = Body::from(body);
-        let (request, _) = read_request(
-            &config.parsers,
-            headers,
-            body,
-            None,
-            BodyKnowledge::Complete,
-        )?;
+        let request = {
+            let rules = self.rules.load();
+            let with = (&**rules, &RefCell::default());
+            let whole = BodyKnowledge::Complete;
+            read_request(&config.parsers, headers, body, None, whole, with)?.request
+        };
         let pool = self.store.snapshot();
         let candidates: Vec<_> = pool
             .iter()

@@ -22,7 +22,7 @@ impl Default for Backoff {
 
 impl Backoff {
     /// The pause after another failure.
-    pub fn next(&mut self) -> Duration {
+    pub fn pause(&mut self) -> Duration {
         let pause = self.next;
         self.next = (pause * 2).min(LONGEST);
         pause.mul_f64(0.5 + fastrand::f64() / 2.0)
@@ -43,13 +43,13 @@ mod tests {
         let mut backoff = Backoff::default();
         // 0.5, 1, 2, 4, 8, then 15 for good.
         for longest in [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0] {
-            let pause = backoff.next().as_secs_f64();
+            let pause = backoff.pause().as_secs_f64();
             assert!(
                 (longest / 2.0..=longest).contains(&pause),
                 "{pause} of {longest}"
             );
         }
         backoff.reset();
-        assert!(backoff.next() <= FIRST);
+        assert!(backoff.pause() <= FIRST);
     }
 }

@@ -246,12 +246,12 @@ impl<K: Object> Watcher<K> {
             match ended {
                 Ok(Ok(())) if begun.elapsed() >= STABLE => {}
                 // A server that hangs up at once is not asked again at once.
-                Ok(Ok(())) => tokio::time::sleep(self.backoff.next()).await,
+                Ok(Ok(())) => tokio::time::sleep(self.backoff.pause()).await,
                 Ok(Err(Failure::Gone)) => {
                     self.standing.failed("gone");
                     // A server that forgets at once is not listed in a loop.
                     if begun.elapsed() < STABLE {
-                        tokio::time::sleep(self.backoff.next()).await;
+                        tokio::time::sleep(self.backoff.pause()).await;
                     }
                     return Ok(());
                 }
@@ -281,7 +281,7 @@ impl<K: Object> Watcher<K> {
         }
         self.standing.lost();
         let after = failure.retry_after().unwrap_or_default();
-        tokio::time::sleep(self.backoff.next().max(after)).await;
+        tokio::time::sleep(self.backoff.pause().max(after)).await;
     }
 
     /// All objects at one version.
@@ -307,13 +307,11 @@ impl<K: Object> Watcher<K> {
             for item in page.items.unwrap_or_default() {
                 objects.extend(self.object(item));
             }
-            match page.metadata.next.filter(|next| !next.is_empty()) {
-                Some(next) => params.continue_token = Some(next),
-                None => {
-                    self.version = page.metadata.resource_version;
-                    self.standing.listed();
-                    return Ok(objects);
-                }
+            params.continue_token = page.metadata.next.filter(|next| !next.is_empty());
+            if params.continue_token.is_none() {
+                self.version = page.metadata.resource_version;
+                self.standing.listed();
+                return Ok(objects);
             }
         }
     }

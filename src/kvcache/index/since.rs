@@ -2,9 +2,9 @@
 
 use tokio::time::Instant;
 
-use super::lookup::columns;
-use super::table::{PREDICTED, Table};
+use super::table::{PREDICTED, Table, short};
 use super::tier::MAX_TIERS;
+use super::view::View;
 use crate::datalayer::EndpointIndex;
 use crate::kvcache::block::BlockKey;
 
@@ -32,46 +32,37 @@ pub struct Holding {
 /// began.
 pub(super) fn held_since(
     table: &Table,
+    view: &View,
     endpoint: EndpointIndex,
     keys: &[BlockKey],
 ) -> Vec<(u32, Option<u32>)> {
     let mut found = Vec::new();
     let mut done = 0;
-    while let Some(&id) = keys.get(done).and_then(|key| table.heads.get(key)) {
-        let Some(run) = table.runs.get(id as usize) else {
+    while let Some(&id) = keys.get(done).and_then(|key| view.heads.get(key)) {
+        let Some(run) = view.run(id) else {
             break;
         };
         let n = run.common(0, keys.get(done..).unwrap_or_default());
-        let ranks = columns(table, endpoint).iter();
-        let first = ranks
-            .filter_map(|rank| {
-                let column = table.columns.get(*rank as usize)?.as_ref()?;
-                column.runs.get(&id).copied()
-            })
-            .min();
+        let ranks = view.ranks(endpoint.0).iter();
+        let first = ranks.filter_map(|rank| table.since(*rank, id)).min();
         let Some(seconds) = first.filter(|_| n > 0) else {
             break;
         };
-        found.push((
-            super::table::short(n),
-            Some(seconds).filter(|s| *s != PREDICTED),
-        ));
+        found.push((short(n), Some(seconds).filter(|s| *s != PREDICTED)));
         done += n;
     }
     found
 }
 
 /// Counts what the endpoint's ranks hold.
-pub(super) fn holding(table: &Table, endpoint: EndpointIndex) -> Holding {
-    let mut total = Holding::default();
-    for id in columns(table, endpoint) {
-        let Some(column) = table.columns.get(*id as usize).and_then(Option::as_ref) else {
-            continue;
-        };
-        total.runs += column.runs.len();
-        total.block_size = total.block_size.max(column.block_size);
-        let runs = column.runs.keys();
-        for run in runs.filter_map(|run| table.runs.get(*run as usize)) {
+pub(super) fn holding(table: &Table, view: &View, endpoint: EndpointIndex) -> Holding {
+    let mut total = Holding {
+        block_size: view.block_size(endpoint.0).unwrap_or(0),
+        ..Holding::default()
+    };
+    for id in view.ranks(endpoint.0) {
+        for run in table.runs_of(*id).filter_map(|run| view.run(run)) {
+            total.runs += 1;
             for span in run.of_column(*id) {
                 if let Some(blocks) = total.blocks.get_mut(usize::from(span.tier)) {
                     *blocks += u64::from(span.end - span.start);

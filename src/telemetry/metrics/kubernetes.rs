@@ -6,6 +6,42 @@ use metrics::{Counter, Gauge};
 
 use super::labels;
 
+/// Leadership of this process.
+pub struct LeaseSeries {
+    leader: Gauge,
+}
+
+impl std::fmt::Debug for LeaseSeries {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LeaseSeries")
+    }
+}
+
+impl Default for LeaseSeries {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl LeaseSeries {
+    /// Not leading.
+    pub fn new() -> Self {
+        let leader = metrics::gauge!("pinpod_leader");
+        leader.set(0.0);
+        Self { leader }
+    }
+
+    /// Whether this process leads.
+    pub fn leads(&self, leads: bool) {
+        self.leader.set(if leads { 1.0 } else { 0.0 });
+    }
+
+    /// A try for the lease came to `result`, one of a closed set.
+    pub fn tried(&self, result: &'static str) {
+        metrics::counter!("pinpod_lease_tries_total", "result" => result).increment(1);
+    }
+}
+
 /// Series of one collection. All label values come from closed sets.
 pub struct WatchSeries {
     resource: &'static str,

@@ -20,7 +20,7 @@ use cache::{HandleCache, NameCaps};
 pub use collect::{Collect, Follow, register};
 pub use disagg::DecisionSeries;
 pub use encoder_cache::EncoderCacheSeries;
-pub use kubernetes::WatchSeries;
+pub use kubernetes::{LeaseSeries, WatchSeries};
 pub use recorder::Exposition;
 use recorder::Recorder;
 pub use series::{Completion, RequestSeries, RunningGuard};
@@ -197,6 +197,7 @@ struct Inner {
     caps: NameCaps,
     requests: HandleCache<RequestLabels, RequestSeries>,
     attempts: HandleCache<AttemptLabels, Pair<Counter>>,
+    rewrites: HandleCache<[String; 3], Pair<Counter>>,
     decision: Histogram,
     processing: Histogram,
 }
@@ -245,6 +246,7 @@ impl Metrics {
             caps: NameCaps::default(),
             requests: HandleCache::default(),
             attempts: HandleCache::default(),
+            rewrites: HandleCache::default(),
             decision: metrics::histogram!("pinpod_decision_duration_seconds"),
             processing: metrics::histogram!("llm_d_epp_request_processing_duration_seconds"),
         }))
@@ -334,6 +336,32 @@ impl Metrics {
                 },
                 pair,
             )
+        });
+        pair.increment();
+    }
+
+    /// The object `rule` sent a request for `model` to `target`. Names that objects mention are not
+    /// capped; `model` is one of them when the rule is `exact`.
+    pub fn rewritten(&self, rule: &str, model: &str, target: &str, exact: bool) {
+        let probe = [rule, model, target];
+        let same = |key: &[String; 3]| key.each_ref().map(String::as_str) == probe;
+        let pair = self.0.rewrites.get_or_make(cache::hash(&probe), same, || {
+            let model_label = if exact {
+                model.to_owned()
+            } else {
+                self.0.caps.model(model)
+            };
+            let list = labels(&[
+                ("model_rewrite_name", rule),
+                ("model_name", &model_label),
+                ("target_model", target),
+            ]);
+            let pair = Pair::counter(
+                "llm_d_epp_model_rewrite_decisions_total",
+                list.clone(),
+                list,
+            );
+            (probe.map(str::to_owned), pair)
         });
         pair.increment();
     }

@@ -258,6 +258,9 @@ series! {
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";
     "pinpod_config_last_reload_success", Gauge, "1 when the configuration file in its present state is in use.";
+    "llm_d_epp_model_rewrite_decisions_total" = "inference_extension_model_rewrite_decisions_total", Counter, "Requests that a rewrite sent to another model name.";
+    "pinpod_leader", Gauge, "1 while this process holds the lease of its pool.";
+    "pinpod_lease_tries_total", Counter, "Tries for the lease: held, taken (by another), error.";
     "pinpod_kubernetes_watch_connected", Gauge, "1 while a collection of the Kubernetes API is followed, 0 while its last known state stands.";
     "pinpod_kubernetes_last_contact_timestamp_seconds", Gauge, "When the API server last said something about a collection, in Unix time.";
     "pinpod_kubernetes_lists_total", Counter, "Complete lists of a collection.";

@@ -50,6 +50,21 @@ fn ask(
     ids: &[u32],
     model: &str,
 ) -> Vec<(u32, u32, u32)> {
+    let attributes = work(pool, tokens, producer, ids, model);
+    let found = attributes.get(producer.matches).unwrap().iter();
+    found
+        .map(|m| (m.matched_blocks, m.total_blocks, m.block_size_tokens))
+        .collect()
+}
+
+/// What both producers make of a request of `ids`, beside guesses of 1, 1 and 2 of 2 blocks.
+fn work(
+    pool: &mut Pool,
+    tokens: &TokenProducer,
+    producer: &PrecisePrefixProducer,
+    ids: &[u32],
+    model: &str,
+) -> Attributes {
     let body = serde_json::json!({"model": model, "prompt": ids}).to_string();
     let body = Body::from(body.as_str());
     let payload = OpenAiParser.parse("/v1/completions", &body).unwrap();
@@ -82,10 +97,7 @@ fn ask(
         step.produce(&pool.request, &pool.candidates, &mut attributes)
             .unwrap();
     }
-    let found = attributes.get(producer.matches).unwrap().iter();
-    found
-        .map(|m| (m.matched_blocks, m.total_blocks, m.block_size_tokens))
-        .collect()
+    attributes
 }
 
 fn setting(parameters: &str) -> (Pool, TokenProducer, PrecisePrefixProducer) {
@@ -359,4 +371,30 @@ async fn an_address_in_use_is_tried_again() {
     until("a failure", || listener.snapshot().bind_errors > 0).await;
     drop(taken);
     until("listening", || listener.state() == StreamState::Live).await;
+}
+
+#[test]
+fn a_mixed_pool_is_scored_by_what_is_known_of_each_endpoint() {
+    use crate::scheduling::scorers::PrefixCacheScorer;
+    let (mut pool, tokens, producer) = setting("{}");
+    let scorer: PrefixCacheScorer =
+        pool.plugin(r#"{"prefixMatchInfoProducerName": "precise-prefix-cache-producer"}"#);
+    let _a = engine(&producer, 0, &PROMPT[..8], None);
+    let _b = engine(&producer, 1, &[9, 2, 3, 4], None);
+    let attributes = work(&mut pool, &tokens, &producer, &PROMPT, "m");
+    let cycle = Cycle {
+        request: &pool.request,
+        attributes: &attributes,
+        now: Instant::now(),
+        rng: &pool.rng,
+    };
+    let mut scores = [0.0; 3];
+    scorer.score(
+        &cycle,
+        Candidates::new(&pool.candidates, &[0, 1, 2]),
+        &mut scores,
+    );
+    // a: 2 of 3 blocks by its events; b: none, whatever its guess of 1/2 says; c publishes nothing, so
+    // its guess of 2/2 counts.
+    assert_eq!(scores, [2.0 / 3.0, 0.0, 1.0]);
 }
