@@ -13,16 +13,22 @@ mod alloc;
 mod catalogue;
 #[path = "compat/corpus.rs"]
 mod corpus;
+#[path = "compat/drop_in.rs"]
+mod drop_in;
 #[path = "compat/errors.rs"]
 mod errors;
 #[path = "compat/fuzz.rs"]
 mod fuzz;
+#[path = "compat/manifests.rs"]
+mod manifests;
 #[path = "compat/plugins.rs"]
 mod plugins;
 #[path = "compat/pool.rs"]
 mod pool;
 #[path = "compat/process.rs"]
 mod process;
+#[path = "compat/schema.rs"]
+mod schema;
 #[path = "tidy.rs"]
 mod tidy;
 

@@ -26,6 +26,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
+    (
+        "kubernetes",
+        &["control", "datalayer", "plugin", "request", "telemetry"],
+    ),
     ("extproc", &["control", "request", "response", "telemetry"]),
     (
         "config",
@@ -44,6 +48,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "epp",
         &[
             "config",
+            "kubernetes",
             "extproc",
             "control",
             "datalayer",
@@ -51,6 +56,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
+    ("doctor", &["extproc", "kvcache", "datalayer", "telemetry"]),
     ("sim", &["telemetry"]),
     ("demo", &["telemetry"]),
 ];

@@ -498,7 +498,7 @@ async fn an_upload_that_never_ends_is_refused_at_the_deadline() {
     let picker = picker("10.0.0.7:8000");
     let never = futures_util::stream::iter([Ok(request_headers(false).into())])
         .chain(futures_util::stream::pending());
-    let mut replies = ReplyStream::new(Box::pin(never), picker.exchange(), None);
+    let mut replies = ReplyStream::new(Box::pin(never), Box::new(picker.exchange()), None);
     let started = tokio::time::Instant::now();
     let reply = replies.next().await.unwrap().unwrap().into();
     assert_eq!(started.elapsed().as_secs(), 120);

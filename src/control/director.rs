@@ -4,6 +4,8 @@
 //! the decision is handed back as [`Step::Wait`] and goes on with [`Director::resume`] where it
 //! stopped.
 
+mod explain;
+
 use std::any::Any;
 use std::cell::RefCell;
 use std::pin::Pin;
@@ -23,7 +25,7 @@ use super::intake::{
     request_id, wants_cached_prefix,
 };
 use crate::datalayer::EndpointStore;
-use crate::plugin::{Attributes, Column, Hook, Leases};
+use crate::plugin::{Attributes, Column, Hook, Lap, Leases};
 use crate::request::parsers::{ParserSet, request_path};
 use crate::request::rewrite::rewrite_model;
 use crate::request::{ApiKind, Body, Early, Headers, InferenceRequest, Payload};
@@ -540,11 +542,14 @@ impl Draft {
             ..
         } = self;
         let candidates = &candidates.list;
+        let mut lap = Lap::start();
         while let Some(producer) = config.producers.get(*produced) {
             if let Some(preparation) = producer.plugin.prepare(request, candidates, attributes) {
                 return Some(Box::pin(in_time(preparation)));
             }
-            let result = producer.timed(|plugin| plugin.produce(request, candidates, attributes));
+            let result = producer.timed_after(&mut lap, |plugin| {
+                plugin.produce(request, candidates, attributes)
+            });
             *produced += 1;
             if let Err(error) = result {
                 give_up_on_producers(&producer.name.name, &error);
@@ -582,8 +587,11 @@ impl Draft {
             return Err(RequestError::NoCachedPrefix);
         }
         let mut outcome = Outcome::default();
+        let mut lap = Lap::start();
         for hook in &config.pre_request {
-            hook.timed(|plugin| plugin.on_pick(&cycle, candidates, &result, &mut outcome));
+            hook.timed_after(&mut lap, |plugin| {
+                plugin.on_pick(&cycle, candidates, &result, &mut outcome);
+            });
         }
         Ok((result, outcome))
     }

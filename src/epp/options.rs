@@ -9,6 +9,11 @@ use std::time::Duration;
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 
 use super::tls::TlsOptions;
+use crate::datalayer::selector::Selector;
+use crate::kubernetes::client::{DEFAULT_NAMESPACE, is_object_name};
+use crate::kubernetes::objects::{LEGACY_GROUP, POOL_GROUP};
+use crate::kubernetes::pool::MAX_TARGET_PORTS;
+use crate::kubernetes::{ClientOptions, PoolSource};
 use crate::plugin::duration::GoDuration;
 use crate::telemetry::log;
 
@@ -44,6 +49,8 @@ pub struct ServeOptions {
     pub endpoints: Option<String>,
     /// Pool name for metrics.
     pub pool_name: String,
+    /// The pool in Kubernetes; not used when endpoints come from elsewhere.
+    pub kubernetes: Option<KubernetesOptions>,
     /// `--config-file`.
     pub config_file: Option<PathBuf>,
     /// `--config-text`.
@@ -100,6 +107,19 @@ pub struct ServeOptions {
     pub warnings: Vec<String>,
 }
 
+/// Where the pool is in Kubernetes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KubernetesOptions {
+    /// `--kubeconfig`.
+    pub client: ClientOptions,
+    /// `--pool-namespace`, or `NAMESPACE`, or `default`.
+    pub namespace: String,
+    /// `--pool-group`, which references to the pool must name.
+    pub pool_group: String,
+    /// `--pool-name`, or `--endpoint-selector` and `--endpoint-target-ports`.
+    pub source: PoolSource,
+}
+
 /// `--model-server-metrics-*`: what they say overrides every metrics source of the document.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ScrapeFlags {
@@ -139,16 +159,27 @@ struct PoolFlags {
     /// Endpoints as host:port[;label=value...],... instead of any discovery
     #[arg(long, value_name = "LIST")]
     endpoints: Option<String>,
-    /// Name of the InferencePool; here a label in metrics [default: epp]
+    /// Name of the InferencePool
     #[arg(long, default_value = "", hide_default_value = true)]
     pool_name: String,
     /// Namespace of the pool
-    #[arg(long, env = "NAMESPACE", default_value = "default")]
+    #[arg(long, env = "NAMESPACE", default_value = DEFAULT_NAMESPACE)]
     pool_namespace: String,
-    /// API group of the pool
-    #[arg(long, default_value = "inference.networking.k8s.io")]
+    /// API group of the pool; inference.networking.x-k8s.io for v1alpha2 only
+    #[arg(long, default_value = POOL_GROUP)]
     pool_group: String,
-    /// Pods by label selector instead of a pool (Kubernetes; not yet available)
+    /// Kubeconfig file [default: KUBECONFIG, the pod's service account, ~/.kube/config]
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "",
+        hide_default_value = true
+    )]
+    kubeconfig: String,
+    /// Name of this pod, from which that of its Deployment is cut with --endpoint-selector
+    #[arg(long, env = "POD_NAME", default_value = "", hide = true)]
+    pod_name: String,
+    /// Pods by label selector instead of a pool; needs no custom resource
     #[arg(long, default_value = "", hide_default_value = true)]
     endpoint_selector: String,
     /// Ports of the pods selected, 1 to 8 of them, comma-separated
@@ -462,6 +493,117 @@ fn list(text: &str) -> Vec<String> {
         .collect()
 }
 
+impl PoolFlags {
+    /// The pool in Kubernetes, if the flags name one.
+    fn kubernetes(
+        &self,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<KubernetesOptions>, OptionsError> {
+        let namespace = match self.pool_namespace.as_str() {
+            "" => DEFAULT_NAMESPACE,
+            other => other,
+        };
+        if !is_object_name(namespace, false) {
+            return invalid(format!(
+                "flag --pool-namespace: {namespace:?} is no namespace"
+            ));
+        }
+        let source = if !self.pool_name.is_empty() {
+            if !is_object_name(&self.pool_name, true) {
+                let name = &self.pool_name;
+                return invalid(format!("flag --pool-name: {name:?} is no object name"));
+            }
+            let legacy = self.pool_group == LEGACY_GROUP;
+            if !legacy && self.pool_group != POOL_GROUP {
+                let group = &self.pool_group;
+                warnings.push(format!(
+                    "--pool-group {group:?} is not known, the pool is looked for in {POOL_GROUP}"
+                ));
+            }
+            PoolSource::Pool {
+                name: self.pool_name.clone(),
+                legacy,
+            }
+        } else if !self.endpoint_selector.is_empty() {
+            PoolSource::Selector {
+                selector: self.endpoint_selector.clone(),
+                ports: self.selected()?,
+            }
+        } else {
+            return Ok(None);
+        };
+        let kubeconfig = Some(&self.kubeconfig).filter(|path| !path.is_empty());
+        Ok(Some(KubernetesOptions {
+            client: ClientOptions {
+                kubeconfig: kubeconfig.map(Into::into),
+                context: None,
+            },
+            namespace: namespace.to_owned(),
+            pool_group: self.pool_group.clone(),
+            source,
+        }))
+    }
+
+    /// Checks the selector; the ports that go with it, each once.
+    fn selected(&self) -> Result<Vec<u16>, OptionsError> {
+        if let Err(problem) = Selector::parse(&self.endpoint_selector) {
+            return invalid(format!("flag --endpoint-selector: {problem}"));
+        }
+        let mut ports = Vec::new();
+        for text in list(&self.endpoint_target_ports) {
+            match text.parse::<u16>() {
+                Ok(port) if port > 0 && ports.contains(&port) => {}
+                Ok(port) if port > 0 => ports.push(port),
+                _ => {
+                    return invalid(format!(
+                        "flag --endpoint-target-ports: {text:?} is not within 1 and 65535"
+                    ));
+                }
+            }
+        }
+        if ports.is_empty() || ports.len() > MAX_TARGET_PORTS {
+            return invalid(format!(
+                "flag --endpoint-target-ports: 1 to {MAX_TARGET_PORTS} ports are needed with --endpoint-selector"
+            ));
+        }
+        Ok(ports)
+    }
+
+    /// What the pool is called in metrics and leases.
+    fn identity(&self, warnings: &mut Vec<String>) -> String {
+        if !self.pool_name.is_empty() {
+            return self.pool_name.clone();
+        }
+        if self.endpoint_selector.is_empty() {
+            return "epp".to_owned();
+        }
+        workload(&self.pod_name).map_or_else(
+            || {
+                warnings.push(format!(
+                    "POD_NAME {:?} names no pod of a Deployment or StatefulSet: the pool is called epp",
+                    self.pod_name
+                ));
+                "epp".to_owned()
+            },
+            str::to_owned,
+        )
+    }
+}
+
+/// The Deployment (`<name>-<hash>-<suffix>`) or StatefulSet (`<name>-<ordinal>`) that a pod is of.
+fn workload(pod: &str) -> Option<&str> {
+    let is_word = |text: &str| {
+        let word = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        !text.is_empty() && text.bytes().all(word)
+    };
+    let (rest, last) = pod.rsplit_once('-')?;
+    if last.bytes().all(|b| b.is_ascii_digit()) && !last.is_empty() && last.len() < 4 {
+        return Some(rest).filter(|name| !name.is_empty());
+    }
+    let (name, hash) = rest.rsplit_once('-')?;
+    (is_word(last) && is_word(hash) && !name.is_empty()).then_some(name)
+}
+
 impl Flags {
     #[expect(clippy::too_many_lines, reason = "one field after the other")]
     fn validate(self, warnings: &mut Vec<String>) -> Result<ServeOptions, OptionsError> {
@@ -487,10 +629,7 @@ impl Flags {
                 "exactly one of --pool-name and --endpoint-selector must be set (or --endpoints given)",
             );
         }
-        let target_ports = list(&pool.endpoint_target_ports);
-        if target_ports.len() > 8 || target_ports.iter().any(|p| p.parse::<u16>().is_err()) {
-            return invalid("flag --endpoint-target-ports: expected 1 to 8 ports");
-        }
+        let kubernetes = pool.kubernetes(warnings)?;
         if pool.ha_enable_leader_election {
             return invalid(
                 "flag --ha-enable-leader-election is known but not yet available in this version",
@@ -522,12 +661,9 @@ impl Flags {
         let size = |name, text: &str| optional(text).map(|t| quantity(name, &t)).transpose();
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Ok(ServeOptions {
+            pool_name: pool.identity(warnings),
             endpoints: pool.endpoints.filter(|e| !e.is_empty()),
-            pool_name: if named {
-                pool.pool_name
-            } else {
-                "epp".to_owned()
-            },
+            kubernetes,
             config_file: optional(&pool.config_file).map(Into::into),
             config_text: optional(&pool.config_text),
             allow_experimental_plugins: pool.allow_experimental_plugins,
@@ -748,6 +884,73 @@ mod tests {
         ] {
             let error = options(line).unwrap_err();
             assert!(error.contains(text), "{line:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_pool_is_named_or_selected() {
+        let kubernetes = |line: &[&str]| options(line).unwrap().kubernetes.unwrap();
+        let named = kubernetes(&["--pool-name=p", "--pool-namespace=models"]);
+        assert_eq!(named.namespace, "models");
+        let pool = |legacy| PoolSource::Pool {
+            name: "p".to_owned(),
+            legacy,
+        };
+        assert_eq!(named.source, pool(false));
+        let legacy = kubernetes(&[
+            "--pool-name=p",
+            "--pool-group=inference.networking.x-k8s.io",
+        ]);
+        assert_eq!(legacy.source, pool(true));
+        let line = [
+            "--endpoint-selector=a=b,!c",
+            "--endpoint-target-ports=8001,8000,8001",
+        ];
+        let selected = PoolSource::Selector {
+            selector: "a=b,!c".to_owned(),
+            ports: vec![8001, 8000],
+        };
+        assert_eq!(kubernetes(&line).source, selected);
+        for (line, text) in [
+            (&["--pool-name=P"][..], "is no object name"),
+            (
+                &["--pool-name=p", "--pool-namespace=a.b"],
+                "is no namespace",
+            ),
+            (&["--endpoint-selector=a=b"], "1 to 8 ports are needed"),
+            (
+                &["--endpoint-selector=a=b", "--endpoint-target-ports=0"],
+                "is not within",
+            ),
+            (
+                &[
+                    "--endpoint-selector=a=b",
+                    "--endpoint-target-ports=1,2,3,4,5,6,7,8,9",
+                ],
+                "1 to 8",
+            ),
+            (
+                &["--endpoint-selector=a b", "--endpoint-target-ports=1"],
+                "not a label requirement",
+            ),
+        ] {
+            let error = options(line).unwrap_err();
+            assert!(error.contains(text), "{line:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_workload_is_cut_out_of_the_pod_name() {
+        for (pod, name) in [
+            ("llm-epp-7d9f8b6c5-x2x4z", Some("llm-epp")),
+            ("epp-5c-abcde", Some("epp")),
+            ("llm-epp-0", Some("llm-epp")),
+            ("epp", None),
+            ("epp-abc", None),
+            ("-a-b", None),
+            ("", None),
+        ] {
+            assert_eq!(workload(pod), name, "{pod}");
         }
     }
 

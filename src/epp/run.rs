@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::control_plane::ControlPlane;
 use super::health::{HealthService, HealthState};
 use super::options::ServeOptions;
 use super::reload::{Live, LiveFlags, Reloader};
@@ -28,6 +30,7 @@ use crate::extproc::service::{MessageLimits, Processor};
 use crate::extproc::stream::StreamSettings;
 use crate::plugin::{InFlightSlot, Plugin};
 use crate::telemetry::metrics::{ConfigReloads, ExtProcStreams, Metrics};
+use crate::telemetry::server::{Explained, IndexView, Pages, Refusal};
 use crate::telemetry::{self, log};
 
 /// Room of a gRPC message around a body piece.
@@ -57,8 +60,10 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let store = Arc::new(EndpointStore::default());
     let shutdown = CancellationToken::new();
     let tasks = TaskTracker::new();
+    let control_plane = ControlPlane::connect(&options, &config).await?;
     let flags = LiveFlags {
         endpoints: options.endpoints.clone(),
+        kubernetes: control_plane.as_ref().map(ControlPlane::discovery),
         scrape: options.scrape.clone(),
         refresh_metrics_interval: options.refresh_metrics_interval,
     };
@@ -89,8 +94,13 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         };
         tasks.spawn(reloader.run(shutdown.clone()));
     }
-    let servers = start_servers(&options, director, &health, &tasks, &shutdown)?;
-    start_metrics(&options, &store, exposition, &tasks, &shutdown).await?;
+    let servers = start_servers(&options, Arc::clone(&director), &health, &tasks, &shutdown)?;
+    let pages = Pages::new(
+        exposition,
+        plugin_state(Arc::clone(&store)),
+        Arc::new(IndexPages(director)),
+    );
+    start_metrics(&options, &store, pages, &tasks, &shutdown).await?;
     tracing::info!(extproc = %servers[0].address(), health = %servers[1].address(), "serving");
 
     wait_for_signal().await?;
@@ -185,7 +195,7 @@ fn start_servers(
 async fn start_metrics(
     options: &ServeOptions,
     store: &Arc<EndpointStore>,
-    exposition: telemetry::metrics::Exposition,
+    pages: Pages,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
@@ -193,12 +203,7 @@ async fn start_metrics(
         .await
         .with_context(|| format!("--metrics-port {}", options.metrics_port))?;
     tracing::info!(metrics = %listener.local_addr()?, "serving metrics");
-    tasks.spawn(telemetry::server::serve(
-        listener,
-        exposition,
-        plugin_state(Arc::clone(store)),
-        shutdown.clone(),
-    ));
+    tasks.spawn(telemetry::server::serve(listener, pages, shutdown.clone()));
     let gauges = PoolGauges::new(
         Arc::clone(store),
         &options.pool_name,
@@ -209,6 +214,26 @@ async fn start_metrics(
         shutdown.clone(),
     ));
     Ok(())
+}
+
+/// The block index, as the producers of the configuration in use see it.
+struct IndexPages(Arc<Director>);
+
+impl IndexView for IndexPages {
+    fn totals(&self) -> serde_json::Value {
+        self.0.overview()
+    }
+
+    fn explain(&self, path: String, body: Bytes) -> Explained {
+        let director = Arc::clone(&self.0);
+        Box::pin(async move {
+            let found = director.explain(&path, body).await;
+            found.map_err(|error| Refusal {
+                status: error.http_status(),
+                text: error.to_string(),
+            })
+        })
+    }
 }
 
 /// What plugins hold right now, for `/debug/plugins/state`: the load booked on each endpoint.

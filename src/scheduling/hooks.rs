@@ -6,11 +6,13 @@
 use std::any::Any;
 use std::fmt::Debug;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::{Candidate, Cycle, SchedulingResult};
+use crate::datalayer::Endpoint;
 use crate::plugin::{Attributes, Leases};
 use crate::request::InferenceRequest;
 
@@ -74,6 +76,27 @@ pub trait DataProducer: Send + Sync + Debug {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         self.produce(request, candidates, attributes)
+    }
+
+    /// What it found out about the request, for people; called after it produced.
+    fn explain(
+        &self,
+        _request: &InferenceRequest,
+        _candidates: &[Candidate],
+        _attributes: &Attributes,
+    ) -> Option<serde_json::Value> {
+        None
+    }
+
+    /// What it knows about the endpoints of the pool, for people.
+    fn overview(&self, _pool: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
+        None
+    }
+
+    /// False when producing for one request changes what others get, so that it must not be done for a
+    /// request that nobody sent.
+    fn is_pure(&self) -> bool {
+        true
     }
 
     /// Tokens of a block, if this producer hashes the text of a prompt in blocks and is glad when that

@@ -10,7 +10,7 @@ use super::{
     Candidate, Candidates, Cycle, Filter, Picker, ProfileHandler, ProfilePicks, ProfileRun,
     ScheduleError, SchedulingResult, Scored, Scorer,
 };
-use crate::plugin::Hook;
+use crate::plugin::{Hook, Lap};
 use crate::telemetry::metrics::Pair;
 
 /// Filters in order, weighted scorers, one picker.
@@ -163,12 +163,13 @@ impl Profile {
             totals,
             ..
         } = scratch;
+        let mut lap = Lap::start();
         selected.clear();
         selected.extend((0..).take(candidates.len()));
         for hook in &self.filters {
             keep.clear();
             let offered = Candidates::new(candidates, selected).with_peer(peer);
-            hook.timed(|filter| filter.filter(cycle, offered, keep));
+            hook.timed_after(&mut lap, |filter| filter.filter(cycle, offered, keep));
             std::mem::swap(selected, keep);
             if selected.is_empty() {
                 return ProfileRun::Failed;
@@ -183,7 +184,7 @@ impl Profile {
         for (hook, weight) in &self.scorers {
             scores.clear();
             scores.resize(selected.len(), 0.0);
-            hook.timed(|scorer| scorer.score(cycle, rated, scores));
+            hook.timed_after(&mut lap, |scorer| scorer.score(cycle, rated, scores));
             for (scored, score) in scored.iter_mut().zip(scores.iter()) {
                 let score = if score.is_nan() {
                     0.0
@@ -199,7 +200,8 @@ impl Profile {
                 totals.extend_from_slice(scored);
             }
         }
-        self.picker.timed(|picker| picker.pick(cycle, scored));
+        self.picker
+            .timed_after(&mut lap, |picker| picker.pick(cycle, scored));
         if scored.is_empty() {
             return ProfileRun::Failed;
         }

@@ -34,16 +34,8 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
         Routes(prefix_beats_a_queue),
     ),
     ("router-precise-prefix", false, Loads),
-    (
-        "router-kv-events-sim",
-        false,
-        Later("kvEventsConfig.zmqEndpoint"),
-    ),
-    (
-        "router-kv-events-render",
-        false,
-        Later("kvEventsConfig.zmqEndpoint"),
-    ),
+    ("router-kv-events-sim", false, Loads),
+    ("router-kv-events-render", false, Loads),
     ("router-no-hit-lru", false, Routes(decodes_and_sticks)),
     (
         "router-embeddings-cache-stale",

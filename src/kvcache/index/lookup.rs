@@ -316,7 +316,7 @@ impl Walk<'_> {
     }
 }
 
-fn columns(table: &Table, endpoint: EndpointIndex) -> &[u32] {
+pub(super) fn columns(table: &Table, endpoint: EndpointIndex) -> &[u32] {
     let columns = table.by_endpoint.get(endpoint.0 as usize);
     columns.map_or(&[], |columns| columns.as_slice())
 }

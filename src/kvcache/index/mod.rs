@@ -15,6 +15,7 @@ mod extras;
 mod lookup;
 mod parked;
 mod run;
+mod since;
 mod table;
 mod tier;
 mod writer;
@@ -30,6 +31,7 @@ use parking_lot::RwLock;
 use tokio::time::Instant;
 
 pub use lookup::{Lookup, Match, Trust};
+pub use since::{Held, Holding};
 pub use table::TableStats;
 pub use tier::{CPU, GPU, MAX_TIERS, SPECULATIVE};
 pub use writer::{EndpointWriter, WriterStats};
@@ -203,6 +205,36 @@ impl KvIndex {
     /// Size and counters.
     pub fn stats(&self) -> TableStats {
         self.shared.inner.read().table.stats()
+    }
+
+    /// Stretches of the first `blocks` of a prompt with these keys that `endpoint` has stored blocks of,
+    /// and when it began to: for people, not for requests.
+    pub fn held_since(
+        &self,
+        endpoint: EndpointIndex,
+        keys: &[BlockKey],
+        blocks: usize,
+    ) -> Vec<Held> {
+        let keys = keys.get(..blocks.min(keys.len())).unwrap_or_default();
+        let found = since::held_since(&self.shared.inner.read().table, endpoint, keys);
+        let at = |seconds: u32| self.shared.started + Duration::from_secs(seconds.into());
+        let held = found.into_iter().map(|(blocks, seconds)| Held {
+            blocks,
+            since: seconds.map(at),
+        });
+        held.collect()
+    }
+
+    /// Blocks and runs that each of `endpoints` holds, over all its ranks; a block counts once for each
+    /// tier and group it lies in. Cost: the runs of these endpoints.
+    pub fn holdings(&self, endpoints: &[EndpointIndex]) -> Vec<Holding> {
+        let inner = self.shared.inner.read();
+        let of = |endpoint: &EndpointIndex| since::holding(&inner.table, *endpoint);
+        endpoints.iter().map(of).collect()
+    }
+
+    fn seconds(&self, at: Instant) -> u32 {
+        u32::try_from(self.millis(at) / 1000).unwrap_or(u32::MAX - 1)
     }
 
     fn millis(&self, at: Instant) -> u64 {

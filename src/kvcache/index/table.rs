@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashMap;
 
 use super::run::{Expected, Plane, Run};
 use super::tier::{MAX_TIERS, SPECULATIVE};
@@ -17,12 +17,14 @@ pub(super) const MAX_EXPECTED: usize = 1 << 16;
 // Memory at the worst fill: vectors half empty, hash tables just grown (7 in 16 slots used).
 /// One block: its key and hash (16, twice), its entry in `by_hash` (17 a slot).
 const BLOCK_BYTES: usize = 72;
-/// One span (16, twice) and the run's entry in its column (5 a slot).
-const SPAN_BYTES: usize = 44;
+/// One span (16, twice) and the run's entry in its column (9 a slot).
+const SPAN_BYTES: usize = 53;
 /// A run beside its blocks: itself (136, twice) and its entry in `heads` (17 a slot).
 const RUN_BYTES: usize = 312;
 /// One hash an endpoint does not share with the others (25 a slot).
 const PRIVATE_BYTES: usize = 58;
+/// Stands for the time of the first store where there was none.
+pub(super) const PREDICTED: u32 = u32::MAX;
 /// Private hashes are looked through for dead ones from this many on.
 const FIRST_SWEEP: usize = 1024;
 
@@ -42,8 +44,9 @@ pub(super) struct Column {
     pub(super) groups: [u32; MAX_TIERS],
     /// Tokens per block; 0 until the first dense store.
     pub(super) block_size: u32,
-    /// Runs it has spans or predictions in.
-    runs: HashSet<u32>,
+    /// Runs it has spans or predictions in, and when it first stored to each, in seconds since the index
+    /// began; [`PREDICTED`] until it did.
+    pub(super) runs: HashMap<u32, u32>,
     /// Hashes that mean another block here than in `by_hash`, or are not there.
     private: HashMap<u64, (BlockKey, Place)>,
     sweep_at: usize,
@@ -57,7 +60,7 @@ pub(super) struct Brief {
     pub(super) many_groups: bool,
 }
 
-/// Counters of the table; all but `used_bytes`, `blocks` and `runs` only grow.
+/// Counters of the table; those below `predictions` only grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TableStats {
     /// Estimated memory.
@@ -66,8 +69,14 @@ pub struct TableStats {
     pub blocks: usize,
     /// Runs they lie in.
     pub runs: usize,
+    /// Publishers with a part in it: ranks of endpoints.
+    pub columns: usize,
+    /// Predictions that wait for events or their deadline.
+    pub predictions: usize,
     /// Runs dropped because the memory bound was reached.
     pub evicted_runs: u64,
+    /// Blocks that were in them.
+    pub evicted_blocks: u64,
     /// Blocks not taken in because nothing could be dropped for them.
     pub refused_blocks: u64,
     /// Predictions not taken in because too many wait.
@@ -100,6 +109,17 @@ pub(super) struct Table {
     stats: TableStats,
 }
 
+/// What became of a removal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Removal {
+    /// The column has no such copy.
+    Unknown,
+    /// Another copy stays, there or in another tier.
+    Kept,
+    /// The column holds the block no longer.
+    Gone,
+}
+
 /// How stored blocks are held.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Hold<'a> {
@@ -108,6 +128,8 @@ pub(super) enum Hold<'a> {
         tier: u8,
         group: u8,
         hashes: &'a [u64],
+        /// Now, in seconds since the index began.
+        at_s: u32,
     },
     /// A prediction.
     Until(u64),
@@ -140,6 +162,8 @@ impl Table {
             used_bytes: self.used_bytes(),
             blocks: self.blocks,
             runs: self.heads.len(),
+            columns: self.columns.len() - self.free_columns.len(),
+            predictions: self.expiry.len(),
             ..self.stats
         }
     }
@@ -149,7 +173,7 @@ impl Table {
             endpoint,
             groups: [0; MAX_TIERS],
             block_size: 0,
-            runs: HashSet::new(),
+            runs: HashMap::new(),
             private: HashMap::new(),
             sweep_at: FIRST_SWEEP,
         };
@@ -231,7 +255,7 @@ impl Table {
         column.sweep_at = FIRST_SWEEP;
         self.privates -= privates;
         self.change_groups(id, |groups| *groups = [0; MAX_TIERS]);
-        for run in runs {
+        for run in runs.into_keys() {
             self.change(run, |run| run.clear(id));
             self.trim(run);
         }
@@ -298,16 +322,18 @@ impl Table {
         });
     }
 
-    /// One copy less; false when the column has none.
-    pub(super) fn remove(&mut self, plane: Plane, hash: u64) -> bool {
+    /// One copy less.
+    pub(super) fn remove(&mut self, plane: Plane, hash: u64) -> Removal {
         let id = plane.column;
         let Some(place) = self.resolve(id, hash) else {
-            return false;
+            return Removal::Unknown;
         };
         if !self.change(place.run, |run| run.remove(plane, place.offset)) {
-            return false;
+            return Removal::Unknown;
         }
-        if !self.holds(id, place) {
+        if self.holds(id, place) {
+            Removal::Kept
+        } else {
             if let Some(column) = self.column(id)
                 && !column.private.is_empty()
                 && column.private.remove(&hash).is_some()
@@ -316,8 +342,8 @@ impl Table {
             }
             self.forget_if_absent(id, place.run);
             self.trim(place.run);
+            Removal::Gone
         }
-        true
     }
 
     /// Predicts that the column will hold `keys` until `deadline_ms`.
@@ -421,13 +447,19 @@ impl Table {
     fn hold(&mut self, id: u32, place: Place, n: usize, done: usize, hold: Hold<'_>) {
         let (start, end) = (place.offset, place.offset + short(n));
         if let Some(column) = self.column(id) {
-            column.runs.insert(place.run);
+            let since = column.runs.entry(place.run).or_insert(PREDICTED);
+            if let Hold::Copy { at_s, .. } = hold
+                && *since == PREDICTED
+            {
+                *since = at_s;
+            }
         }
         match hold {
             Hold::Copy {
                 tier,
                 group,
                 hashes,
+                at_s: _,
             } => {
                 let plane = Plane {
                     column: id,
@@ -674,6 +706,7 @@ impl Table {
             if spared && step < 2 * n {
                 continue;
             }
+            self.stats.evicted_blocks += run.keys.len() as u64;
             self.free(id);
             self.stats.evicted_runs += 1;
             return true;

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use super::extras::ExtraKeys;
 use super::parked::Parked;
 use super::run::Plane;
-use super::table::{Hold, MAX_GROUPS};
+use super::table::{Hold, MAX_GROUPS, Removal};
 use super::{CPU, GPU, KvIndex};
 use crate::kvcache::block::{BlockKey, KeySpace};
 use crate::kvcache::events::{Batch, Event, EventSink, Removed, Stored, StreamState};
@@ -17,6 +17,8 @@ pub struct WriterStats {
     pub stored_blocks: u64,
     /// Copies removed.
     pub removed_blocks: u64,
+    /// Those of them that left another copy of their block.
+    pub kept_blocks: u64,
     /// Copies noted by name only.
     pub located_blocks: u64,
     /// Stores kept until their parent is known.
@@ -54,6 +56,8 @@ pub struct EndpointWriter {
     parked: Parked,
     stats: WriterStats,
     keys: Vec<BlockKey>,
+    /// When the batch at hand came, in seconds since the index began.
+    now_s: u32,
 }
 
 impl EndpointWriter {
@@ -66,6 +70,7 @@ impl EndpointWriter {
             parked: Parked::default(),
             stats: WriterStats::default(),
             keys: Vec::new(),
+            now_s: 0,
         }
     }
 
@@ -129,6 +134,7 @@ impl EndpointWriter {
             tier: plane.tier,
             group,
             hashes: event.hashes,
+            at_s: self.now_s,
         };
         table.store(self.column, at, &self.keys, hold);
         drop(inner);
@@ -262,9 +268,13 @@ impl EndpointWriter {
         };
         let mut inner = self.index.shared.inner.write();
         for hash in event.hashes {
-            if inner.table.remove(plane, *hash) {
-                self.stats.removed_blocks += 1;
-                continue;
+            match inner.table.remove(plane, *hash) {
+                Removal::Unknown => {}
+                removal => {
+                    self.stats.removed_blocks += 1;
+                    self.stats.kept_blocks += u64::from(removal == Removal::Kept);
+                    continue;
+                }
             }
             self.stats.unknown_hashes += 1;
             if !self.parked.is_empty() {
@@ -306,6 +316,7 @@ impl EndpointWriter {
 
 impl EventSink for EndpointWriter {
     fn apply(&mut self, batch: &Batch<'_>) {
+        self.now_s = self.index.seconds(Instant::now());
         for event in batch.events {
             match event {
                 Event::Stored(event) => self.stored(event),

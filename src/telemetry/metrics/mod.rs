@@ -2,7 +2,9 @@
 //! except one cached lookup per request.
 
 mod cache;
+mod collect;
 mod encoder_cache;
+mod kubernetes;
 mod recorder;
 mod series;
 pub mod table;
@@ -14,7 +16,9 @@ use metrics::{Counter, Gauge, Histogram, Label};
 use tokio::time::Instant;
 
 use cache::{HandleCache, NameCaps};
+pub use collect::{Collect, Follow, register};
 pub use encoder_cache::EncoderCacheSeries;
+pub use kubernetes::WatchSeries;
 pub use recorder::Exposition;
 use recorder::Recorder;
 pub use series::{Completion, RequestSeries, RunningGuard};
@@ -491,6 +495,14 @@ impl StreamGuard {
             .record(self.opened_at.elapsed().as_secs_f64());
         metrics::counter!("llm_d_epp_extproc_streams_total", "code" => code).increment(1);
     }
+}
+
+/// What `record` wrote through handles it made, as text.
+#[cfg(test)]
+pub(crate) fn recorded(record: impl FnOnce()) -> String {
+    let recorder = Recorder::new();
+    metrics::with_local_recorder(&recorder, record);
+    recorder.exposition().render()
 }
 
 #[cfg(test)]

@@ -257,6 +257,11 @@ impl DataProducer for BurstPrefixProducer {
         Ok(())
     }
 
+    /// A request joins the window it is prepared for.
+    fn is_pure(&self) -> bool {
+        false
+    }
+
     fn prepare(
         &self,
         request: &InferenceRequest,
