@@ -9,6 +9,8 @@
 
 #[path = "envoy_grpc.rs"]
 mod grpc;
+#[path = "envoy_events.rs"]
+mod kv_events;
 mod support;
 
 use std::io::Write;

@@ -1,6 +1,7 @@
 //! `pinpod sim`
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::net::TcpListener;
@@ -10,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::sim::events::EventsConfig;
 use crate::sim::hash::HashAlgorithm;
 use crate::sim::server::{EventsSetup, Fault};
+use crate::sim::transfer::{Role, TransferConfig, TransferSetup};
 use crate::sim::{EngineConfig, Profile, SimConfig, serve};
 
 /// Flags of `sim`.
@@ -87,6 +89,31 @@ pub(super) struct SimArgs {
     /// Answer at /v1/completions/render and /v1/chat/completions/render
     #[arg(long)]
     enable_scale_out: bool,
+    /// Hands KV from pod to pod: JSON as of vLLM's flag, with the connector NixlConnector
+    #[arg(long, value_parser = transfer_config, default_value = "{}")]
+    kv_transfer_config: TransferConfig,
+    /// Short for --kv-transfer-config with NixlConnector and this role
+    #[arg(long, value_enum)]
+    kv_role: Option<Role>,
+    /// Host that other pods pull KV from
+    #[arg(long, env = "VLLM_NIXL_SIDE_CHANNEL_HOST", default_value = "127.0.0.1")]
+    kv_side_channel_host: String,
+    /// Its port; further pods take the ports behind it, and 0 lets the system choose
+    #[arg(long, env = "VLLM_NIXL_SIDE_CHANNEL_PORT", default_value_t = 5600)]
+    kv_side_channel_port: u16,
+    /// Seconds, of the host, that blocks wait to be pulled
+    #[arg(long, default_value_t = 30.0)]
+    kv_lease_seconds: f64,
+    /// Bytes of a token's KV
+    #[arg(long, default_value_t = 131_072.0)]
+    kv_token_bytes: f64,
+    /// Simulated bytes a second between pods
+    #[arg(long, default_value_t = 5e10)]
+    kv_bytes_per_second: f64,
+}
+
+fn transfer_config(json: &str) -> Result<TransferConfig, serde_json::Error> {
+    serde_json::from_str(json)
 }
 
 fn events_config(json: &str) -> Result<EventsConfig, serde_json::Error> {
@@ -104,6 +131,48 @@ impl SimArgs {
             seed: self.hash_seed.clone(),
             whole_hashes: self.int_block_hashes == 0,
         })
+    }
+}
+
+impl SimArgs {
+    /// How pod `number` hands over KV, if it does.
+    fn transfer(&self, number: u16) -> anyhow::Result<Option<TransferSetup>> {
+        let config = &self.kv_transfer_config;
+        let connector = match (&config.kv_connector, self.kv_role) {
+            (None, None) => return Ok(None),
+            (None, Some(_)) => "NixlConnector",
+            (Some(connector), role) => {
+                anyhow::ensure!(
+                    config.kv_role.or(role).is_some(),
+                    "--kv-transfer-config: kv_role is missing"
+                );
+                connector
+            }
+        };
+        anyhow::ensure!(
+            connector == "NixlConnector",
+            "--kv-transfer-config: {connector:?} is not NixlConnector"
+        );
+        anyhow::ensure!(
+            self.kv_bytes_per_second > 0.0 && self.kv_token_bytes >= 0.0,
+            "--kv-bytes-per-second must be above 0, --kv-token-bytes at least 0"
+        );
+        let port = match self.kv_side_channel_port {
+            0 => 0,
+            first => first
+                .checked_add(number)
+                .context("--kv-side-channel-port and --count run past 65535")?,
+        };
+        let engine_id = || uuid::Uuid::new_v4().to_string();
+        Ok(Some(TransferSetup {
+            engine_id: config.engine_id.clone().unwrap_or_else(engine_id),
+            host: self.kv_side_channel_host.clone(),
+            port,
+            lease: Duration::try_from_secs_f64(self.kv_lease_seconds)
+                .context("--kv-lease-seconds")?,
+            token_bytes: self.kv_token_bytes,
+            bytes_per_second: self.kv_bytes_per_second,
+        }))
     }
 }
 
@@ -138,6 +207,7 @@ pub(super) fn run(args: &SimArgs) -> anyhow::Result<()> {
         steps_per_tick: args.steps_per_tick.max(1),
         max_loras: args.max_loras,
         max_model_len: args.max_model_len.unwrap_or(kv_tokens),
+        hands_over: false,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -165,6 +235,7 @@ pub(super) fn run(args: &SimArgs) -> anyhow::Result<()> {
                 fault: args.fault,
                 events: args.events(number)?,
                 enable_scale_out: args.enable_scale_out,
+                transfer: args.transfer(number)?,
             };
             pods.spawn(serve(config, listener, shutdown.clone()));
         }

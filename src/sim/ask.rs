@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::text::{append, from_ids};
+use super::transfer::TransferParams;
 
 /// Output tokens of a request that names no limit: vLLM's default for completions. A chat would go on
 /// until the model ends it, which a simulated one never does.
@@ -32,6 +33,7 @@ pub(super) struct Ask {
     /// Echoed in KV events.
     pub(super) session_id: Option<String>,
     vllm_xargs: Option<Value>,
+    kv_transfer_params: Option<Value>,
 }
 
 /// When a stream tells usage.
@@ -84,6 +86,12 @@ impl Ask {
         } else {
             self.prompt_tokens()
         }
+    }
+
+    /// What it says about KV on other pods; nothing when it is no such object.
+    pub(super) fn transfer_params(&self) -> Option<TransferParams> {
+        let params = self.kv_transfer_params.as_ref()?;
+        TransferParams::deserialize(params).ok()
     }
 
     /// KV events are to tell also the blocks that are hit.
@@ -224,6 +232,27 @@ impl Refusal {
             format!("This model's maximum context length is {limit} tokens. However, {which}");
         let value = i64::try_from(prompt_tokens).unwrap_or(i64::MAX);
         Self::bad_parameter(&message, "input_tokens", Some(value))
+    }
+
+    /// The engine ends with the process.
+    pub(super) fn engine_died() -> Self {
+        let text = "EngineCore encountered an issue. See stack trace (above) for the root cause.";
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "InternalServerError",
+            text,
+            None,
+        )
+    }
+
+    /// The KV of the prompt could not be had from the other pod.
+    pub(super) fn pull_failed() -> Self {
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "InternalServerError",
+            "Internal server error",
+            None,
+        )
     }
 
     /// A route that has to be opened by a flag.

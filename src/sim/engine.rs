@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::events::{Event, Publisher};
+use super::hash::BlockHash;
 use super::latency::Profile;
 use super::scheduler::{Plan, Scheduler, Sequence};
 use super::totals::Totals;
@@ -44,6 +45,8 @@ pub struct EngineConfig {
     pub max_loras: usize,
     /// Tokens of a request, prompt and output together.
     pub max_model_len: usize,
+    /// KV is handed from pod to pod.
+    pub hands_over: bool,
 }
 
 impl EngineConfig {
@@ -122,7 +125,8 @@ impl Engine {
 
     /// A reading for metrics.
     pub fn stats(&self) -> Stats {
-        let scheduler = self.scheduler.lock();
+        let mut scheduler = self.scheduler.lock();
+        scheduler.expire(Instant::now());
         let owned = |names: BTreeSet<&str>| names.into_iter().map(str::to_owned).collect();
         Stats {
             running: scheduler.running(),
@@ -133,6 +137,30 @@ impl Engine {
             running_loras: owned(scheduler.running_loras()),
             waiting_loras: owned(scheduler.waiting_loras()),
         }
+    }
+
+    /// Prompt tokens of `hashes`, from the first, that a request would find in the cache now.
+    pub(super) fn cached_tokens(&self, hashes: &[BlockHash], prompt_tokens: usize) -> usize {
+        let usable = prompt_tokens.saturating_sub(1) / self.config.block_tokens;
+        let hashes = hashes.get(..usable).unwrap_or(hashes);
+        self.scheduler.lock().pool.cached_prefix(hashes) * self.config.block_tokens
+    }
+
+    /// Prompt tokens kept for another pod under a name.
+    pub(super) fn kept_tokens(&self, name: &str) -> Option<usize> {
+        let mut scheduler = self.scheduler.lock();
+        scheduler.expire(Instant::now());
+        scheduler.kept_tokens(name)
+    }
+
+    /// Another pod has what was kept for it.
+    pub(super) fn free_kept(&self, name: &str) {
+        self.scheduler.lock().free_kept(name);
+    }
+
+    /// Another pod did not give what was to be pulled.
+    pub(super) fn count_failed_pull(&self) {
+        self.scheduler.lock().totals.failed_pulls += 1;
     }
 
     /// Forgets cached content, as `/reset_prefix_cache` does; not while requests hold blocks. The
@@ -214,6 +242,7 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sim::work::Handover;
 
     fn config(blocks: usize) -> EngineConfig {
         EngineConfig {
@@ -234,6 +263,7 @@ mod tests {
             steps_per_tick: 1,
             max_loras: 1,
             max_model_len: 1000,
+            hands_over: false,
         }
     }
 
@@ -247,6 +277,7 @@ mod tests {
             max_tokens,
             lora: None,
             content: None,
+            handover: Handover::None,
         }
     }
 

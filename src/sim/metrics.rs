@@ -116,9 +116,17 @@ impl Page<'_> {
         self.counter("prefix_cache_hits", text, totals.hit_tokens);
         let from = "from KV connector cross-instance cache sharing, in terms of number of";
         let text = format!("External prefix cache queries {from} queried tokens.");
-        self.counter("external_prefix_cache_queries", &text, 0);
+        self.counter(
+            "external_prefix_cache_queries",
+            &text,
+            totals.external_queried_tokens,
+        );
         let text = format!("External prefix cache hits {from} cached tokens.");
-        self.counter("external_prefix_cache_hits", &text, 0);
+        self.counter(
+            "external_prefix_cache_hits",
+            &text,
+            totals.external_hit_tokens,
+        );
         let text = "Multi-modal cache queries, in terms of number of queried items.";
         self.counter("mm_cache_queries", text, 0);
         let text = "Multi-modal cache hits, in terms of number of cached items.";
@@ -131,11 +139,12 @@ impl Page<'_> {
         let totals = &stats.totals;
         let text = "Number of prefill tokens processed.";
         self.counter("prompt_tokens", text, totals.prompt_tokens);
-        let cached = totals.cached_prompt_tokens;
+        let (local, pulled) = (totals.cached_prompt_tokens, totals.pulled_prompt_tokens);
+        let cached = local + pulled;
         let sources = [
             ("local_compute", totals.prompt_tokens.saturating_sub(cached)),
-            ("local_cache_hit", cached),
-            ("external_kv_transfer", 0),
+            ("local_cache_hit", local),
+            ("external_kv_transfer", pulled),
         ];
         let text = "Number of prompt tokens by source.";
         self.counters("prompt_tokens_by_source", text, "source", &sources);
@@ -144,7 +153,7 @@ impl Page<'_> {
         let tiers = [
             ("device", totals.hit_tokens),
             ("host", 0),
-            ("p2p", 0),
+            ("p2p", totals.external_hit_tokens),
             ("disk", 0),
             ("external_unspecified", 0),
         ];
@@ -390,6 +399,7 @@ mod tests {
             steps_per_tick: 1,
             max_loras: 2,
             max_model_len: 8192,
+            hands_over: false,
         };
         let loras: BTreeSet<String> = ["lora-0".to_owned(), "lora-1".to_owned()].into();
         let mut totals = Totals::new(config.max_model_len);

@@ -4,7 +4,8 @@
 //! costs, `scheduler` batches requests into steps, [`engine`] runs these on a virtual clock and
 //! [`totals`] is what it counted. [`server`] is the HTTP face, `ask` reads its requests and `reply`
 //! writes its answers, [`metrics`] the exposition. [`hash`] computes vLLM's block hashes and [`events`]
-//! publishes what the cache stores and loses, byte for byte as vLLM does. Shares no code with the picker: a shared mistake
+//! publishes what the cache stores and loses, byte for byte as vLLM does; [`transfer`] hands the
+//! KV of prompts from one pod to another. Shares no code with the picker: a shared mistake
 //! would hide itself.
 
 mod adapters;
@@ -20,6 +21,7 @@ mod scheduler;
 pub mod server;
 pub mod text;
 pub mod totals;
+pub mod transfer;
 pub mod work;
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use hyper::body::Frame;
 use super::ask::{Refusal, StreamOptions};
 use super::server::{Body, json_reply, refuse};
 use super::text::output;
+use super::transfer::Transfer;
 use super::work::Progress;
 
 /// Stands for the release that the answers imitate.
@@ -41,6 +42,18 @@ pub(super) struct Job {
     pub(super) progress: Arc<Progress>,
     pub(super) tokens_per_event: usize,
     pub(super) reset_mid_stream: bool,
+    /// Cached tokens of the pod that computed the prompt, told instead of the own.
+    pub(super) told_cached: Option<usize>,
+    /// Says where the blocks of this request are.
+    pub(super) keeper: Option<Keeper>,
+}
+
+/// What tells other pods of kept blocks.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    pub(super) transfer: Arc<Transfer>,
+    /// Name of the request for them.
+    pub(super) request: Arc<str>,
 }
 
 impl Job {
@@ -61,10 +74,27 @@ impl Job {
         )
     }
 
-    /// Prompt tokens that this request put into the cache; told for chats only.
+    /// Prompt tokens that were cached, as usage tells it.
+    fn cached(&self) -> usize {
+        self.told_cached.unwrap_or_else(|| self.progress.cached())
+    }
+
+    /// Prompt tokens that this request put into the cache; told for chats only. Those that were
+    /// pulled are not.
     fn created_cache_tokens(&self) -> Option<usize> {
-        self.chat
-            .then(|| self.block_tokens.saturating_sub(self.progress.cached()))
+        self.chat.then(|| match self.told_cached {
+            Some(_) => 0,
+            None => self.block_tokens.saturating_sub(self.progress.cached()),
+        })
+    }
+
+    /// `kv_transfer_params` of the answer.
+    fn transfer_params(&self) -> String {
+        let Some(Keeper { transfer, request }) = &self.keeper else {
+            return "null".to_owned();
+        };
+        let (kept, cached) = (self.progress.kept(), self.progress.cached());
+        transfer.params(request, &kept, self.prompt_tokens, cached)
     }
 
     /// `,"usage":{..}` of an event with output up to `generated`.
@@ -73,7 +103,7 @@ impl Job {
         if !details {
             return format!(r#","usage":{{{counts}}}"#);
         }
-        let cached = self.progress.cached();
+        let cached = self.cached();
         let created = self
             .created_cache_tokens()
             .map_or_else(String::new, |tokens| {
@@ -92,7 +122,7 @@ impl Job {
                 .map_or_else(|| "null".to_owned(), |tokens| tokens.to_string());
             format!(
                 r#"{{"cached_tokens":{},"created_cache_tokens":{created},"multimodal_tokens":null}}"#,
-                self.progress.cached()
+                self.cached()
             )
         } else {
             "null".to_owned()
@@ -102,7 +132,10 @@ impl Job {
             self.counts(self.max_tokens)
         );
         let service = format!(r#""service_tier":null,"system_fingerprint":{FINGERPRINT}"#);
-        let tail = r#""kv_transfer_params":null,"ec_transfer_params":null,"metrics":null"#;
+        let tail = format!(
+            r#""kv_transfer_params":{},"ec_transfer_params":null,"metrics":null"#,
+            self.transfer_params()
+        );
         // The output holds letters and spaces only, so it is JSON as it is.
         if self.chat {
             let head = self.head("chat.completion");

@@ -9,7 +9,7 @@
 //! Full blocks can be hit as soon as a step is to compute them, also later in the same step. Knows
 //! nothing of durations: it is told the time.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use tokio::time::Instant;
@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use super::engine::EngineConfig;
 use super::kv::{BlockId, BlockPool};
 use super::totals::Totals;
-use super::work::{Progress, Work};
+use super::work::{Handover, Progress, Work};
 
 /// A request in the engine.
 #[derive(Debug)]
@@ -82,12 +82,22 @@ pub(super) struct Plan {
     pub(super) steps: usize,
 }
 
+/// Blocks of an ended request that wait for another pod.
+#[derive(Debug)]
+struct Kept {
+    blocks: Vec<BlockId>,
+    tokens: usize,
+    until: Instant,
+}
+
 /// The queue, the batch and the blocks.
 #[derive(Debug)]
 pub(super) struct Scheduler {
     pub(super) pool: BlockPool,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
+    /// By name. Each holds a block or more, so the pool bounds them.
+    kept: HashMap<Arc<str>, Kept>,
     pub(super) totals: Totals,
     /// Restarts before this life of the engine.
     pub(super) life: u64,
@@ -105,6 +115,7 @@ impl Scheduler {
             pool,
             waiting: VecDeque::new(),
             running: Vec::new(),
+            kept: HashMap::new(),
             totals: Totals::new(config.max_model_len),
             life: 0,
         }
@@ -147,9 +158,35 @@ impl Scheduler {
         lost.for_each(|sequence| sequence.progress.end(true));
     }
 
+    /// Prompt tokens kept under a name.
+    pub(super) fn kept_tokens(&self, name: &str) -> Option<usize> {
+        self.kept.get(name).map(|kept| kept.tokens)
+    }
+
+    /// Gives up blocks that were pulled.
+    pub(super) fn free_kept(&mut self, name: &str) {
+        if let Some(kept) = self.kept.remove(name) {
+            self.pool.release(&kept.blocks);
+        }
+    }
+
+    /// Gives up blocks that waited too long.
+    pub(super) fn expire(&mut self, now: Instant) {
+        let (pool, totals) = (&mut self.pool, &mut self.totals);
+        self.kept.retain(|_, kept| {
+            let stays = kept.until > now;
+            if !stays {
+                pool.release(&kept.blocks);
+                totals.expired += 1;
+            }
+            stays
+        });
+    }
+
     /// Plans a tick: drops abandoned requests, gives the batch its tokens, admits waiting requests.
     pub(super) fn plan(&mut self, config: &EngineConfig, now: Instant) -> Plan {
         self.drop_abandoned();
+        self.expire(now);
         let mut plan = Plan {
             steps: self.steps(config),
             ..Plan::default()
@@ -187,7 +224,8 @@ impl Scheduler {
             }
             // The step that computes the last token yields the next one.
             if sequence.first_token.is_none() {
-                step_tokens += sequence.work.prompt_tokens - sequence.progress.cached();
+                let known = sequence.progress.not_computed();
+                step_tokens += sequence.work.prompt_tokens.saturating_sub(known);
             }
             step_tokens += self.generate(position, plan.steps, config, now);
         }
@@ -324,9 +362,19 @@ impl Scheduler {
             return false;
         };
         let cached = hits * config.block_tokens;
+        // After a preemption what was pulled is gone or found in the cache.
+        let pulled = sequence.work.handover == Handover::Pulled && sequence.preemptions == 0;
         if sequence.preemptions == 0 {
             self.totals.queried_tokens += sequence.work.prompt_tokens as u64;
             self.totals.hit_tokens += cached as u64;
+            let missed = (tokens - cached) as u64;
+            if config.hands_over {
+                self.totals.external_queried_tokens += missed;
+            }
+            if pulled {
+                self.totals.external_hit_tokens += missed;
+                sequence.progress.set_pulled(tokens - 1 - cached);
+            }
         }
         if sequence.admitted.is_none() {
             sequence.admitted = Some(now);
@@ -344,7 +392,7 @@ impl Scheduler {
             self.pool.write_down(event);
         }
         sequence.blocks = blocks;
-        sequence.computed = cached;
+        sequence.computed = if pulled { tokens - 1 } else { cached };
         sequence.filled = hits;
         self.running.push(sequence);
         true
@@ -372,6 +420,7 @@ impl Scheduler {
             sequence.first_token = Some(now);
             self.totals.prompt_tokens += sequence.work.prompt_tokens as u64;
             self.totals.cached_prompt_tokens += sequence.progress.cached() as u64;
+            self.totals.pulled_prompt_tokens += sequence.progress.pulled() as u64;
             observed.ttft.observe(seconds(sequence.arrived), 1);
         } else {
             let between = seconds(sequence.last_token) / tokens.max(1) as f64;
@@ -386,16 +435,43 @@ impl Scheduler {
 
     /// Ends what has all its tokens.
     fn finish(&mut self, config: &EngineConfig, now: Instant) {
-        let (pool, totals) = (&mut self.pool, &mut self.totals);
+        let (pool, totals, kept) = (&mut self.pool, &mut self.totals, &mut self.kept);
         self.running.retain(|sequence| {
             let done = sequence.generated >= sequence.work.max_tokens;
             if done {
-                pool.release(&sequence.blocks);
+                match &sequence.work.handover {
+                    Handover::Keep { request, lease } => {
+                        keep(kept, pool, sequence, request, now + *lease);
+                    }
+                    Handover::None | Handover::Pulled => pool.release(&sequence.blocks),
+                }
                 observe_finished(totals, sequence, config, now);
                 sequence.progress.end(false);
             }
             !done
         });
+    }
+}
+
+/// Keeps the blocks of a request that ends for another pod, and tells their numbers.
+fn keep(
+    all: &mut HashMap<Arc<str>, Kept>,
+    pool: &mut BlockPool,
+    sequence: &Sequence,
+    name: &Arc<str>,
+    until: Instant,
+) {
+    // vLLM's block 0 is the one set aside.
+    let numbers = sequence.blocks.iter().map(|id| id + 1).collect();
+    sequence.progress.set_kept(numbers);
+    let kept = Kept {
+        blocks: sequence.blocks.clone(),
+        tokens: sequence.work.prompt_tokens,
+        until,
+    };
+    // Of two requests of one name the later stays.
+    if let Some(earlier) = all.insert(Arc::clone(name), kept) {
+        pool.release(&earlier.blocks);
     }
 }
 
@@ -427,7 +503,7 @@ fn observe_finished(totals: &mut Totals, sequence: &Sequence, config: &EngineCon
     observed
         .preemptions
         .observe(f64::from(sequence.preemptions), 1);
-    let computed = prompt.saturating_sub(sequence.progress.cached());
+    let computed = prompt.saturating_sub(sequence.progress.not_computed());
     observed.computed_prompt_tokens.observe(computed as f64, 1);
     observed
         .end_to_end
@@ -466,6 +542,7 @@ mod tests {
             steps_per_tick: 1,
             max_loras: 1,
             max_model_len: 1000,
+            hands_over: true,
         }
     }
 
@@ -480,6 +557,7 @@ mod tests {
             max_tokens,
             lora: None,
             content: None,
+            handover: Handover::None,
         }
     }
 
@@ -609,6 +687,78 @@ mod tests {
         bench.finish(&b);
     }
 
+    fn named(root: u64, prompt_tokens: usize, lease: u64) -> Work {
+        Work {
+            handover: Handover::Keep {
+                request: "a".into(),
+                lease: Duration::from_millis(lease),
+            },
+            ..work(root, prompt_tokens, 1)
+        }
+    }
+
+    #[test]
+    fn kept_blocks_are_held_until_they_are_pulled_or_their_lease_ends() {
+        let mut bench = Bench::new(config(10));
+        // 9 tokens in 3 blocks, the last partly filled.
+        let progress = bench.queue(named(1, 9, 100));
+        bench.finish(&progress);
+        assert_eq!(progress.kept(), [1, 2, 3]);
+        assert_eq!(bench.scheduler.kept_tokens("a"), Some(9));
+        assert_eq!(bench.scheduler.pool.held_blocks(), 3);
+        bench.scheduler.free_kept("a");
+        bench.scheduler.free_kept("a");
+        assert_eq!(
+            (
+                bench.scheduler.pool.held_blocks(),
+                bench.scheduler.kept_tokens("a")
+            ),
+            (0, None)
+        );
+
+        let progress = bench.queue(named(2, 9, 100));
+        bench.finish(&progress);
+        bench
+            .scheduler
+            .expire(bench.now + Duration::from_millis(99));
+        assert_eq!(bench.scheduler.pool.held_blocks(), 3);
+        bench
+            .scheduler
+            .expire(bench.now + Duration::from_millis(100));
+        assert_eq!(
+            (
+                bench.scheduler.pool.held_blocks(),
+                bench.scheduler.totals.expired
+            ),
+            (0, 1)
+        );
+    }
+
+    #[test]
+    fn a_pulled_prompt_computes_only_its_last_token() {
+        let mut bench = Bench::new(config(100));
+        let first = bench.queue(work(1, 8, 1));
+        bench.finish(&first);
+        let pulled = Work {
+            handover: Handover::Pulled,
+            ..work(1, 21, 1)
+        };
+        let progress = bench.queue(pulled);
+        assert_eq!(bench.step().prefill_tokens, 1);
+        // 8 are cached, 12 of the other 13 pulled, the last computed.
+        assert_eq!((progress.cached(), progress.pulled()), (8, 12));
+        let totals = &bench.scheduler.totals;
+        assert_eq!(
+            (totals.external_queried_tokens, totals.external_hit_tokens),
+            (8 + 13, 13)
+        );
+        assert_eq!(totals.pulled_prompt_tokens, 12);
+        // Its full blocks are cached like computed ones: 5 of 21 tokens.
+        let again = bench.queue(work(1, 21, 1));
+        bench.finish(&again);
+        assert_eq!(again.cached(), 20);
+    }
+
     #[test]
     fn durations_are_those_of_the_simulated_engine() {
         // 10 ms a step at twice the speed are 20 ms.
@@ -678,6 +828,7 @@ mod tests {
                     session_id: None,
                     report_hits: false,
                 }),
+                handover: Handover::None,
             };
             let progress = Arc::new(Progress::default());
             scheduler.queue(Sequence::new(work, Arc::clone(&progress), now));

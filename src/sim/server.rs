@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use futures_util::stream;
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt, Full, Limited, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
@@ -28,10 +29,15 @@ use super::events::{EventsConfig, HashForm, Publisher};
 use super::hash::{BlockHasher, Extras, HashAlgorithm};
 use super::kv::block_hashes;
 use super::metrics;
-use super::reply::{Job, stream_reply, whole_reply};
+use super::reply::{Job, Keeper, stream_reply, whole_reply};
 use super::text::{self, TOKEN_BYTES, append, output};
-use super::work::{Content, Work};
+use super::transfer::{Transfer, TransferSetup};
+use super::work::{Content, Handover, Work};
 
+/// Between the end of an engine and that of its process.
+const DEATH_TIME: Duration = Duration::from_millis(200);
+/// What a pod answers that is not itself.
+const GARBAGE: &str = "\u{1}{]not what was asked for";
 /// Longest request body.
 const MAX_BODY_BYTES: usize = 64 << 20;
 
@@ -56,6 +62,8 @@ pub struct SimConfig {
     pub events: EventsSetup,
     /// Answer at `/render`, which vLLM refuses without its flag of that name.
     pub enable_scale_out: bool,
+    /// Hands KV from pod to pod.
+    pub transfer: Option<TransferSetup>,
 }
 
 /// What a pod publishes of its prefix cache, and how it hashes blocks for that.
@@ -117,6 +125,10 @@ pub enum Fault {
     ResetMidStream,
     /// Waits a second before it begins.
     Slow,
+    /// Answers 200 with a body that is no JSON.
+    Garbage,
+    /// Closes the connection in the middle of an answer, stream or not.
+    DropMidResponse,
 }
 
 pub(super) type Body = BoxBody<Bytes, io::Error>;
@@ -129,17 +141,38 @@ struct Pod {
     started: SystemTime,
     /// With events only.
     hasher: Option<BlockHasher>,
+    transfer: Option<Arc<Transfer>>,
+    /// The engine ended, and the process with it.
+    dead: CancellationToken,
 }
 
-/// Serves `config` on `listener` until `shutdown`. Fails when a socket for events cannot be had.
+/// Serves `config` on `listener` until `shutdown`. Fails when a socket for events or KV cannot be
+/// had, and when a request ends the engine.
 pub async fn serve(
     config: SimConfig,
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
     let host = listener.local_addr()?.ip().to_string();
+    // Ends with this function, so that nothing of a dead pod is left.
+    let shutdown = shutdown.child_token();
+    let _ends = shutdown.clone().drop_guard();
     let (publisher, hasher) = config.events.start(&host, &shutdown).await?.unzip();
-    let engine = Engine::new(config.engine.clone(), publisher);
+    let engine_config = EngineConfig {
+        hands_over: config.transfer.is_some(),
+        ..config.engine.clone()
+    };
+    let time_scale = engine_config.time_scale;
+    let engine = Engine::new(engine_config, publisher);
+    let transfer = match config.transfer.clone() {
+        None => None,
+        Some(setup) => {
+            let engine = Arc::clone(&engine);
+            let transfer = Transfer::start(setup, time_scale, engine, shutdown.clone()).await?;
+            Some(Arc::new(transfer))
+        }
+    };
+    let dead = CancellationToken::new();
     tokio::spawn(Arc::clone(&engine).run(shutdown.clone()));
     let pod = Arc::new(Pod {
         adapters: Adapters::new(&config.loras),
@@ -148,10 +181,17 @@ pub async fn serve(
         engine,
         started: SystemTime::now(),
         hasher,
+        transfer,
+        dead: dead.clone(),
     });
     loop {
         let accepted = tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
+            () = dead.cancelled() => {
+                // Time for the answer that tells it.
+                tokio::time::sleep(DEATH_TIME).await;
+                return Err(io::Error::other("the engine died"));
+            }
             accepted = listener.accept() => accepted,
         };
         let Ok((stream, _)) = accepted else {
@@ -361,6 +401,7 @@ impl Pod {
             max_tokens,
             lora: lora.map(|lora| lora.name.clone()),
             content,
+            handover: Handover::None,
         }
     }
 
@@ -394,24 +435,77 @@ impl Pod {
             }
             Fault::Drop => return Err(io::Error::other("simulated fault")),
             Fault::Slow => tokio::time::sleep(Duration::from_secs(1)).await,
-            Fault::None | Fault::ResetMidStream => {}
+            Fault::Garbage => return Ok(reply(StatusCode::OK, None, GARBAGE.to_owned())),
+            Fault::None | Fault::ResetMidStream | Fault::DropMidResponse => {}
         }
         let ask = match Ask::parse(&body) {
             Ok(ask) => ask,
             Err(refusal) => return Ok(refuse(&refusal)),
         };
-        match self.accept(chat, &ask, id.as_ref()) {
+        match self.accept(chat, &ask, id.as_ref()).await {
             Err(refusal) => Ok(refuse(&refusal)),
             Ok(mut job) if ask.stream == Some(true) => {
-                job.reset_mid_stream = fault == Fault::ResetMidStream;
+                job.reset_mid_stream =
+                    matches!(fault, Fault::ResetMidStream | Fault::DropMidResponse);
                 Ok(stream_reply(job))
             }
+            Ok(job) if fault == Fault::DropMidResponse => Ok(cut(whole_reply(job)
+                .await
+                .into_body()
+                .collect()
+                .await?
+                .to_bytes())),
             Ok(job) => Ok(whole_reply(job).await),
         }
     }
 
+    /// Does what the request says about KV on other pods: pulls it, or arranges that it is kept. The
+    /// name for other pods begins with `id`. Returns what usage tells of cached tokens.
+    async fn hand_over(
+        &self,
+        ask: &Ask,
+        id: &str,
+        work: &mut Work,
+    ) -> Result<Option<usize>, Refusal> {
+        let Some((transfer, params)) = self.transfer.as_ref().zip(ask.transfer_params()) else {
+            return Ok(None);
+        };
+        if params.do_remote_decode == Some(true) {
+            work.handover = Handover::Keep {
+                request: format!("{id}-{:08x}", fastrand::u32(..)).into(),
+                lease: transfer.lease(),
+            };
+            return Ok(None);
+        }
+        if params.do_remote_prefill != Some(true) {
+            return Ok(None);
+        }
+        if params.remote_block_ids.as_ref().is_none_or(Value::is_null) {
+            // vLLM 0.32 does not survive this.
+            self.dead.cancel();
+            return Err(Refusal::engine_died());
+        }
+        let told = params.remote_prefill_cached_tokens;
+        let Some(remote) = params.remote() else {
+            return Ok(None);
+        };
+        let cached = self.engine.cached_tokens(&work.hashes, work.prompt_tokens);
+        let missing = work.prompt_tokens - cached;
+        if transfer.pull(&remote, missing).await.is_err() {
+            self.engine.count_failed_pull();
+            return Err(Refusal::pull_failed());
+        }
+        work.handover = Handover::Pulled;
+        Ok(told)
+    }
+
     /// Queues the request, or says why not.
-    fn accept(&self, chat: bool, ask: &Ask, id: Option<&HeaderValue>) -> Result<Job, Refusal> {
+    async fn accept(
+        &self,
+        chat: bool,
+        ask: &Ask,
+        id: Option<&HeaderValue>,
+    ) -> Result<Job, Refusal> {
         let options = ask.stream_options()?;
         let (model, lora) = self.model(ask)?;
         let mut tokens = ask.tokens(chat)?;
@@ -425,15 +519,25 @@ impl Pod {
         }
         let seed = xxh3_64(&tokens);
         append(&mut tokens, output(seed, 0, max_tokens).as_bytes());
-        let work = self.work(ask, &model, lora.as_ref(), &tokens, max_tokens);
-        let Some(progress) = self.engine.submit(work) else {
-            return Err(Refusal::too_long(prompt_tokens, max_tokens, limit));
-        };
         let prefix = if chat { "chatcmpl" } else { "cmpl" };
         let id = id.and_then(|id| id.to_str().ok()).map_or_else(
             || format!("{prefix}-{:016x}", fastrand::u64(..)),
             |id| format!("{prefix}-{id}"),
         );
+        let mut work = self.work(ask, &model, lora.as_ref(), &tokens, max_tokens);
+        // A completion may have several prompts, so its name has the number of the prompt.
+        let name = if chat { id.clone() } else { format!("{id}-0") };
+        let told_cached = self.hand_over(ask, &name, &mut work).await?;
+        let keeper = match (&work.handover, &self.transfer) {
+            (Handover::Keep { request, .. }, Some(transfer)) => Some(Keeper {
+                transfer: Arc::clone(transfer),
+                request: Arc::clone(request),
+            }),
+            _ => None,
+        };
+        let Some(progress) = self.engine.submit(work) else {
+            return Err(Refusal::too_long(prompt_tokens, max_tokens, limit));
+        };
         Ok(Job {
             chat,
             id: Value::from(id).to_string(),
@@ -448,6 +552,8 @@ impl Pod {
             progress,
             tokens_per_event: self.config.tokens_per_event.max(1),
             reset_mid_stream: false,
+            told_cached,
+            keeper,
         })
     }
 }
@@ -490,6 +596,20 @@ fn rendered(chat: bool, model: &str, ids: &[u32], max_tokens: usize, salt: Optio
         json!(model),
         json!(salt),
     )
+}
+
+/// The first half of an answer, and then the end of the connection.
+fn cut(whole: Bytes) -> Response<Body> {
+    let half = whole.slice(..whole.len() / 2);
+    let frames = [
+        Ok(Frame::data(half)),
+        Err(io::Error::other("simulated fault")),
+    ];
+    let body = StreamBody::new(stream::iter(frames));
+    let mut response = Response::new(BodyExt::boxed(body));
+    let content_type = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    response
 }
 
 fn detokenize(body: &[u8]) -> Result<Response<Body>, Refusal> {

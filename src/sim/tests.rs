@@ -13,6 +13,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::server::{EventsSetup, Fault};
 use super::{EngineConfig, Profile, SimConfig, serve};
 
+mod handover;
+
 /// A recorded body.
 macro_rules! recorded {
     ($name:literal) => {
@@ -28,7 +30,11 @@ struct Pod {
 
 impl Pod {
     async fn start(prompt_tokens_details: bool) -> Self {
-        let config = SimConfig {
+        Self::with(Self::config(prompt_tokens_details)).await
+    }
+
+    fn config(prompt_tokens_details: bool) -> SimConfig {
+        SimConfig {
             name: "pod".to_owned(),
             model: "tiny".to_owned(),
             loras: vec!["lora-0".to_owned(), "lora-1".to_owned()],
@@ -42,13 +48,18 @@ impl Pod {
                 steps_per_tick: 1,
                 max_loras: 2,
                 max_model_len: 8192,
+                hands_over: false,
             },
             tokens_per_event: 1,
             prompt_tokens_details,
             fault: Fault::None,
             events: EventsSetup::default(),
             enable_scale_out: true,
-        };
+            transfer: None,
+        }
+    }
+
+    async fn with(config: SimConfig) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();

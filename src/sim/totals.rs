@@ -151,6 +151,16 @@ pub struct Totals {
     pub prompt_tokens: u64,
     /// Those of them that came from the cache.
     pub cached_prompt_tokens: u64,
+    /// Prompt tokens that were not found in the own cache, of pods that hand over KV.
+    pub external_queried_tokens: u64,
+    /// Those of them that another pod had.
+    pub external_hit_tokens: u64,
+    /// Prompt tokens of requests that got their first token, pulled from another pod.
+    pub pulled_prompt_tokens: u64,
+    /// Requests whose kept blocks nobody pulled in time.
+    pub expired: u64,
+    /// Pulls that failed.
+    pub failed_pulls: u64,
     /// Output tokens.
     pub generation_tokens: u64,
     /// Finished by reaching their length.
@@ -173,6 +183,11 @@ impl Totals {
             hit_tokens: 0,
             prompt_tokens: 0,
             cached_prompt_tokens: 0,
+            external_queried_tokens: 0,
+            external_hit_tokens: 0,
+            pulled_prompt_tokens: 0,
+            expired: 0,
+            failed_pulls: 0,
             generation_tokens: 0,
             finished: 0,
             aborted: 0,

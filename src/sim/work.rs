@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::events::{Event, Stored};
@@ -22,6 +24,25 @@ pub struct Work {
     pub lora: Option<String>,
     /// What events tell of its blocks; `None` when nobody listens.
     pub content: Option<Content>,
+    /// What becomes of its KV, or where that came from.
+    pub handover: Handover,
+}
+
+/// Part of a request in handing KV from one pod to another.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Handover {
+    /// None.
+    #[default]
+    None,
+    /// Its blocks are kept under this name when it ends.
+    Keep {
+        /// Name for the pod that will pull.
+        request: Arc<str>,
+        /// How long they are kept.
+        lease: Duration,
+    },
+    /// The KV of its prompt was pulled, but for the last token, which is computed.
+    Pulled,
 }
 
 /// What is in the blocks of a request.
@@ -67,6 +88,10 @@ pub struct Progress {
     /// Output tokens that the waiting task wants to see.
     wanted: AtomicUsize,
     cached: AtomicUsize,
+    /// Prompt tokens that were pulled from another pod.
+    pulled: AtomicUsize,
+    /// Numbers of the blocks that are kept.
+    kept: Mutex<Vec<u32>>,
     ended: AtomicBool,
     failed: AtomicBool,
     changed: Notify,
@@ -81,6 +106,21 @@ impl Progress {
     /// Prompt tokens found in the cache.
     pub fn cached(&self) -> usize {
         self.cached.load(Ordering::Acquire)
+    }
+
+    /// Prompt tokens pulled from another pod.
+    pub fn pulled(&self) -> usize {
+        self.pulled.load(Ordering::Acquire)
+    }
+
+    /// Prompt tokens that had to be computed are those beyond.
+    pub fn not_computed(&self) -> usize {
+        self.cached() + self.pulled()
+    }
+
+    /// Numbers of the blocks that are kept for another pod.
+    pub fn kept(&self) -> Vec<u32> {
+        self.kept.lock().clone()
     }
 
     /// No more tokens will come.
@@ -125,6 +165,14 @@ impl Progress {
 
     pub(super) fn set_cached(&self, tokens: usize) {
         self.cached.store(tokens, Ordering::Release);
+    }
+
+    pub(super) fn set_pulled(&self, tokens: usize) {
+        self.pulled.store(tokens, Ordering::Release);
+    }
+
+    pub(super) fn set_kept(&self, blocks: Vec<u32>) {
+        *self.kept.lock() = blocks;
     }
 
     pub(super) fn end(&self, failed: bool) {

@@ -216,6 +216,12 @@ pub async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
     send(address, false, request("GET", path, Bytes::new(), &[])).await
 }
 
+/// Posts to something else than the gateway.
+pub async fn post_to(address: SocketAddr, path: &str, body: impl Into<Bytes>) -> Answer {
+    let request = request("POST", path, body.into(), &[]);
+    send(address, false, request).await.unwrap()
+}
+
 fn request(method: &str, uri: &str, body: Bytes, headers: &[(&str, &str)]) -> Request<Full<Bytes>> {
     let mut request = Request::builder()
         .method(method)
