@@ -59,6 +59,7 @@ impl Text {
         MediaItem {
             modality,
             hash: self.hash(body),
+            identifier: None,
             token_offset: None,
             tokens: None,
             extent,

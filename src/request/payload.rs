@@ -1,6 +1,7 @@
 //! What a parser found in a body: fields by value where they are short, the prompt by position.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The API a body belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -126,6 +127,9 @@ pub struct MediaItem {
     pub modality: &'static str,
     /// xxHash64 (seed 0) of the URL or data, or of the engine's own hash string.
     pub hash: u64,
+    /// What the engine calls the item in the keys of its blocks, where the request or the engine says
+    /// so. For an item given by URL or data only the engine knows: it hashes what it fetched.
+    pub identifier: Option<Arc<str>>,
     /// Placeholder position in token ids, when the client gave one.
     pub token_offset: Option<u32>,
     /// Placeholder length in tokens, when the client gave one.

@@ -251,6 +251,7 @@ mod tests {
         let image = MediaItem {
             modality: "image",
             hash: 1,
+            identifier: None,
             token_offset: None,
             tokens: None,
             extent: crate::request::Extent::Unknown,

@@ -228,16 +228,18 @@ impl Images {
     fn media(self, body: &Body) -> Vec<MediaItem> {
         let hash = |range: Range<usize>| {
             let escaped = false;
-            Text { range, escaped }.hash(body)
+            let text = Text { range, escaped };
+            (text.hash(body), text.read(body).map(Into::into))
         };
         let hashes = self.hashes.into_iter().map(hash);
         self.places
             .into_iter()
-            .zip(hashes.chain(std::iter::repeat(0)))
-            .map(|((offset, tokens), hash)| MediaItem {
+            .zip(hashes.chain(std::iter::repeat((0, None))))
+            .map(|((offset, tokens), (hash, identifier))| MediaItem {
                 extent: Extent::Unknown,
                 modality: "image",
                 hash,
+                identifier,
                 token_offset: Some(offset),
                 tokens: Some(tokens),
             })
@@ -356,16 +358,17 @@ mod tests {
             ],
         )
         .unwrap();
-        let item = |hash, offset, tokens| MediaItem {
+        let item = |hash, name: Option<&str>, offset, tokens| MediaItem {
             extent: Extent::Unknown,
             modality: "image",
             hash,
+            identifier: name.map(Into::into),
             token_offset: Some(offset),
             tokens: Some(tokens),
         };
         assert_eq!(
             tokens(&payload).1,
-            [item(xxh64(b"h1", 0), 3, 5), item(0, 0, 4)]
+            [item(xxh64(b"h1", 0), Some("h1"), 3, 5), item(0, None, 0, 4)]
         );
     }
 

@@ -133,9 +133,12 @@ impl Features {
             let mut places = self.places.iter().filter(|(m, ..)| *m == modality);
             for (_, text) in hashes {
                 let place = places.next();
+                let identifier = text.read(body);
+                let bytes = identifier.as_ref().map(String::as_bytes);
                 items.push(MediaItem {
                     modality,
-                    hash: text.read(body).map_or(0, |hash| xxh64(hash.as_bytes(), 0)),
+                    hash: bytes.map_or(0, |bytes| xxh64(bytes, 0)),
+                    identifier: identifier.map(Into::into),
                     token_offset: place.and_then(|p| p.1),
                     tokens: place.and_then(|p| p.2),
                     extent: Extent::Unknown,
@@ -212,6 +215,7 @@ mod tests {
             [(Some(0), Some(5)), (Some(9), Some(6))]
         );
         assert_eq!(media[0].hash, xxh64(b"h1", 0));
+        assert_eq!(media[0].identifier.as_deref(), Some("h1"));
         assert_eq!((payload.max_output_tokens, payload.stream), (Some(3), true));
         assert_eq!(payload.cache_salt.as_deref(), Some("s"));
     }

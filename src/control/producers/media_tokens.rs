@@ -426,6 +426,7 @@ mod tests {
         MediaItem {
             modality,
             hash: 1,
+            identifier: None,
             token_offset: None,
             tokens: None,
             extent,

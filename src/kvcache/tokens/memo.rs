@@ -112,6 +112,9 @@ impl Memo {
             None if text.len() > budget_bytes => return None,
             None => return Some(self.tokenizer.encode(text, true).map(Arc::from)),
         };
+        if let Err(error) = self.tokenizer.check(text) {
+            return Some(Err(error));
+        }
         let mut budget = budget_bytes;
         let mut ids = affixes.0.to_vec();
         for segment in self.segments(text) {

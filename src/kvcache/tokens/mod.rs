@@ -24,4 +24,5 @@ mod slot;
 pub mod split;
 pub mod stats;
 pub mod template;
+mod tiktoken;
 pub mod tokenizer;

@@ -23,7 +23,7 @@ use xxhash_rust::xxh64::xxh64;
 
 use super::messages::{Map, field, replace};
 use super::model::{flag, parse, prompts_of};
-use super::service::{PromptTokens, TokenizeError, Tokenized};
+use super::service::{KNOWN_APIS, PromptTokens, TokenizeError, Tokenized};
 use crate::request::{ApiKind, Body, Extent, MediaItem};
 
 /// `timeout` unless configured.
@@ -170,7 +170,7 @@ impl RemoteTokenizer {
 
     /// The tokens of a request. `body` is what the client sent.
     pub async fn tokenize(&self, api: ApiKind, body: &Body) -> Result<Tokenized, TokenizeError> {
-        if !matches!(api, ApiKind::Completions | ApiKind::ChatCompletions) {
+        if !KNOWN_APIS.contains(&api) {
             return Err(TokenizeError::Unsupported("this API"));
         }
         let body = parse(body)?;
@@ -186,6 +186,9 @@ impl RemoteTokenizer {
                 // Restarted without the flag.
                 None => self.route.store(Route::Tokenize as u8, Ordering::Relaxed),
             }
+        }
+        if matches!(api, ApiKind::Messages | ApiKind::Responses) {
+            return Err(TokenizeError::Unsupported("this API without render routes"));
         }
         if api == ApiKind::ChatCompletions {
             let ids = self
@@ -215,25 +218,28 @@ impl RemoteTokenizer {
         body: &Value,
         timeout: Duration,
     ) -> Result<Option<Tokenized>, TokenizeError> {
-        let chat = api == ApiKind::ChatCompletions;
         let model = Value::from(self.settings.model.as_str());
-        let (path, call) = if chat {
-            let mut call = Map::default();
-            call.push("model", model);
-            copy_fields(body, &mut call, CHAT_FIELDS);
-            ("/v1/chat/completions/render", call.build())
-        } else {
-            ("/v1/completions/render", replace(body, "model", model)?)
+        let (path, call) = match api {
+            ApiKind::ChatCompletions => {
+                let mut call = Map::default();
+                call.push("model", model);
+                copy_fields(body, &mut call, CHAT_FIELDS);
+                ("/v1/chat/completions/render", call.build())
+            }
+            ApiKind::Messages => ("/v1/messages/render", replace(body, "model", model)?),
+            ApiKind::Responses => ("/v1/responses/render", replace(body, "model", model)?),
+            _ => ("/v1/completions/render", replace(body, "model", model)?),
         };
         let (status, answer) = self.post(path, &call, timeout).await?;
         if status == StatusCode::FORBIDDEN {
             return Ok(None);
         }
         accept(path, status)?;
-        let rendered: Vec<Rendered> = if chat {
-            vec![serde_json::from_slice(&answer).map_err(remote)?]
-        } else {
+        // Only completions may have several prompts.
+        let rendered: Vec<Rendered> = if api == ApiKind::Completions {
             serde_json::from_slice(&answer).map_err(remote)?
+        } else {
+            vec![serde_json::from_slice(&answer).map_err(remote)?]
         };
         let prompts = rendered.into_iter().map(Rendered::into_tokens).collect();
         Ok(Some(Tokenized { prompts }))
@@ -417,6 +423,7 @@ impl Rendered {
                 media.extend(places.iter().zip(hashes).map(|(place, hash)| MediaItem {
                     modality,
                     hash: xxh64(hash.as_bytes(), 0),
+                    identifier: Some(hash.as_str().into()),
                     token_offset: Some(place.offset),
                     tokens: Some(place.length),
                     extent: Extent::Unknown,
@@ -495,8 +502,35 @@ mod tests {
                     json!({"token_ids": [1, 9, 9, 2], "features": features}).to_string(),
                 )
             }
+            "/v1/messages/render" | "/v1/responses/render" => (
+                200,
+                json!({"token_ids": [4, 2], "features": null}).to_string(),
+            ),
             _ => (404, String::new()),
         }
+    }
+
+    #[tokio::test]
+    async fn other_apis_are_rendered_by_their_own_routes() {
+        let (remote, calls) = engine(rendered).await;
+        for (api, path) in [
+            (ApiKind::Messages, "/v1/messages/render"),
+            (ApiKind::Responses, "/v1/responses/render"),
+        ] {
+            let asked = r#"{"model":"lora","max_tokens":7}"#;
+            let tokens = remote.tokenize(api, &body(asked)).await.unwrap();
+            assert_eq!(*tokens.prompts[0].ids, [4, 2]);
+            let sent = calls.lock().last().cloned().unwrap();
+            let expected = r#"{"model":"tiny","max_tokens":7}"#;
+            assert_eq!(sent, (path.to_owned(), expected.to_owned()));
+        }
+        let closed = |path: &str| match path {
+            "/tokenize" => (200, json!({"tokens": [1]}).to_string()),
+            _ => (403, String::new()),
+        };
+        let (remote, _) = engine(closed).await;
+        let refused = remote.tokenize(ApiKind::Messages, &body("{}")).await;
+        assert!(matches!(refused, Err(TokenizeError::Unsupported(_))));
     }
 
     #[tokio::test]
@@ -514,6 +548,7 @@ mod tests {
             ("image", Some(1), Some(2))
         );
         assert_eq!(item.hash, xxh64(b"abc", 0));
+        assert_eq!(item.identifier.as_deref(), Some("abc"));
         assert_eq!(remote.route(), Route::Render);
         let sent = calls.lock()[1].1.clone();
         // Only what decides the prompt, for the model the engine knows.

@@ -30,7 +30,7 @@ pub const MAX_BODY_BYTES: usize = 32 << 20;
 pub const MAX_PROMPTS: usize = 4096;
 
 /// APIs whose prompts are made here.
-const KNOWN_APIS: [ApiKind; 4] = [
+pub(super) const KNOWN_APIS: [ApiKind; 4] = [
     ApiKind::Completions,
     ApiKind::ChatCompletions,
     ApiKind::Messages,
@@ -142,6 +142,28 @@ pub struct PromptTokens {
 }
 
 impl PromptTokens {
+    /// The ids whose block keys can be the engine's: up to the first media item of which nobody said
+    /// how the engine calls it.
+    pub fn keyed_ids(&self) -> &[u32] {
+        let unnamed = self.media.iter().filter(|item| item.identifier.is_none());
+        let end = unnamed.map(|item| item.token_offset.unwrap_or(0)).min();
+        let end = end.map_or(self.ids.len(), |end| end as usize);
+        self.ids.get(..end).unwrap_or(&self.ids)
+    }
+
+    /// The media among [`Self::keyed_ids`], by offset, with the engine's name for each.
+    pub fn named_media(&self) -> Vec<(&MediaItem, &str)> {
+        let end = self.keyed_ids().len();
+        let named = self.media.iter().filter_map(|item| {
+            let at = item.token_offset.unwrap_or(0) as usize;
+            let name = item.identifier.as_deref()?;
+            (at < end).then_some((item, name))
+        });
+        let mut named: Vec<_> = named.collect();
+        named.sort_by_key(|(item, _)| item.token_offset);
+        named
+    }
+
     pub(super) fn text(ids: Arc<[u32]>) -> Self {
         Self {
             ids,

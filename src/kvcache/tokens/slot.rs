@@ -12,18 +12,18 @@ use parking_lot::Mutex;
 use super::model::Model;
 use super::service::ModelSettings;
 use super::stats::TokenStats;
+use super::tiktoken;
 use super::tokenizer::LoadError;
 
 /// Files of a model's directory that decide ids. `*.tiktoken` files are looked for by
 /// [`super::tiktoken`].
-const FILES: [&str; 7] = [
+const FILES: [&str; 6] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
     "config.json",
-    "tiktoken.model",
 ];
 
 /// What tells one state of a file from another: size, time of change and identity. Links are followed,
@@ -126,7 +126,12 @@ impl Slot {
         let template = self.settings.chat_template.as_ref();
         let paths = FILES.iter().map(|name| directory.join(name));
         let named = template.map(|template| directory.join(template));
-        paths.chain(named).map(|path| stamp(&path)).collect()
+        let ranks = tiktoken::find(directory);
+        paths
+            .chain(named)
+            .chain(ranks)
+            .map(|path| stamp(&path))
+            .collect()
     }
 }
 

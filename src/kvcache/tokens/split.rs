@@ -27,16 +27,24 @@
 use serde_json::Value;
 
 /// `pre_tokenizer` expressions of Llama 3 (and other models after it) as published.
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Qwen 2 to 3: digits one by one.
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Kimi and Moonlight: Han by itself, letters by case.
+pub(super) const KIMI: &str = concat!(
+    r"[\p{Han}]+",
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 
 /// The word-splitting expression of a tokenizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Words {
     /// GPT-2: the expression built into `ByteLevel`.
     Gpt2,
-    /// Llama 3 and Qwen 2, which differ in digits only.
+    /// Llama 3, Qwen 2 and Kimi, which differ in digits and letters only.
     LineEnds,
 }
 
@@ -74,6 +82,23 @@ impl Splitter {
         let listed = tokenizer["added_tokens"].as_array();
         for token in listed.into_iter().flatten().chain(added) {
             splitter.check_added(token, nfc)?;
+        }
+        Ok(splitter)
+    }
+
+    /// For words of the expression `words`, with control tokens of these names.
+    pub(super) fn for_words<'a>(
+        words: &str,
+        control: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Self, Unsplittable> {
+        if ![LLAMA3, QWEN2, KIMI].contains(&words) {
+            return Err(Unsplittable::PreTokenizer);
+        }
+        let splitter = Self {
+            words: Words::LineEnds,
+        };
+        for name in control {
+            splitter.check_added(&serde_json::json!({"content": name}), false)?;
         }
         Ok(splitter)
     }

@@ -6,6 +6,7 @@ use serde_json::Value;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::split::{Splitter, Unsplittable};
+use super::tiktoken::{self, TikToken};
 
 /// Largest `tokenizer.json` read; the largest published ones are about 35 MB.
 pub const MAX_TOKENIZER_BYTES: u64 = 128 << 20;
@@ -55,9 +56,17 @@ impl LoadError {
 /// Ids before and after a text.
 type Affixes = (Vec<u32>, Vec<u32>);
 
+/// What turns text into ids.
+enum Vocabulary {
+    /// A `tokenizer.json`.
+    File(Box<Tokenizer>),
+    /// Ranks of tiktoken.
+    Ranks(TikToken),
+}
+
 /// The tokenizer of one model, as its engine loads it.
 pub struct ModelTokenizer {
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     splitter: Result<Splitter, Unsplittable>,
     /// Ids around every text that asks for special tokens; `None` when they are not the same for all.
     affixes: Option<Affixes>,
@@ -79,9 +88,20 @@ pub struct EncodeError(pub String);
 
 impl ModelTokenizer {
     /// Reads `tokenizer.json` in `directory`, with the tokens that `config` (its
-    /// `tokenizer_config.json`) adds. Blocks; takes tens to hundreds of milliseconds.
+    /// `tokenizer_config.json`) adds, or without it a vocabulary of tiktoken (`tiktoken.model` or
+    /// `*.tiktoken`). Blocks; takes tens to hundreds of milliseconds.
     pub fn load(directory: &Path, config: &Value) -> Result<Self, LoadError> {
         const FILE: &str = "tokenizer.json";
+        if !directory.join(FILE).exists()
+            && let Some(path) = tiktoken::find(directory)
+        {
+            let (ranks, splitter) = TikToken::load(&path, config)?;
+            return Ok(Self {
+                vocabulary: Vocabulary::Ranks(ranks),
+                splitter,
+                affixes: Some((Vec::new(), Vec::new())),
+            });
+        }
         let bytes = read(directory, FILE, MAX_TOKENIZER_BYTES)?;
         Self::parse(&bytes, config).map_err(|reason| LoadError::invalid(FILE, reason))
     }
@@ -99,7 +119,7 @@ impl ModelTokenizer {
         let splitter = Splitter::detect(&json, &listed);
         let affixes = affixes(&tokenizer)?;
         Ok(Self {
-            tokenizer,
+            vocabulary: Vocabulary::File(Box::new(tokenizer)),
             splitter,
             affixes,
         })
@@ -119,12 +139,28 @@ impl ModelTokenizer {
     /// The ids of `text`. `special` puts the model's begin and end tokens around it, as completions
     /// have them; a rendered chat has its own. About 3 MB/s.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, EncodeError> {
-        encode(&self.tokenizer, text, special).map_err(EncodeError)
+        match &self.vocabulary {
+            Vocabulary::File(tokenizer) => encode(tokenizer, text, special),
+            Vocabulary::Ranks(ranks) => ranks.encode(text),
+        }
+        .map_err(EncodeError)
+    }
+
+    /// An error for a text whose ids are not those of its segments, because the model's own code cuts
+    /// it elsewhere.
+    pub(super) fn check(&self, text: &str) -> Result<(), EncodeError> {
+        match &self.vocabulary {
+            Vocabulary::File(_) => Ok(()),
+            Vocabulary::Ranks(ranks) => ranks.check(text).map_err(EncodeError),
+        }
     }
 
     /// The id of a token, added ones included.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
-        self.tokenizer.token_to_id(token)
+        match &self.vocabulary {
+            Vocabulary::File(tokenizer) => tokenizer.token_to_id(token),
+            Vocabulary::Ranks(ranks) => ranks.token_to_id(token),
+        }
     }
 }
 

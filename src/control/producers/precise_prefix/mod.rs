@@ -244,23 +244,15 @@ impl PrecisePrefixProducer {
         };
         let mut keys = Vec::new();
         for prompt in prompts {
-            let names: Vec<String> = prompt
-                .media
-                .iter()
-                .map(|m| format!("{:016x}", m.hash))
-                .collect();
-            let spans: Vec<MediaSpan<'_>> = prompt
-                .media
-                .iter()
-                .zip(&names)
-                .map(|(item, identifier)| MediaSpan {
-                    identifier,
-                    offset: item.token_offset.unwrap_or(0),
-                    length: item.tokens.unwrap_or(1),
-                })
-                .collect();
+            let named = prompt.named_media();
+            let spans = named.iter().map(|(item, identifier)| MediaSpan {
+                identifier,
+                offset: item.token_offset.unwrap_or(0),
+                length: item.tokens.unwrap_or(1),
+            });
+            let spans: Vec<MediaSpan<'_>> = spans.collect();
             let hasher = self.index.hasher();
-            hasher.request_keys(&space, &prompt.ids, salt, &spans, &mut keys);
+            hasher.request_keys(&space, prompt.keyed_ids(), salt, &spans, &mut keys);
             all.blocks.append(&mut keys);
             all.ends.push(all.blocks.len());
         }

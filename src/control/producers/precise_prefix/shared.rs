@@ -187,22 +187,21 @@ fn shared_keys(index: &SharedIndex, request: &InferenceRequest, prompt: &PromptT
     let salt = request.payload.cache_salt.as_deref();
     let salt = salt.filter(|salt| !salt.is_empty());
     let mut extras: Vec<Vec<String>> = Vec::new();
-    if salt.is_some() || !prompt.media.is_empty() {
-        extras.resize(prompt.ids.len() / size, Vec::new());
+    let (ids, media) = (prompt.keyed_ids(), prompt.named_media());
+    if salt.is_some() || !media.is_empty() {
+        extras.resize(ids.len() / size, Vec::new());
     }
-    let mut media: Vec<_> = prompt.media.iter().collect();
-    media.sort_by_key(|item| item.token_offset);
-    for item in media {
+    for (item, identifier) in media {
         let start = item.token_offset.unwrap_or(0) as usize;
         let end = start + item.tokens.unwrap_or(1).max(1) as usize;
         let blocks = extras.iter_mut().enumerate().skip(start / size);
         for (_, extras) in blocks.take_while(|(block, _)| block * size < end) {
-            extras.push(format!("{:016x}", item.hash));
+            extras.push(identifier.to_owned());
         }
     }
     if let (Some(salt), Some(first)) = (salt, extras.first_mut()) {
         first.push(salt.to_owned());
     }
     let of = |block: usize| extras.get(block).map_or(&[][..], Vec::as_slice);
-    scheme.keys(scheme.start(&request.target_model), &prompt.ids, of)
+    scheme.keys(scheme.start(&request.target_model), ids, of)
 }

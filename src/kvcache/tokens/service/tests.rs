@@ -4,6 +4,7 @@ use serde_json::json;
 use super::super::model::variables;
 use super::super::tokenizer::tests::directory;
 use super::*;
+use crate::request::MediaItem;
 use crate::request::{Body, Payload};
 use minijinja::Value;
 
@@ -367,6 +368,37 @@ fn a_running_service_can_be_found_by_its_name() {
     assert!(found().is_some_and(|(_, found)| Arc::ptr_eq(&found, &service)));
     drop(service);
     assert!(found().is_none());
+}
+
+#[test]
+fn ids_behind_media_without_a_name_have_no_keys() {
+    let item = |identifier: Option<&str>, offset| MediaItem {
+        modality: "image",
+        hash: 1,
+        identifier: identifier.map(Into::into),
+        token_offset: Some(offset),
+        tokens: Some(2),
+        extent: crate::request::Extent::Unknown,
+    };
+    let mut prompt = PromptTokens {
+        ids: Arc::from([1, 9, 9, 2, 9, 9, 3].as_slice()),
+        media: vec![item(Some("b"), 4), item(Some("a"), 1)],
+    };
+    let names = |prompt: &PromptTokens| {
+        let named = prompt.named_media();
+        named
+            .iter()
+            .map(|(_, n)| (*n).to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(prompt.keyed_ids().len(), 7);
+    assert_eq!(names(&prompt), ["a", "b"]);
+    prompt.media[0].identifier = None;
+    assert_eq!(prompt.keyed_ids(), [1, 9, 9, 2]);
+    assert_eq!(names(&prompt), ["a"]);
+    prompt.media[1].identifier = None;
+    assert_eq!(prompt.keyed_ids(), [1]);
+    assert!(names(&prompt).is_empty());
 }
 
 #[test]
