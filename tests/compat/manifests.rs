@@ -173,7 +173,15 @@ fn every_command_line_is_understood_and_every_pod_is_locked_down() {
         // Election needs a cluster, which this test has not.
         let mut arguments = strings(&container["args"]);
         arguments.retain(|a| a != "--ha-enable-leader-election");
-        let options = options::parse(arguments).unwrap_or_else(|error| panic!("{file}: {error}"));
+        let mut options =
+            options::parse(arguments).unwrap_or_else(|error| panic!("{file}: {error}"));
+        // The pod's name is not here, but the pod is told it.
+        let environment = container["env"].as_array().into_iter().flatten();
+        let told = environment.filter(|e| {
+            e["name"] == "POD_NAME" && e["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+        });
+        assert_eq!(told.count(), 1, "{file}");
+        options.warnings.retain(|w| !w.starts_with("POD_NAME"));
         assert!(
             options.warnings.is_empty(),
             "{file}: {:?}",
