@@ -13,6 +13,16 @@ use crate::workload::{BLOCK, Prompt};
 pub struct Radix {
     tree: RadixTree,
     events: u64,
+    /// Events it could not apply: it loses track of blocks that workers name differently.
+    refused: u64,
+}
+
+impl Drop for Radix {
+    fn drop(&mut self) {
+        if self.refused > 0 {
+            println!("dynamo refused {} of {} events", self.refused, self.events);
+        }
+    }
 }
 
 impl Radix {
@@ -36,6 +46,7 @@ impl Peer for Radix {
         Self {
             tree: RadixTree::new(),
             events: 0,
+            refused: 0,
         }
     }
 
@@ -68,7 +79,7 @@ impl Peer for Radix {
 
     fn apply(&mut self, events: Vec<RouterEvent>) {
         for event in events {
-            self.tree.apply_event(event).expect("a known parent");
+            self.refused += u64::from(self.tree.apply_event(event).is_err());
         }
     }
 

@@ -72,7 +72,13 @@ fn main() {
         println!("{ENTRIES} entries, {ENDPOINTS} endpoints, hashes: {hashes:?}");
         println!(
             "{:<12} {:>14} {:>14} {:>16} {:>16} {:>9} {:>8}",
-            "", "store ns/block", "churn ns/op", "450 p50/p99 us", "7500 p50/p99 us", "keys us", "B/entry"
+            "",
+            "store ns/block",
+            "churn ns/op",
+            "450 p50/p99 us",
+            "7500 p50/p99 us",
+            "keys us",
+            "B/entry"
         );
         compare::<ours::Pinpod>(hashes, &asked);
         compare::<smg::Smg>(hashes, &asked);

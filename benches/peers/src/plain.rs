@@ -80,7 +80,8 @@ impl Peer for Plain {
 
     fn keys(&self, tokens: &[u32]) -> Vec<BlockKey> {
         let mut keys = Vec::new();
-        self.hasher.request_keys(&SPACE, tokens, None, &[], &mut keys);
+        self.hasher
+            .request_keys(&SPACE, tokens, None, &[], &mut keys);
         keys
     }
 

@@ -101,7 +101,18 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads the next value, of a container its size only.
+    #[inline]
     pub(super) fn head(&mut self) -> Result<Head<'a>, Broken> {
+        // Keys and most values that are text are short, and a reader of keys meets nothing else: a
+        // branch of its own at each place is guessed right, one jump for all kinds is not.
+        if let Some((first @ 0xa0..=0xbf, rest)) = self.rest.split_first() {
+            self.rest = rest;
+            return self.take(usize::from(first & 0x1f)).map(Head::Str);
+        }
+        self.any_head()
+    }
+
+    fn any_head(&mut self) -> Result<Head<'a>, Broken> {
         let (&first, rest) = self.rest.split_first().ok_or(Broken)?;
         self.rest = rest;
         let head = match first {
@@ -190,10 +201,13 @@ impl<'a> Reader<'a> {
     }
 
     /// One value: its head, and all of it as raw bytes.
+    #[inline]
     pub(super) fn value(&mut self) -> Result<(Head<'a>, &'a [u8]), Broken> {
         let before = self.rest;
         let head = self.head()?;
-        self.skip_values(children(head))?;
+        if let Head::Array(_) | Head::Map(_) = head {
+            self.skip_values(children(head))?;
+        }
         let n = before.len() - self.rest.len();
         Ok((head, before.get(..n).unwrap_or_default()))
     }

@@ -288,11 +288,8 @@ impl PrecisePrefixProducer {
         keys: &mut Vec<Arc<Keys>>,
     ) -> usize {
         let lora = self.adapter(request, candidates);
-        let sizes = candidates.iter();
-        scratch.sizes.clear();
-        scratch
-            .sizes
-            .extend(sizes.map(|c| self.index.block_size(c.endpoint.index)));
+        let endpoints = candidates.iter().map(|c| c.endpoint.index);
+        self.index.block_sizes(endpoints, &mut scratch.sizes);
         for size in scratch.sizes.iter().flatten() {
             let known = keys.iter().any(|k| k.block_size == *size);
             if !known && keys.len() < MAX_BLOCK_SIZES {
