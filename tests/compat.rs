@@ -13,16 +13,26 @@ mod alloc;
 mod catalogue;
 #[path = "compat/corpus.rs"]
 mod corpus;
+#[path = "compat/disagg.rs"]
+mod disagg;
+#[path = "compat/doctor.rs"]
+mod doctor;
+#[path = "compat/drop_in.rs"]
+mod drop_in;
 #[path = "compat/errors.rs"]
 mod errors;
 #[path = "compat/fuzz.rs"]
 mod fuzz;
+#[path = "compat/manifests.rs"]
+mod manifests;
 #[path = "compat/plugins.rs"]
 mod plugins;
 #[path = "compat/pool.rs"]
 mod pool;
 #[path = "compat/process.rs"]
 mod process;
+#[path = "compat/schema.rs"]
+mod schema;
 #[path = "tidy.rs"]
 mod tidy;
 
@@ -80,6 +90,10 @@ fn shipped_documents_load_without_warnings() {
         assert!(
             show::resolved(&config, &builtin::registry()).contains("type: single-profile-handler")
         );
+    }
+    for text in [disagg::PD, disagg::EPD] {
+        let config = resolve(text).unwrap();
+        assert!(config.warnings.is_empty(), "{:?}", config.warnings);
     }
 }
 
@@ -171,7 +185,7 @@ fn errors_name_what_is_wrong() {
         ),
         (
             "plugins: [{type: disagg-profile-handler}]",
-            "plugin type 'disagg-profile-handler' is known but not yet available in this version",
+            "disagg-profile-handler: there is no scheduling profile called 'decode' to decode with",
         ),
         ("plugins: [{name: x}]", "plugin 'x' is missing a type"),
         (

@@ -26,6 +26,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
+    (
+        "kubernetes",
+        &["control", "datalayer", "plugin", "request", "telemetry"],
+    ),
     ("extproc", &["control", "request", "response", "telemetry"]),
     (
         "config",
@@ -44,8 +48,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "epp",
         &[
             "config",
+            "kubernetes",
             "extproc",
             "control",
+            "request",
             "datalayer",
             "plugin",
             "telemetry",
@@ -53,7 +59,18 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "sidecar",
-        &["epp", "request", "datalayer", "plugin", "telemetry"],
+        &[
+            "epp",
+            "kubernetes",
+            "request",
+            "datalayer",
+            "plugin",
+            "telemetry",
+        ],
+    ),
+    (
+        "doctor",
+        &["extproc", "kvcache", "kubernetes", "datalayer", "telemetry"],
     ),
     ("sim", &["telemetry"]),
     ("demo", &["telemetry"]),

@@ -4,11 +4,14 @@
 
 mod check_config;
 mod demo;
+mod doctor;
+mod index;
 mod noop;
 mod plugins;
 mod serve;
 mod sidecar;
 mod sim;
+mod tokenize;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -51,8 +54,14 @@ enum Command {
     Sim(sim::SimArgs),
     /// Check an EndpointPickerConfig and show what it resolves to
     CheckConfig(check_config::CheckConfigArgs),
+    /// Ask a running picker which endpoints hold a prompt, in which tier and since when
+    Index(index::IndexArgs),
     /// List every plugin with its parameters
     Plugins(plugins::PluginsArgs),
+    /// Look at an installation and say what is wrong with it
+    Doctor(doctor::DoctorArgs),
+    /// Token ids of request bodies, as `serve` computes them for exact prefix routing
+    Tokenize(tokenize::TokenizeArgs),
     /// A picker that always answers the same: the floor to measure against
     #[command(hide = true)]
     Noop(noop::NoopArgs),
@@ -86,7 +95,10 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => report(demo::run(&args)),
         Command::Sim(args) => report(sim::run(&args)),
         Command::CheckConfig(args) => report(check_config::run(&args)),
+        Command::Index(args) => report(index::run(&args)),
         Command::Plugins(args) => report(plugins::run(&args)),
+        Command::Doctor(args) => doctor::run(&args).unwrap_or_else(|error| report(Err(error))),
+        Command::Tokenize(args) => report(tokenize::run(&args)),
         Command::Noop(args) => report(noop::run(&args)),
     }
 }

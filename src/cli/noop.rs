@@ -18,9 +18,9 @@ use crate::extproc::proto::external_processor_server::{
 use crate::extproc::proto::health::health_server::HealthServer;
 use crate::extproc::proto::processing_request::Request as Message;
 use crate::extproc::proto::{CommonResponse, ProcessingRequest, ProcessingResponse};
+use crate::extproc::reply::Reply;
 use crate::extproc::server::{Routes, Server, ServerConfigs};
 use crate::extproc::stream::DESTINATION;
-use crate::extproc::wire::Reply;
 
 /// Flags of `noop`.
 #[derive(Debug, clap::Args)]

@@ -4,10 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Context;
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
-use crate::sim::server::Fault;
+use crate::sim::events::EventsConfig;
+use crate::sim::hash::HashAlgorithm;
+use crate::sim::server::{EventsSetup, Fault};
 use crate::sim::{EngineConfig, Profile, SimConfig, serve};
 
 /// Flags of `sim`.
@@ -67,6 +69,42 @@ pub(super) struct SimArgs {
     /// Misbehave from the start
     #[arg(long, value_enum, default_value_t = Fault::None)]
     fault: Fault,
+    /// Publishes KV events: JSON as of vLLM's flag; further pods take the ports behind those given
+    #[arg(long, value_parser = events_config, default_value = "{}")]
+    kv_events_config: EventsConfig,
+    /// The pods are the data-parallel ranks of one engine, and say so in events
+    #[arg(long)]
+    data_parallel: bool,
+    /// How blocks are hashed for events
+    #[arg(long, value_enum, default_value_t)]
+    prefix_caching_hash_algo: HashAlgorithm,
+    /// Seed of block hashes
+    #[arg(long, env = "PYTHONHASHSEED")]
+    hash_seed: Option<String>,
+    /// 1: events carry hashes as 64-bit integers; 0: as bytes
+    #[arg(long, env = "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES", default_value_t = 1)]
+    int_block_hashes: u8,
+    /// Answer at /v1/completions/render and /v1/chat/completions/render
+    #[arg(long)]
+    enable_scale_out: bool,
+}
+
+fn events_config(json: &str) -> Result<EventsConfig, serde_json::Error> {
+    serde_json::from_str(json)
+}
+
+impl SimArgs {
+    /// What pod `number` publishes.
+    fn events(&self, number: u16) -> anyhow::Result<EventsSetup> {
+        let config = self.kv_events_config.of_rank(number);
+        Ok(EventsSetup {
+            config: config.context("--kv-events-config")?,
+            rank: if self.data_parallel { number } else { 0 },
+            algorithm: self.prefix_caching_hash_algo,
+            seed: self.hash_seed.clone(),
+            whole_hashes: self.int_block_hashes == 0,
+        })
+    }
 }
 
 /// Runs the pods until SIGTERM or Ctrl-C.
@@ -107,7 +145,7 @@ pub(super) fn run(args: &SimArgs) -> anyhow::Result<()> {
         .build()?;
     runtime.block_on(async {
         let shutdown = CancellationToken::new();
-        let pods = TaskTracker::new();
+        let mut pods = JoinSet::new();
         for number in 0..args.count {
             let port = args
                 .port
@@ -125,13 +163,17 @@ pub(super) fn run(args: &SimArgs) -> anyhow::Result<()> {
                 tokens_per_event: args.tokens_per_event,
                 prompt_tokens_details: !args.no_enable_prompt_tokens_details,
                 fault: args.fault,
+                events: args.events(number)?,
+                enable_scale_out: args.enable_scale_out,
             };
             pods.spawn(serve(config, listener, shutdown.clone()));
         }
-        crate::epp::run::wait_for_signal().await?;
+        let ended = tokio::select! {
+            signal = crate::epp::run::wait_for_signal() => signal,
+            Some(ended) = pods.join_next() => ended.context("a pod panicked")?.context("a pod"),
+        };
         shutdown.cancel();
-        pods.close();
-        pods.wait().await;
-        Ok(())
+        while pods.join_next().await.is_some() {}
+        ended
     })
 }

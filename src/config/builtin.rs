@@ -8,6 +8,7 @@ use crate::control::producers::approx_prefix::ApproxPrefixProducer;
 use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
 use crate::control::producers::mm_embeddings_cache::MmEmbeddingsCacheProducer;
+use crate::control::producers::p2p_source::P2pSourceProducer;
 use crate::control::producers::precise_prefix::{PrecisePrefixProducer, PrecisePrefixScorer};
 use crate::control::producers::session_id::SessionIdProducer;
 use crate::control::producers::token::TokenProducer;
@@ -36,13 +37,17 @@ use crate::request::vllm_http::VllmHttpParser;
 use crate::response::request_attribute_reporter::RequestAttributeReporter;
 use crate::response::served_verifier::DestinationEndpointServedVerifier;
 use crate::response::{ResponseCompleteHook, ResponseHeaderHook};
+use crate::scheduling::deciders::{AlwaysDecider, AlwaysMultimodalDecider, PrefixBasedDecider};
 use crate::scheduling::filters::{
     ByLabelFilter, ConcurrencyDetector, ContextLengthAware, DecodeFilter, EncodeFilter,
     EndpointAttributeFilter, HeaderBasedTestingFilter, LabelSelectorFilter, PrefillFilter,
     PrefixCacheAffinityFilter, TopologyAffinityFilter, UtilizationDetector, UtilizationFilter,
 };
 use crate::scheduling::pickers::{MaxScorePicker, RandomPicker, WeightedRandomPicker};
-use crate::scheduling::profile_handlers::{HeaderProfileHandler, SingleProfileHandler};
+use crate::scheduling::profile_handlers::{
+    DataParallelProfileHandler, DisaggHeadersHandler, DisaggProfileHandler, HeaderProfileHandler,
+    PdProfileHandler, SingleProfileHandler,
+};
 use crate::scheduling::scorers::{
     ActiveRequestScorer, EndpointAttributeScorer, HeaderLabelAffinityScorer,
     KvCacheUtilizationScorer, LoadAwareScorer, LoraAffinityScorer, MmEmbeddingsCacheScorer,
@@ -51,8 +56,8 @@ use crate::scheduling::scorers::{
     TopologyAffinityScorer,
 };
 use crate::scheduling::{
-    Admitter, DataProducer, Filter, Picker, PreRequest, ProfileHandler, RequestHeaderProcessor,
-    SaturationDetector, Scorer, Screener,
+    Admitter, DataProducer, Decider, Filter, Picker, PreRequest, ProfileHandler,
+    RequestHeaderProcessor, SaturationDetector, Scorer, Screener,
 };
 
 /// One built plugin and the roles it can play.
@@ -66,6 +71,8 @@ pub struct Roles {
     pub picker: Option<Arc<dyn Picker>>,
     /// Runs profiles.
     pub profile_handler: Option<Arc<dyn ProfileHandler>>,
+    /// Decides about stages of disaggregated serving.
+    pub decider: Option<Arc<dyn Decider>>,
     /// Reads request headers.
     pub header_processor: Option<Arc<dyn RequestHeaderProcessor>>,
     /// Restricts candidates.
@@ -182,20 +189,23 @@ impl PluginType {
 
     /// Names of the instances that `parameters` refer to.
     pub fn references<'a>(&self, parameters: Option<&'a serde_json::Value>) -> Vec<&'a str> {
-        let paths = REFERENCES.iter().find(|(name, _)| *name == self.type_name);
-        let Some(((_, paths), object)) = paths.zip(parameters.and_then(|p| p.as_object())) else {
+        let Some((_, paths)) = REFERENCES.iter().find(|(name, _)| *name == self.type_name) else {
             return Vec::new();
+        };
+        let object = parameters.and_then(|p| p.as_object());
+        let given = |key: &str| {
+            let entries = object.into_iter().flatten();
+            let key = key.to_owned();
+            entries
+                .filter(move |(k, _)| k.eq_ignore_ascii_case(&key))
+                .map(|(_, value)| value)
         };
         let mut names = Vec::new();
         for path in *paths {
             let (key, inner) = path
                 .split_once(".*")
                 .map_or((*path, false), |(key, _)| (key, true));
-            let values = object
-                .iter()
-                .filter(|(k, _)| k.eq_ignore_ascii_case(key))
-                .map(|(_, value)| value);
-            for value in values {
+            for value in given(key) {
                 match value.as_object().filter(|_| inner) {
                     Some(object) => names.extend(object.values().filter_map(|v| v.as_str())),
                     None => names.extend(value.as_str()),
@@ -203,6 +213,12 @@ impl PluginType {
             }
         }
         names.retain(|name| !name.is_empty());
+        if self.type_name == PdProfileHandler::TYPE {
+            let mut named = given("deciderPluginName").filter_map(|v| v.as_str());
+            if named.all(str::is_empty) {
+                names.push(PrefixBasedDecider::TYPE);
+            }
+        }
         names
     }
 
@@ -317,14 +333,7 @@ fn catalogue_to_come() -> Vec<PluginType> {
     vec![
         later("slo-headroom-tier-filter", &["filter"], Beta),
         later("latency-scorer", &["scorer"], Beta),
-        later("disagg-profile-handler", &["profile handler"], Beta),
-        later("data-parallel-profile-handler", &["profile handler"], Beta)
-            .instead("single-profile-handler, with a gateway that supports several target ports"),
-        later("prefix-based-pd-decider", &["decider"], Beta),
-        later("always-disagg-pd-decider", &["decider"], Beta),
-        later("always-disagg-multimodal-decider", &["decider"], Beta),
         later("predicted-latency-producer", &["data producer"], Beta),
-        later("p2p-source-producer", &["data producer"], Alpha),
         later("latency-slo-admitter", &["admitter"], Beta),
         later("round-robin-fairness-policy", &["fairness"], Beta),
         later("program-aware-fairness", &["fairness"], Beta),
@@ -332,11 +341,25 @@ fn catalogue_to_come() -> Vec<PluginType> {
         later("slo-deadline-ordering-policy", &["ordering"], Beta),
         later("priority-holdback-policy", &["usage limit"], Alpha),
         later("soft-reflective-ceiling-policy", &["usage limit"], Alpha),
-        later("disagg-headers-handler", &["pre-request"], Beta).instead("disagg-profile-handler"),
-        later("prefill-header-handler", &["pre-request"], Beta)
-            .instead("disagg-profile-handler")
+    ]
+}
+
+/// Stages of a request on endpoints of their own.
+fn disaggregation() -> Vec<PluginType> {
+    vec![
+        plugin!(DisaggProfileHandler, ["profile handler" => profile_handler, "pre-request" => pre_request]),
+        plugin!(DataParallelProfileHandler, ["profile handler" => profile_handler, "pre-request" => pre_request])
+            .instead("single-profile-handler, with a gateway that supports several target ports"),
+        plugin!(PdProfileHandler, ["profile handler" => profile_handler, "pre-request" => pre_request])
+            .instead("disagg-profile-handler"),
+        plugin!(PrefixBasedDecider, ["decider" => decider]),
+        plugin!(AlwaysDecider, ["decider" => decider]),
+        plugin!(AlwaysMultimodalDecider, ["decider" => decider]),
+        plugin!(DisaggHeadersHandler, ["pre-request" => pre_request]).instead("disagg-profile-handler"),
+        plugin!(DisaggHeadersHandler, ["pre-request" => pre_request])
+            .deprecated("prefill-header-handler", "disagg-profile-handler")
             .reports("disagg-headers-handler"),
-        later("pd-profile-handler", &["profile handler"], Beta).instead("disagg-profile-handler"),
+        plugin!(P2pSourceProducer, ["data producer" => producer, "pre-request" => pre_request]),
     ]
 }
 
@@ -439,6 +462,7 @@ pub fn registry() -> Registry {
             "Accepted: has no effect without flow control.",
         ),
     ];
+    types.extend(disaggregation());
     types.extend(catalogue_to_come());
     Registry::new(types)
 }

@@ -51,6 +51,8 @@ const OLD_PARAMETERS: &[(&[&str], &str, &str)] = &[
         "prefixPluginName",
         "has no effect: use prefixMatchInfoProducerName",
     ),
+    (&["pd-profile-handler"], "prefixPluginType", "has no effect"),
+    (&["pd-profile-handler"], "prefixPluginName", "has no effect"),
     (
         &["inflight-load-producer"],
         "syncCrossReplicaState",
@@ -194,6 +196,12 @@ fn always_runs(roles: &Roles) -> bool {
 }
 
 fn unused_instances(loaded: &Loaded<'_>, notes: &mut Notes) {
+    let named: Vec<&str> = loaded
+        .instances
+        .iter()
+        .filter_map(|i| Some((loaded.registry.get(i.plugin_type)?, i)))
+        .flat_map(|(plugin_type, i)| plugin_type.references(i.parameters.as_ref()))
+        .collect();
     for instance in loaded.instances {
         let Some(position) = written(instance) else {
             continue;
@@ -213,6 +221,12 @@ fn unused_instances(loaded: &Loaded<'_>, notes: &mut Notes) {
             notes.add(
                 format!("plugins[{position}]"),
                 format!("'{name}' has no effect: no scheduling profile names it"),
+            );
+        }
+        if roles.decider.is_some() && !named.contains(&name.as_str()) {
+            notes.add(
+                format!("plugins[{position}]"),
+                format!("'{name}' has no effect: no profile handler names it as a decider"),
             );
         }
         let parses = loaded.parsers.iter().any(|p| p.name.name == *name);

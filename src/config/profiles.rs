@@ -84,6 +84,10 @@ impl Loader<'_> {
                 "SingleProfileHandler cannot support multiple scheduling profiles".into(),
             );
         }
+        let names: Vec<&str> = profiles.iter().map(|p| p.name.as_str()).collect();
+        if let Err(text) = first.1.check_profiles(&names) {
+            return Err(Problem::Invalid(text).at(self.field_of(&first.0.name)));
+        }
         Ok(first)
     }
 

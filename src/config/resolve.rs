@@ -7,6 +7,7 @@ use super::raw::{Document, LEGACY_API_VERSION, PluginEntry};
 use super::{ConfigError, Problem, Warning, flow, lint, raw, tree};
 use crate::control::director::ActiveConfig;
 use crate::control::producers::burst_prefix::BurstPrefixProducer;
+use crate::control::producers::precise_prefix::{PrecisePrefixProducer, PrecisePrefixScorer};
 use crate::datalayer::EndpointListener;
 use crate::datalayer::discovery::Discovery;
 use crate::datalayer::extractors::Extractor;
@@ -55,7 +56,7 @@ pub struct ResolvedConfig {
     pub producers: Vec<(TypedName, Arc<dyn DataProducer>)>,
     /// Fairness id that a header processor publishes, if there is one.
     pub agent_identity: Option<Column<String>>,
-    /// Every prefix match that some instance publishes.
+    /// Every prefix match that some instance publishes, those by KV events first.
     pub prefix_matches: Vec<Column<PrefixMatch>>,
     /// Parser instances in order.
     pub parsers: Vec<Instance>,
@@ -142,7 +143,8 @@ impl ResolvedConfig {
                 .map(|(name, plugin)| Hook::new("DataProducer", name.clone(), Arc::clone(plugin)))
                 .collect(),
             admitters: self.hooks("Admission", |roles| roles.admitter.clone()),
-            scheduler: Scheduler::new(Arc::clone(&self.profile_handler.1), profiles.collect()),
+            scheduler: Scheduler::new(Arc::clone(&self.profile_handler.1), profiles.collect())
+                .with_prefix_matches(self.prefix_matches.clone()),
             prefix_matches: self.prefix_matches.clone(),
             pre_request: self.hooks("PreRequest", |roles| roles.pre_request.clone()),
             response_hooks: (!response.is_empty()).then(|| Arc::new(response)),
@@ -287,9 +289,12 @@ impl Loader<'_> {
         let producers = self.producers_in_order()?;
         let agents = self.keys.published(AGENT_IDENTITY, |_| true);
         let agent_identity = agents.into_iter().next();
-        let prefix_matches = self
+        let mut prefix_matches = self
             .keys
-            .published(PREFIX_MATCH, |name| self.knows_caches(name));
+            .published(PREFIX_MATCH, |name| self.is_exact(name));
+        prefix_matches.extend(self.keys.published(PREFIX_MATCH, |name| {
+            self.knows_caches(name) && !self.is_exact(name)
+        }));
         let keys: Vec<KeyUse> = self.keys.all().filter(|k| k.is_used()).cloned().collect();
         let instances = std::mem::take(&mut self.instances);
         document.scheduling_profiles = written_profiles;
@@ -495,6 +500,9 @@ impl Loader<'_> {
             .all(|r| self.reused.iter().any(|name| name == r));
         if let Some(same) = same.filter(|_| settled) {
             self.keys.declare_again(&same.declared);
+            if let Some(decider) = &same.roles.decider {
+                self.keys.offer(&name, Arc::clone(decider));
+            }
             self.reused.push(name);
             self.instances.push(Instance {
                 origin,
@@ -522,6 +530,9 @@ impl Loader<'_> {
             }
             .at("")
         })?;
+        if let Some(decider) = &roles.decider {
+            self.keys.offer(&name, Arc::clone(decider));
+        }
         self.instances.push(Instance {
             name: TypedName {
                 type_name: plugin_type.reported,
@@ -553,6 +564,13 @@ impl Loader<'_> {
     fn knows_caches(&self, name: &str) -> bool {
         self.find(name)
             .is_some_and(|i| i.plugin_type != BurstPrefixProducer::TYPE)
+    }
+
+    /// True when its prefix matches say what engines report, where they do.
+    fn is_exact(&self, name: &str) -> bool {
+        const EXACT: [&str; 2] = [PrecisePrefixProducer::TYPE, PrecisePrefixScorer::TYPE];
+        self.find(name)
+            .is_some_and(|i| EXACT.contains(&i.plugin_type))
     }
 
     pub(super) fn find(&self, name: &str) -> Option<&Instance> {

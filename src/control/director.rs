@@ -4,8 +4,11 @@
 //! the decision is handed back as [`Step::Wait`] and goes on with [`Director::resume`] where it
 //! stopped.
 
+mod explain;
+
 use std::any::Any;
 use std::cell::RefCell;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -19,14 +22,15 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use super::RequestError;
 use super::candidates::{CandidatePool, Lent, Subset};
 use super::intake::{
-    BodyKnowledge, DEFAULT_FLOW, Intake, RequestId, headers_to_remove, read_request, received_id,
-    request_id, wants_cached_prefix,
+    BodyKnowledge, DEFAULT_FLOW, Intake, Read, RequestId, headers_to_remove, read_request,
+    received_id, request_id, wants_cached_prefix,
 };
+use super::rules::SharedRules;
 use crate::datalayer::EndpointStore;
-use crate::plugin::{Attributes, Column, Hook, Leases};
+use crate::plugin::{Attributes, Column, Hook, Lap, Leases};
 use crate::request::parsers::{ParserSet, request_path};
 use crate::request::rewrite::rewrite_model;
-use crate::request::{ApiKind, Body, Early, Headers, InferenceRequest, Payload};
+use crate::request::{ApiKind, AppProtocol, Body, Early, Headers, InferenceRequest, Payload};
 use crate::response::accounting::RequestFacts;
 use crate::response::usage::UsageFormat;
 use crate::response::{Accounting, ResponseHooks};
@@ -106,6 +110,7 @@ pub struct Director {
     active: ArcSwap<ActiveConfig>,
     options: DirectorOptions,
     metrics: Metrics,
+    rules: SharedRules,
 }
 
 /// What became of a request that was handed to the director.
@@ -183,7 +188,20 @@ impl Director {
             active: ArcSwap::from_pointee(active),
             options,
             metrics,
+            rules: SharedRules::default(),
         }
+    }
+
+    /// Objectives and rewrites to decide by, which may change at any time.
+    #[must_use]
+    pub fn with_rules(mut self, rules: SharedRules) -> Self {
+        self.rules = rules;
+        self
+    }
+
+    /// True when every parser in use reads what an engine of this protocol is sent.
+    pub fn accepts(&self, protocol: AppProtocol) -> bool {
+        self.active.load().parsers.accept(protocol)
     }
 
     /// Replaces the configuration between requests.
@@ -288,7 +306,11 @@ impl Director {
             destination: endpoint.host_port.clone(),
             scores: None,
             set_headers: id.header().into_iter().collect(),
-            remove_headers: headers_to_remove(&intake.headers, self.options.strip_control_headers),
+            remove_headers: headers_to_remove(
+                &intake.headers,
+                self.options.strip_control_headers,
+                &[],
+            ),
             body: intake.body,
             rewritten: false,
             account: Accounting::new(facts, Leases::default(), None),
@@ -306,14 +328,25 @@ impl Director {
             subset,
             received_at,
         } = intake;
-        let read = read_request(&config.parsers, headers, body, early, knowledge);
-        let (mut request, id) = match read {
+        self.seed(&workspace.rng, &headers, &body);
+        let rules = self.rules.load();
+        let with = (&**rules, &workspace.rng);
+        let read = match read_request(&config.parsers, headers, body, early, knowledge, with) {
             Ok(read) => read,
             Err(error) => {
                 self.note_refusal(&error);
                 return Step::Done(Err(error));
             }
         };
+        let Read {
+            mut request,
+            id,
+            rewritten_by,
+        } = read;
+        if let Some((rule, exact)) = rewritten_by {
+            let target = &request.target_model;
+            self.metrics.rewritten(&rule, &request.model, target, exact);
+        }
         let mut attributes = std::mem::take(&mut workspace.attributes);
         attributes.clear();
         for hook in &config.header_processors {
@@ -425,7 +458,13 @@ impl Director {
             .iter()
             .filter_map(|&p| Some(Arc::clone(&candidates.get(p as usize)?.endpoint)))
             .collect();
-        let destination = join(picks.iter().map(|e| &e.host_port));
+        let destination = match (outcome.primary_port, picks.first()) {
+            // The header beside it names a rank of the first pick's address only.
+            (Some(port), Some(first)) => SocketAddr::new(first.spec.address.ip(), port)
+                .to_string()
+                .into(),
+            _ => join(picks.iter().map(|e| &e.host_port)),
+        };
         let spec = picks.first().map(|e| &e.spec);
         let labels = spec.map(|s| (s.name.as_str(), s.namespace.as_str(), s.address.port()));
         self.metrics.scheduled(&request.target_model, labels);
@@ -463,16 +502,17 @@ impl Director {
         let Outcome {
             leases,
             mut set_headers,
+            primary_port,
         } = outcome;
-        let mut remove_headers =
-            headers_to_remove(&request.headers, self.options.strip_control_headers);
-        remove_headers.retain(|name| !set_headers.iter().any(|(own, _)| own == name));
+        let remove_headers = headers_to_remove(
+            &request.headers,
+            self.options.strip_control_headers,
+            &set_headers,
+        );
         set_headers.extend(id.header());
         Decision {
             destination,
-            scores: self
-                .options
-                .emit_scores
+            scores: (self.options.emit_scores && primary_port.is_none())
                 .then(|| named_scores(candidates, scratch)),
             set_headers,
             remove_headers,
@@ -540,11 +580,14 @@ impl Draft {
             ..
         } = self;
         let candidates = &candidates.list;
+        let mut lap = Lap::start();
         while let Some(producer) = config.producers.get(*produced) {
             if let Some(preparation) = producer.plugin.prepare(request, candidates, attributes) {
                 return Some(Box::pin(in_time(preparation)));
             }
-            let result = producer.timed(|plugin| plugin.produce(request, candidates, attributes));
+            let result = producer.timed_after(&mut lap, |plugin| {
+                plugin.produce(request, candidates, attributes)
+            });
             *produced += 1;
             if let Err(error) = result {
                 give_up_on_producers(&producer.name.name, &error);
@@ -582,8 +625,11 @@ impl Draft {
             return Err(RequestError::NoCachedPrefix);
         }
         let mut outcome = Outcome::default();
+        let mut lap = Lap::start();
         for hook in &config.pre_request {
-            hook.timed(|plugin| plugin.on_pick(&cycle, candidates, &result, &mut outcome));
+            hook.timed_after(&mut lap, |plugin| {
+                plugin.on_pick(&cycle, candidates, &result, &mut outcome);
+            });
         }
         Ok((result, outcome))
     }

@@ -99,7 +99,9 @@ impl RequestError {
     /// Value of `x-llm-d-request-dropped-reason`, where the contract names one.
     pub fn dropped_reason(&self) -> Option<&'static str> {
         match self {
-            Self::Schedule(ScheduleError::FiltersLeftNothing) => Some("rejected-saturated"),
+            Self::Schedule(ScheduleError::FiltersLeftNothing | ScheduleError::NoDecodeEndpoint) => {
+                Some("rejected-saturated")
+            }
             Self::NoCandidates | Self::Screened | Self::NoEndpoints => {
                 Some("rejected-no-endpoints")
             }

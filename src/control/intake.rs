@@ -3,10 +3,14 @@
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use std::cell::RefCell;
+
 use super::RequestError;
 use super::candidates::Subset;
+use super::rules::TrafficRules;
 use crate::request::parsers::{ParserSet, request_path};
 use crate::request::{Body, Early, Headers, InferenceRequest, Payload};
+use crate::scheduling::stages::{ENCODE_HEADER, PREFILL_HEADER, RANK_HEADER, SOURCE_HEADER};
 
 /// Request header that names the objective; current spelling first.
 const OBJECTIVE: [&str; 2] = [
@@ -25,13 +29,13 @@ pub(super) const DEFAULT_FLOW: &str = "default-flow";
 /// Longest value of a header that becomes a label or a model name; longer ones count as absent.
 const MAX_NAME_BYTES: usize = 1024;
 
-/// Headers that steer endpoints or belong to the gateway: what a client sends of them must not reach
-/// an engine or its sidecar. Removed unless this process sets them itself.
-const ROUTING_HEADERS: [&str; 7] = [
-    "x-prefiller-host-port",
-    "x-encoder-hosts-ports",
-    "x-data-parallel-host-port",
-    "x-kv-cache-source-host-port",
+/// Headers by which the picker steers a sidecar: what a client sends of them must not reach one. Removed
+/// from every request unless set for it, also when the picker saw none: a gateway may forward only some
+/// headers to it.
+const STEERING_HEADERS: [&str; 4] = [PREFILL_HEADER, ENCODE_HEADER, RANK_HEADER, SOURCE_HEADER];
+
+/// Headers that belong to the gateway; removed when a client sends them.
+const GATEWAY_HEADERS: [&str; 3] = [
     "x-gateway-destination-endpoint-subset",
     "x-gateway-destination-endpoint-served",
     "x-llm-d-request-dropped-reason",
@@ -122,14 +126,25 @@ fn named<'a>(headers: &'a Headers, names: &[&str]) -> Option<&'a str> {
         .filter(|v| !v.is_empty() && v.len() <= MAX_NAME_BYTES)
 }
 
-/// Parses the body and applies the model rewrite header.
+/// A request as its client means it, and what operators make of it.
+#[derive(Debug)]
+pub(super) struct Read {
+    pub(super) request: InferenceRequest,
+    pub(super) id: RequestId,
+    /// The rewrite that chose the model, and whether it names the incoming one.
+    pub(super) rewritten_by: Option<(String, bool)>,
+}
+
+/// Parses the body, finds the model to ask for and the priority. A rewrite for the incoming model
+/// comes before the rewrite header.
 pub(super) fn read_request(
     parsers: &ParserSet,
     headers: Headers,
     body: Body,
     early: Option<Early>,
     knowledge: BodyKnowledge,
-) -> Result<(InferenceRequest, RequestId), RequestError> {
+    (rules, rng): (&TrafficRules, &RefCell<fastrand::Rng>),
+) -> Result<Read, RequestError> {
     let path = request_path(&headers).to_owned();
     let mut first_blocks = None;
     let payload = match knowledge {
@@ -154,17 +169,29 @@ pub(super) fn read_request(
     if let Some(target) = named(&headers, &MODEL_REWRITE) {
         target.clone_into(&mut request.target_model);
     }
-    if request.payload.rewritable && request.target_model.is_empty() {
-        return Err(RequestError::NoModel);
+    let mut rewritten_by = None;
+    if request.payload.rewritable {
+        if let Some(rewrite) = rules.rewrite(&request.model, &mut rng.borrow_mut()) {
+            rewrite.target.clone_into(&mut request.target_model);
+            rewritten_by = Some((rewrite.rule.to_owned(), rewrite.exact));
+        }
+        if request.target_model.is_empty() {
+            return Err(RequestError::NoModel);
+        }
     }
     if let Some(objective) = named(&headers, &OBJECTIVE) {
         objective.clone_into(&mut request.objective);
+        request.priority = rules.priority(objective);
     }
     request.path = path;
     // Empty until the plugins that read headers have run.
     request.fairness_id = named(&headers, &FAIRNESS).unwrap_or_default().to_owned();
     request.headers = headers;
-    Ok((request, id))
+    Ok(Read {
+        request,
+        id,
+        rewritten_by,
+    })
 }
 
 /// `Prefer: if-available` (RFC 7240, parameters ignored): serve only from a cached prefix.
@@ -178,14 +205,20 @@ pub(super) fn wants_cached_prefix(headers: &Headers) -> bool {
         .any(|token| token.trim().eq_ignore_ascii_case("if-available"))
 }
 
-/// Names of the received headers that must not go on: what steers endpoints and, with `control`, what
-/// speaks to the picker only.
-pub(super) fn headers_to_remove(headers: &Headers, control: bool) -> Vec<String> {
+/// Names of the headers that must not go on: what steers sidecars, unless it is among `own`, what belongs
+/// to the gateway and, with `control`, what speaks to the picker only.
+pub(super) fn headers_to_remove(
+    headers: &Headers,
+    control: bool,
+    own: &[(&'static str, Bytes)],
+) -> Vec<String> {
     let control: &[&str] = if control { &CONTROL_HEADERS } else { &[] };
-    let mut remove = Vec::new();
+    let is_own = |name: &&str| own.iter().any(|(set, _)| set == name);
+    let steering = STEERING_HEADERS.into_iter().filter(|name| !is_own(name));
+    let mut remove: Vec<String> = steering.map(str::to_owned).collect();
     for header in headers.iter().filter(|h| h.name.starts_with("x-")) {
         let name = header.name.as_str();
-        if ROUTING_HEADERS.contains(&name) || control.contains(&name) {
+        if GATEWAY_HEADERS.contains(&name) || control.contains(&name) {
             remove.push(name.to_owned());
         }
     }

@@ -8,6 +8,7 @@ mod error;
 pub mod header_processors;
 mod intake;
 pub mod producers;
+pub mod rules;
 pub mod screeners;
 pub mod session_affinity;
 

@@ -40,6 +40,13 @@ impl std::fmt::Debug for EndpointAttributes {
 }
 
 impl EndpointAttributes {
+    /// The values as they are now, in a table of their own.
+    pub(super) fn copied(&self) -> Self {
+        Self {
+            table: ArcSwap::new(self.table.load_full()),
+        }
+    }
+
     pub(super) fn get<T: Send + Sync + 'static>(
         &self,
         column: EndpointColumn<T>,

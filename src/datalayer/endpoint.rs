@@ -43,6 +43,9 @@ pub struct EndpointDetails {
     pub metrics_host: Option<String>,
     /// Port that serves its metrics, instead of its own.
     pub metrics_port: Option<u16>,
+    /// Tells one life of the engine from the next under the same name and address: its caches are
+    /// empty after a restart. `None` when discovery cannot know.
+    pub incarnation: Option<String>,
 }
 
 impl EndpointSpec {
@@ -70,6 +73,14 @@ pub struct Endpoint {
     /// Last scrape; [`EngineMetrics::default`] before the first.
     metrics: ArcSwap<EngineMetrics>,
     attributes: EndpointAttributes,
+    /// Outlives a change of labels, which makes a new `Endpoint`.
+    shared: Arc<Shared>,
+}
+
+/// What an endpoint has in common with its former self under other labels: bookings made on the one
+/// are released on the other.
+#[derive(Debug, Default)]
+struct Shared {
     in_flight: [InFlightLoad; MAX_IN_FLIGHT_PRODUCERS],
     removed: AtomicBool,
 }
@@ -83,8 +94,20 @@ impl Endpoint {
             index,
             metrics: ArcSwap::from_pointee(EngineMetrics::default()),
             attributes: EndpointAttributes::default(),
-            in_flight: Default::default(),
-            removed: AtomicBool::new(false),
+            shared: Arc::default(),
+        }
+    }
+
+    /// The same engine with the labels of `spec`: same index and load, metrics and attributes as they
+    /// are now.
+    pub(super) fn relabelled(&self, spec: EndpointSpec) -> Self {
+        Self {
+            host_port: self.host_port.clone(),
+            spec,
+            index: self.index,
+            metrics: ArcSwap::new(self.metrics()),
+            attributes: self.attributes.copied(),
+            shared: Arc::clone(&self.shared),
         }
     }
 
@@ -135,17 +158,17 @@ impl Endpoint {
 
     /// Live load booked by the producer that owns `slot`.
     pub fn in_flight(&self, slot: InFlightSlot) -> &InFlightLoad {
-        &self.in_flight[slot.position() % MAX_IN_FLIGHT_PRODUCERS]
+        &self.shared.in_flight[slot.position() % MAX_IN_FLIGHT_PRODUCERS]
     }
 
     /// True once discovery dropped the endpoint: nothing new may be recorded under its index.
     pub fn is_removed(&self) -> bool {
-        self.removed.load(Ordering::Acquire)
+        self.shared.removed.load(Ordering::Acquire)
     }
 
     /// Marks the endpoint as gone; called by the store before listeners are told.
     pub(super) fn mark_removed(&self) {
-        self.removed.store(true, Ordering::Release);
+        self.shared.removed.store(true, Ordering::Release);
     }
 }
 

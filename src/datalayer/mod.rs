@@ -10,6 +10,7 @@ pub mod endpoint;
 pub mod extractors;
 pub mod pool_gauges;
 pub mod scrape;
+pub mod selector;
 pub mod sources;
 pub mod store;
 
@@ -17,4 +18,4 @@ pub use attributes::ScalarRef;
 pub use endpoint::{
     Endpoint, EndpointDetails, EndpointIndex, EndpointSpec, EngineMetrics, LoraState,
 };
-pub use store::{EndpointListener, EndpointStore};
+pub use store::{EndpointListener, EndpointName, EndpointStore};

@@ -2,6 +2,7 @@
 //!
 //! Entry point: [`run::run`]. The only room besides `cli` that sees `config`.
 
+mod control_plane;
 pub mod health;
 pub mod options;
 mod reload;

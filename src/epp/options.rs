@@ -9,6 +9,11 @@ use std::time::Duration;
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 
 use super::tls::TlsOptions;
+use crate::datalayer::selector::Selector;
+use crate::kubernetes::client::{DEFAULT_NAMESPACE, is_object_name};
+use crate::kubernetes::objects::{LEGACY_GROUP, POOL_GROUP};
+use crate::kubernetes::pool::MAX_TARGET_PORTS;
+use crate::kubernetes::{ClientOptions, PoolSource};
 use crate::plugin::duration::GoDuration;
 use crate::telemetry::log;
 
@@ -44,6 +49,10 @@ pub struct ServeOptions {
     pub endpoints: Option<String>,
     /// Pool name for metrics.
     pub pool_name: String,
+    /// The pool in Kubernetes; not used when endpoints come from elsewhere.
+    pub kubernetes: Option<KubernetesOptions>,
+    /// `--rules-file`.
+    pub rules_file: Option<PathBuf>,
     /// `--config-file`.
     pub config_file: Option<PathBuf>,
     /// `--config-text`.
@@ -86,6 +95,10 @@ pub struct ServeOptions {
     pub emit_endpoint_scores: bool,
     /// `--strip-routing-headers`.
     pub strip_routing_headers: bool,
+    /// `--metrics-endpoint-auth`.
+    pub metrics_endpoint_auth: bool,
+    /// `--metrics-cert-dir` and `--metrics-client-ca-file`; without the first the port is plain.
+    pub metrics_tls: Option<TlsOptions>,
     /// `--enable-grpc-stream-metrics`.
     pub enable_grpc_stream_metrics: bool,
     /// The scrape flags of releases before 0.10.
@@ -98,6 +111,23 @@ pub struct ServeOptions {
     pub log_level: tracing::Level,
     /// What was accepted without effect; logged at start.
     pub warnings: Vec<String>,
+}
+
+/// Where the pool is in Kubernetes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KubernetesOptions {
+    /// `--kubeconfig`.
+    pub client: ClientOptions,
+    /// `--pool-namespace`, or `NAMESPACE`, or `default`.
+    pub namespace: String,
+    /// `--pool-group`, which references to the pool must name.
+    pub pool_group: String,
+    /// `--pool-name`, or `--endpoint-selector` and `--endpoint-target-ports`.
+    pub source: PoolSource,
+    /// `--ha-enable-leader-election`.
+    pub leader_election: bool,
+    /// Name of our own pod; empty outside of one.
+    pub pod_name: String,
 }
 
 /// `--model-server-metrics-*`: what they say overrides every metrics source of the document.
@@ -139,16 +169,27 @@ struct PoolFlags {
     /// Endpoints as host:port[;label=value...],... instead of any discovery
     #[arg(long, value_name = "LIST")]
     endpoints: Option<String>,
-    /// Name of the InferencePool; here a label in metrics [default: epp]
+    /// Name of the InferencePool
     #[arg(long, default_value = "", hide_default_value = true)]
     pool_name: String,
     /// Namespace of the pool
-    #[arg(long, env = "NAMESPACE", default_value = "default")]
+    #[arg(long, env = "NAMESPACE", default_value = DEFAULT_NAMESPACE)]
     pool_namespace: String,
-    /// API group of the pool
-    #[arg(long, default_value = "inference.networking.k8s.io")]
+    /// API group of the pool; inference.networking.x-k8s.io for v1alpha2 only
+    #[arg(long, default_value = POOL_GROUP)]
     pool_group: String,
-    /// Pods by label selector instead of a pool (Kubernetes; not yet available)
+    /// Kubeconfig file [default: KUBECONFIG, the pod's service account, ~/.kube/config]
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "",
+        hide_default_value = true
+    )]
+    kubeconfig: String,
+    /// Name of this pod, from which that of its Deployment is cut with --endpoint-selector
+    #[arg(long, env = "POD_NAME", default_value = "", hide = true)]
+    pod_name: String,
+    /// Pods by label selector instead of a pool; needs no custom resource
     #[arg(long, default_value = "", hide_default_value = true)]
     endpoint_selector: String,
     /// Ports of the pods selected, 1 to 8 of them, comma-separated
@@ -173,7 +214,15 @@ struct PoolFlags {
     /// Permit plugins marked alpha
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
     allow_experimental_plugins: bool,
-    /// Serve only as elected leader (Kubernetes; not yet available)
+    /// Objectives and model rewrites as YAML documents, instead of those in Kubernetes
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "",
+        hide_default_value = true
+    )]
+    rules_file: String,
+    /// Be ready only as the elected leader
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
     ha_enable_leader_election: bool,
 }
@@ -279,10 +328,10 @@ struct TelemetryFlags {
     /// Ask Kubernetes about bearer tokens on the metrics port (without Kubernetes: no effect)
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
     metrics_endpoint_auth: bool,
-    /// TLS on the metrics port (not yet available)
+    /// Directory with tls.crt and tls.key: TLS on the metrics port
     #[arg(long, default_value = "", hide_default_value = true)]
     metrics_cert_dir: String,
-    /// Client CA of the metrics port (not yet available)
+    /// CA of the certificates that clients of the metrics port must show
     #[arg(long, default_value = "", hide_default_value = true)]
     metrics_client_ca_file: String,
     /// Accepted: there is no pprof here
@@ -462,8 +511,144 @@ pub(crate) fn list(text: &str) -> Vec<String> {
         .collect()
 }
 
+impl PoolFlags {
+    /// The pool in Kubernetes, if the flags name one.
+    fn kubernetes(
+        &self,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<KubernetesOptions>, OptionsError> {
+        let namespace = match self.pool_namespace.as_str() {
+            "" => DEFAULT_NAMESPACE,
+            other => other,
+        };
+        if !is_object_name(namespace, false) {
+            return invalid(format!(
+                "flag --pool-namespace: {namespace:?} is no namespace"
+            ));
+        }
+        let source = if !self.pool_name.is_empty() {
+            if !is_object_name(&self.pool_name, true) {
+                let name = &self.pool_name;
+                return invalid(format!("flag --pool-name: {name:?} is no object name"));
+            }
+            let legacy = self.pool_group == LEGACY_GROUP;
+            if !legacy && self.pool_group != POOL_GROUP {
+                let group = &self.pool_group;
+                warnings.push(format!(
+                    "--pool-group {group:?} is not known, the pool is looked for in {POOL_GROUP}"
+                ));
+            }
+            PoolSource::Pool {
+                name: self.pool_name.clone(),
+                legacy,
+            }
+        } else if !self.endpoint_selector.is_empty() {
+            PoolSource::Selector {
+                selector: self.endpoint_selector.clone(),
+                ports: self.selected()?,
+            }
+        } else {
+            return Ok(None);
+        };
+        let kubeconfig = Some(&self.kubeconfig).filter(|path| !path.is_empty());
+        Ok(Some(KubernetesOptions {
+            client: ClientOptions {
+                kubeconfig: kubeconfig.map(Into::into),
+                context: None,
+            },
+            namespace: namespace.to_owned(),
+            pool_group: self.pool_group.clone(),
+            source,
+            leader_election: self.ha_enable_leader_election,
+            pod_name: self.pod_name.clone(),
+        }))
+    }
+
+    /// Checks the selector; the ports that go with it, each once.
+    fn selected(&self) -> Result<Vec<u16>, OptionsError> {
+        if let Err(problem) = Selector::parse(&self.endpoint_selector) {
+            return invalid(format!("flag --endpoint-selector: {problem}"));
+        }
+        let mut ports = Vec::new();
+        for text in list(&self.endpoint_target_ports) {
+            match text.parse::<u16>() {
+                Ok(port) if port > 0 && ports.contains(&port) => {}
+                Ok(port) if port > 0 => ports.push(port),
+                _ => {
+                    return invalid(format!(
+                        "flag --endpoint-target-ports: {text:?} is not within 1 and 65535"
+                    ));
+                }
+            }
+        }
+        if ports.is_empty() || ports.len() > MAX_TARGET_PORTS {
+            return invalid(format!(
+                "flag --endpoint-target-ports: 1 to {MAX_TARGET_PORTS} ports are needed with --endpoint-selector"
+            ));
+        }
+        Ok(ports)
+    }
+
+    /// What the pool is called in metrics and leases.
+    fn identity(&self, warnings: &mut Vec<String>) -> String {
+        if !self.pool_name.is_empty() {
+            return self.pool_name.clone();
+        }
+        if self.endpoint_selector.is_empty() {
+            return "epp".to_owned();
+        }
+        workload(&self.pod_name).map_or_else(
+            || {
+                warnings.push(format!(
+                    "POD_NAME {:?} names no pod of a Deployment or StatefulSet: the pool is called epp",
+                    self.pod_name
+                ));
+                "epp".to_owned()
+            },
+            str::to_owned,
+        )
+    }
+}
+
+/// The Deployment (`<name>-<hash>-<suffix>`) or StatefulSet (`<name>-<ordinal>`) that a pod is of.
+fn workload(pod: &str) -> Option<&str> {
+    let is_word = |text: &str| {
+        let word = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        !text.is_empty() && text.bytes().all(word)
+    };
+    let (rest, last) = pod.rsplit_once('-')?;
+    if last.bytes().all(|b| b.is_ascii_digit()) && !last.is_empty() && last.len() < 4 {
+        return Some(rest).filter(|name| !name.is_empty());
+    }
+    let (name, hash) = rest.rsplit_once('-')?;
+    (is_word(last) && is_word(hash) && !name.is_empty()).then_some(name)
+}
+
+impl TelemetryFlags {
+    /// TLS of the metrics port.
+    fn tls(&self) -> Result<Option<TlsOptions>, OptionsError> {
+        let ca = Some(&self.metrics_client_ca_file).filter(|path| !path.is_empty());
+        if self.metrics_cert_dir.is_empty() {
+            return match ca {
+                Some(_) => invalid("flag --metrics-client-ca-file needs --metrics-cert-dir"),
+                None => Ok(None),
+            };
+        }
+        if ca.is_none() && !self.metrics_endpoint_auth {
+            return invalid(
+                "flag --metrics-cert-dir needs --metrics-client-ca-file or --metrics-endpoint-auth",
+            );
+        }
+        Ok(Some(TlsOptions {
+            cert_path: Some((&self.metrics_cert_dir).into()),
+            client_ca: ca.map(Into::into),
+            alpn: &[b"http/1.1"],
+            ..TlsOptions::default()
+        }))
+    }
+}
+
 impl Flags {
-    #[expect(clippy::too_many_lines, reason = "one field after the other")]
     fn validate(self, warnings: &mut Vec<String>) -> Result<ServeOptions, OptionsError> {
         let Self {
             pool,
@@ -487,15 +672,7 @@ impl Flags {
                 "exactly one of --pool-name and --endpoint-selector must be set (or --endpoints given)",
             );
         }
-        let target_ports = list(&pool.endpoint_target_ports);
-        if target_ports.len() > 8 || target_ports.iter().any(|p| p.parse::<u16>().is_err()) {
-            return invalid("flag --endpoint-target-ports: expected 1 to 8 ports");
-        }
-        if pool.ha_enable_leader_election {
-            return invalid(
-                "flag --ha-enable-leader-election is known but not yet available in this version",
-            );
-        }
+        let kubernetes = pool.kubernetes(warnings)?;
         if scrape
             .scheme
             .as_deref()
@@ -503,11 +680,7 @@ impl Flags {
         {
             return invalid("flag --model-server-metrics-scheme: expected http or https");
         }
-        if !telemetry.metrics_cert_dir.is_empty() || !telemetry.metrics_client_ca_file.is_empty() {
-            return invalid(
-                "flags --metrics-cert-dir and --metrics-client-ca-file are not yet available in this version",
-            );
-        }
+        let metrics_tls = telemetry.tls()?;
         let mut refresh = telemetry.refresh_metrics_interval.0;
         if refresh < MIN_REFRESH {
             warnings.push(format!(
@@ -522,12 +695,10 @@ impl Flags {
         let size = |name, text: &str| optional(text).map(|t| quantity(name, &t)).transpose();
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Ok(ServeOptions {
+            pool_name: pool.identity(warnings),
             endpoints: pool.endpoints.filter(|e| !e.is_empty()),
-            pool_name: if named {
-                pool.pool_name
-            } else {
-                "epp".to_owned()
-            },
+            kubernetes,
+            rules_file: optional(&pool.rules_file).map(Into::into),
             config_file: optional(&pool.config_file).map(Into::into),
             config_text: optional(&pool.config_text),
             allow_experimental_plugins: pool.allow_experimental_plugins,
@@ -567,6 +738,8 @@ impl Flags {
             disable_endpoint_subset_filter: requests.disable_endpoint_subset_filter,
             emit_endpoint_scores: requests.emit_endpoint_scores,
             strip_routing_headers: requests.strip_routing_headers,
+            metrics_endpoint_auth: telemetry.metrics_endpoint_auth,
+            metrics_tls,
             enable_grpc_stream_metrics: telemetry.enable_grpc_stream_metrics,
             scrape,
             seed: requests.seed,
@@ -746,9 +919,88 @@ mod tests {
                 "not a size",
             ),
             (&["--pool-name"], "needs a value"),
+            (
+                &["--pool-name=p", "--metrics-client-ca-file=ca"],
+                "needs --metrics-cert-dir",
+            ),
+            (
+                &[
+                    "--pool-name=p",
+                    "--metrics-cert-dir=d",
+                    "--metrics-endpoint-auth=false",
+                ],
+                "needs --metrics-client-ca-file",
+            ),
         ] {
             let error = options(line).unwrap_err();
             assert!(error.contains(text), "{line:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_pool_is_named_or_selected() {
+        let kubernetes = |line: &[&str]| options(line).unwrap().kubernetes.unwrap();
+        let named = kubernetes(&["--pool-name=p", "--pool-namespace=models"]);
+        assert_eq!(named.namespace, "models");
+        let pool = |legacy| PoolSource::Pool {
+            name: "p".to_owned(),
+            legacy,
+        };
+        assert_eq!(named.source, pool(false));
+        let legacy = kubernetes(&[
+            "--pool-name=p",
+            "--pool-group=inference.networking.x-k8s.io",
+        ]);
+        assert_eq!(legacy.source, pool(true));
+        let line = [
+            "--endpoint-selector=a=b,!c",
+            "--endpoint-target-ports=8001,8000,8001",
+        ];
+        let selected = PoolSource::Selector {
+            selector: "a=b,!c".to_owned(),
+            ports: vec![8001, 8000],
+        };
+        assert_eq!(kubernetes(&line).source, selected);
+        for (line, text) in [
+            (&["--pool-name=P"][..], "is no object name"),
+            (
+                &["--pool-name=p", "--pool-namespace=a.b"],
+                "is no namespace",
+            ),
+            (&["--endpoint-selector=a=b"], "1 to 8 ports are needed"),
+            (
+                &["--endpoint-selector=a=b", "--endpoint-target-ports=0"],
+                "is not within",
+            ),
+            (
+                &[
+                    "--endpoint-selector=a=b",
+                    "--endpoint-target-ports=1,2,3,4,5,6,7,8,9",
+                ],
+                "1 to 8",
+            ),
+            (
+                &["--endpoint-selector=a b", "--endpoint-target-ports=1"],
+                "not a label requirement",
+            ),
+        ] {
+            let error = options(line).unwrap_err();
+            assert!(error.contains(text), "{line:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_workload_is_cut_out_of_the_pod_name() {
+        for (pod, name) in [
+            ("llm-epp-7d9f8b6c5-x2x4z", Some("llm-epp")),
+            ("epp-5c-abcde", Some("epp")),
+            ("llm-epp-0", Some("llm-epp")),
+            ("epp", None),
+            ("epp-abc", None),
+            ("-a-b", None),
+            ("", None),
+        ] {
+            assert_eq!(workload(pod), name, "{pod}");
         }
     }
 

@@ -36,6 +36,8 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 pub(super) struct LiveFlags {
     /// `--endpoints`; replaces discovery.
     pub(super) endpoints: Option<String>,
+    /// Discovery in Kubernetes, used when the document names none.
+    pub(super) kubernetes: Option<Arc<dyn discovery::Discovery>>,
     /// Scrape flags of earlier releases.
     pub(super) scrape: ScrapeFlags,
     /// `--refresh-metrics-interval`.
@@ -181,10 +183,11 @@ impl Live {
             }
             return Ok(());
         }
-        let Some(plugin) = config.discovery.clone() else {
+        let plugin = config.discovery.clone();
+        let Some(plugin) = plugin.or_else(|| self.flags.kubernetes.clone()) else {
             anyhow::bail!(
-                "no endpoints: give --endpoints, or a file-discovery plugin in dataLayer.discovery; \
-                 Kubernetes discovery is not available in this version"
+                "no endpoints: give --pool-name or --endpoint-selector (Kubernetes), --endpoints, or \
+                 a file-discovery plugin in dataLayer.discovery"
             );
         };
         let running = self.discovery.as_ref().map(|d| &d.plugin);
@@ -380,6 +383,7 @@ mod tests {
         let config = loader.load(Some(text)).unwrap();
         let flags = LiveFlags {
             endpoints: endpoints.map(str::to_owned),
+            kubernetes: None,
             scrape: ScrapeFlags::default(),
             refresh_metrics_interval: Duration::from_mins(1),
         };

@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::control_plane::{ControlPlane, follow_rules};
 use super::health::{HealthService, HealthState};
 use super::options::ServeOptions;
 use super::reload::{Live, LiveFlags, Reloader};
@@ -20,6 +22,7 @@ use crate::config::{self, ConfigLoader, LoadOptions, ResolvedConfig};
 use crate::control::Director;
 use crate::control::director::DirectorOptions;
 use crate::control::producers::inflight_load::InFlightLoadProducer;
+use crate::control::rules::SharedRules;
 use crate::datalayer::EndpointStore;
 use crate::datalayer::pool_gauges::PoolGauges;
 use crate::extproc::proto::health::health_server::HealthServer;
@@ -28,6 +31,7 @@ use crate::extproc::service::{MessageLimits, Processor};
 use crate::extproc::stream::StreamSettings;
 use crate::plugin::{InFlightSlot, Plugin};
 use crate::telemetry::metrics::{ConfigReloads, ExtProcStreams, Metrics};
+use crate::telemetry::server::{Explained, IndexView, Pages, Refusal};
 use crate::telemetry::{self, log};
 
 /// Room of a gRPC message around a body piece.
@@ -57,15 +61,23 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let store = Arc::new(EndpointStore::default());
     let shutdown = CancellationToken::new();
     let tasks = TaskTracker::new();
+    let control_plane = ControlPlane::connect(&options, &config).await?;
     let flags = LiveFlags {
         endpoints: options.endpoints.clone(),
+        kubernetes: control_plane.as_ref().map(ControlPlane::discovery),
         scrape: options.scrape.clone(),
         refresh_metrics_interval: options.refresh_metrics_interval,
     };
     let mut live = Live::new(flags, Arc::clone(&store), tasks.clone(), shutdown.clone());
     live.apply(&config).await?;
 
-    let director = Arc::new(Director::new(
+    let rules = SharedRules::default();
+    if let Some(path) = &options.rules_file {
+        follow_rules(path, &rules, &tasks, &shutdown)?;
+    } else if let Some(plane) = &control_plane {
+        plane.follow_rules(&rules, &tasks, &shutdown);
+    }
+    let director = Director::new(
         Arc::clone(&store),
         config.activate(),
         DirectorOptions {
@@ -75,9 +87,18 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
             seed: options.seed,
         },
         metrics,
-    ));
+    );
+    let director = Arc::new(director.with_rules(rules));
     loader.adopt(config);
-    let health = Arc::new(HealthState::new(Arc::clone(&store)));
+    // Ends before anything else: another replica shall lead while this one serves what it has.
+    let candidacy = shutdown.child_token();
+    let mut health = HealthState::new(Arc::clone(&store));
+    if let Some(plane) = &control_plane {
+        health = health
+            .elected(plane.take_part_in_election(&tasks, &candidacy))
+            .in_kubernetes(plane.protocol_check(&director), plane.contact());
+    }
+    let health = Arc::new(health);
     if let Some((path, text)) = options.config_file.clone().zip(text) {
         let reloader = Reloader {
             path,
@@ -89,11 +110,19 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         };
         tasks.spawn(reloader.run(shutdown.clone()));
     }
-    let servers = start_servers(&options, director, &health, &tasks, &shutdown)?;
-    start_metrics(&options, &store, exposition, &tasks, &shutdown).await?;
+    let servers = start_servers(&options, Arc::clone(&director), &health, &tasks, &shutdown)?;
+    let pages = Pages::new(
+        exposition,
+        plugin_state(Arc::clone(&store)),
+        Arc::new(IndexPages(director)),
+    );
+    let gate = control_plane.as_ref().and_then(ControlPlane::metrics_gate);
+    let pages = pages.behind(gate);
+    start_metrics(&options, &store, pages, &tasks, &shutdown).await?;
     tracing::info!(extproc = %servers[0].address(), health = %servers[1].address(), "serving");
 
     wait_for_signal().await?;
+    candidacy.cancel();
     drain(&options, &health, servers, &shutdown).await;
     tasks.close();
     tasks.wait().await;
@@ -185,7 +214,7 @@ fn start_servers(
 async fn start_metrics(
     options: &ServeOptions,
     store: &Arc<EndpointStore>,
-    exposition: telemetry::metrics::Exposition,
+    pages: Pages,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
@@ -193,12 +222,18 @@ async fn start_metrics(
         .await
         .with_context(|| format!("--metrics-port {}", options.metrics_port))?;
     tracing::info!(metrics = %listener.local_addr()?, "serving metrics");
-    tasks.spawn(telemetry::server::serve(
-        listener,
-        exposition,
-        plugin_state(Arc::clone(store)),
-        shutdown.clone(),
-    ));
+    let tls = match &options.metrics_tls {
+        Some(tls_options) => {
+            let loaded = tls::load(tls_options).context("--metrics-cert-dir")?;
+            let shared = Arc::new(ArcSwap::from_pointee(loaded));
+            let watch = tls::watch(tls_options.clone(), Arc::clone(&shared), shutdown.clone());
+            tasks.spawn(watch);
+            Some(shared)
+        }
+        None => None,
+    };
+    let serve = telemetry::server::serve(listener, tls, pages, shutdown.clone());
+    tasks.spawn(serve);
     let gauges = PoolGauges::new(
         Arc::clone(store),
         &options.pool_name,
@@ -209,6 +244,26 @@ async fn start_metrics(
         shutdown.clone(),
     ));
     Ok(())
+}
+
+/// The block index, as the producers of the configuration in use see it.
+struct IndexPages(Arc<Director>);
+
+impl IndexView for IndexPages {
+    fn totals(&self) -> serde_json::Value {
+        self.0.overview()
+    }
+
+    fn explain(&self, path: String, body: Bytes) -> Explained {
+        let director = Arc::clone(&self.0);
+        Box::pin(async move {
+            let found = director.explain(&path, body).await;
+            found.map_err(|error| Refusal {
+                status: error.http_status(),
+                text: error.to_string(),
+            })
+        })
+    }
 }
 
 /// What plugins hold right now, for `/debug/plugins/state`: the load booked on each endpoint.

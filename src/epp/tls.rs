@@ -9,7 +9,9 @@ use arc_swap::ArcSwap;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use tokio_rustls::rustls::{ServerConfig, SupportedProtocolVersion, version};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::server::danger::ClientCertVerifier;
+use tokio_rustls::rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion, version};
 use tokio_util::sync::CancellationToken;
 
 /// How often a certificate directory is looked at. Polling follows the symlink swap by which
@@ -25,6 +27,8 @@ pub struct TlsOptions {
     pub min_version: String,
     /// Go names of TLS 1.2 suites; empty for all.
     pub cipher_suites: Vec<String>,
+    /// CA file; clients must show a certificate of it. `None` asks for none.
+    pub client_ca: Option<PathBuf>,
     /// Protocols offered, best first.
     pub alpn: &'static [&'static [u8]],
 }
@@ -36,6 +40,7 @@ impl Default for TlsOptions {
             cert_path: None,
             min_version: String::new(),
             cipher_suites: Vec::new(),
+            client_ca: None,
             alpn: &[b"h2"],
         }
     }
@@ -50,14 +55,36 @@ pub fn load(options: &TlsOptions) -> anyhow::Result<ServerConfig> {
         Some(directory) => read_pair(directory)?,
         None => self_signed()?,
     };
-    let mut config = ServerConfig::builder_with_provider(provider(&options.cipher_suites)?.into())
+    let provider = Arc::new(provider(&options.cipher_suites)?);
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(versions(&options.min_version)?)
-        .context("TLS versions and cipher suites do not fit together")?
-        .with_no_client_auth()
+        .context("TLS versions and cipher suites do not fit together")?;
+    let builder = match &options.client_ca {
+        Some(path) => builder.with_client_cert_verifier(client_verifier(path, provider)?),
+        None => builder.with_no_client_auth(),
+    };
+    let mut config = builder
         .with_single_cert(chain, key)
         .context("the certificate and its key do not fit together")?;
     config.alpn_protocols = options.alpn.iter().map(|name| name.to_vec()).collect();
     Ok(config)
+}
+
+fn client_verifier(
+    path: &Path,
+    provider: Arc<CryptoProvider>,
+) -> anyhow::Result<Arc<dyn ClientCertVerifier>> {
+    let refuse = || format!("client CA {}", path.display());
+    let pem = std::fs::read(path).with_context(refuse)?;
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(&pem) {
+        roots
+            .add(certificate.with_context(refuse)?)
+            .with_context(refuse)?;
+    }
+    WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
+        .build()
+        .with_context(refuse)
 }
 
 /// Reloads the pair when one of its files changes; a pair that cannot be used keeps the old one.
@@ -66,13 +93,17 @@ pub async fn watch(options: TlsOptions, tls: SharedTls, shutdown: CancellationTo
     let Some(directory) = options.cert_path.clone() else {
         return;
     };
-    let mut seen = read_files(&directory).ok();
+    let read = || {
+        let ca = options.client_ca.as_ref().map(std::fs::read).transpose();
+        Some((read_files(&directory).ok()?, ca.ok()?))
+    };
+    let mut seen = read();
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
             () = tokio::time::sleep(RELOAD_INTERVAL) => {}
         }
-        let now = read_files(&directory).ok();
+        let now = read();
         if now.is_none() || now == seen {
             continue;
         }
@@ -264,5 +295,33 @@ mod tests {
             "-----BEGIN {label}-----\n{}\n-----END {label}-----\n",
             lines.join("\n")
         )
+    }
+
+    #[test]
+    fn clients_may_have_to_show_a_certificate() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ca.crt");
+        let options = TlsOptions {
+            client_ca: Some(path.clone()),
+            alpn: &[b"http/1.1"],
+            ..TlsOptions::default()
+        };
+        assert!(load(&options).is_err(), "no file");
+        std::fs::write(&path, "nothing").unwrap();
+        assert!(load(&options).is_err(), "no certificate");
+        let key = rcgen::KeyPair::generate().unwrap();
+        let ca = rcgen::CertificateParams::default()
+            .self_signed(&key)
+            .unwrap();
+        let pem = rcgen_pem(ca.der());
+        std::fs::write(&path, pem).unwrap();
+        let config = load(&options).unwrap();
+        assert_eq!(config.alpn_protocols, [b"http/1.1".to_vec()]);
+    }
+
+    fn rcgen_pem(der: &[u8]) -> String {
+        use base64::Engine;
+        let text = base64::engine::general_purpose::STANDARD.encode(der);
+        format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
     }
 }

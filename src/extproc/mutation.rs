@@ -9,7 +9,8 @@ use super::proto::{
     BodyMutation, BodyResponse, CommonResponse, HeaderMutation, HeaderValue, HeaderValueOption,
     HeadersResponse, ProcessingResponse, StreamedBodyResponse, Struct, TrailersResponse, Value,
 };
-use super::wire::{Piece, Reply, Slices};
+use super::reply::{Piece, Reply};
+use super::wire::Slices;
 
 /// Which half of the exchange a message belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -23,8 +23,9 @@ use tokio::time::Sleep;
 use tonic::Status;
 use tower_service::Service;
 
+use super::reply::{Reply, encode};
 use super::stream::{Exchange, StreamSettings};
-use super::wire::{Inbox, Incoming, Reply, Segments, Slices, decode, encode};
+use super::wire::{Inbox, Incoming, Segments, Slices, decode};
 use crate::control::Director;
 use crate::telemetry::metrics::{ExtProcStreams, StreamGuard};
 
@@ -86,7 +87,10 @@ impl Service<Request<Received>> for Processor {
             .get(ENCODING)
             .is_some_and(|encoding| encoding == "gzip");
         let messages = Messages::new(request.into_body(), self.limits.receive, gzip);
-        let exchange = Exchange::new(Arc::clone(&self.director), Arc::clone(&self.settings));
+        let exchange = Box::new(Exchange::new(
+            Arc::clone(&self.director),
+            Arc::clone(&self.settings),
+        ));
         let guard = self.streams.as_ref().map(ExtProcStreams::open);
         let mut response = Response::new(ReplyBody {
             replies: Some(ReplyStream::new(messages, exchange, guard)),
@@ -193,7 +197,8 @@ where
 #[derive(Debug)]
 pub struct ReplyStream<S> {
     inbound: Option<S>,
-    exchange: Exchange,
+    /// Boxed: hyper moves this stream several times before it polls it.
+    exchange: Box<Exchange>,
     /// Armed only while a decision is outstanding and the peer is silent.
     timer: Option<Pin<Box<Sleep>>>,
     guard: Option<StreamGuard>,
@@ -201,7 +206,7 @@ pub struct ReplyStream<S> {
 
 impl<S> ReplyStream<S> {
     /// Replies of `exchange` to what `inbound` brings.
-    pub fn new(inbound: S, exchange: Exchange, guard: Option<StreamGuard>) -> Self {
+    pub fn new(inbound: S, exchange: Box<Exchange>, guard: Option<StreamGuard>) -> Self {
         Self {
             inbound: Some(inbound),
             exchange,

@@ -7,6 +7,7 @@
 //! Envoy ends every exchange with a reset or an end of input, after success and after an abort alike
 //! (observed with 1.40), so what an end means is decided by the phase it finds.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -17,7 +18,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::immediate::immediate;
-use super::mutation::{self, Direction, set_header};
+use super::mutation::{self, Direction};
 use super::proto::body_mutation::Mutation;
 use super::proto::processing_request::Request;
 use super::proto::value::Kind;
@@ -25,7 +26,8 @@ use super::proto::{
     BodySendMode, CommonResponse, HeaderMap, HttpHeaders, Metadata, ProtocolConfiguration, Struct,
     Value,
 };
-use super::wire::{Incoming, Reply, Slices, join};
+use super::reply::{EncodedMetadata, HeaderChanges, Reply};
+use super::wire::{Incoming, Slices, join};
 use crate::control::{
     BodyKnowledge, Decision, Director, Intake, RequestError, Step, Subset, Waiting,
 };
@@ -438,25 +440,27 @@ impl Exchange {
             account,
             skip_response,
         } = decision;
+        let metadata = routing_metadata(&destination, scores);
         let mut set = Vec::with_capacity(set_headers.len() + 2);
-        set.push(set_header(DESTINATION, destination.clone()));
+        set.push((Cow::Borrowed(DESTINATION), destination));
         set.extend(
             set_headers
                 .into_iter()
-                .map(|(name, value)| set_header(name, value)),
+                .map(|(name, value)| (Cow::Borrowed(name), value)),
         );
-        let metadata = routing_metadata(&destination, scores);
+        let mut changes = HeaderChanges {
+            direction: Direction::Request,
+            set,
+            remove: remove_headers,
+            clear_route_cache: true,
+            metadata: Some(metadata),
+        };
         match self.request_mode {
             BodySendMode::FullDuplexStreamed => {
                 if !body.is_empty() {
-                    set.push(content_length(body.len()));
+                    changes.set.push(content_length(body.len()));
                 }
-                let common = mutation::with_headers(set, remove_headers, true);
-                self.send(mutation::headers(
-                    Direction::Request,
-                    common,
-                    Some(metadata),
-                ));
+                self.send(changes);
                 // A header-only request has no body to return; one with trailers ends with them.
                 if self.unanswered.pieces > 0 {
                     self.stream_back(Direction::Request, body.into_pieces(), self.request_ended);
@@ -466,22 +470,13 @@ impl Exchange {
                 if self.unanswered.pieces > 0 =>
             {
                 if rewritten {
-                    set.push(content_length(body.len()));
+                    changes.set.push(content_length(body.len()));
                 }
-                let mut common = mutation::with_headers(set, remove_headers, true);
-                if rewritten {
-                    let whole = Bytes::from(body.copy_range(0..body.len()));
-                    common.body_mutation = mutation::with_body(Mutation::Body(whole)).body_mutation;
-                }
-                self.send(mutation::body(Direction::Request, common, Some(metadata)));
+                let whole = rewritten.then(|| Bytes::from(body.copy_range(0..body.len())));
+                self.send(changes.with_whole_body(whole));
             }
             _ => {
-                let common = mutation::with_headers(set, remove_headers, true);
-                self.send(mutation::headers(
-                    Direction::Request,
-                    common,
-                    Some(metadata),
-                ));
+                self.send(changes);
                 for _ in 0..self.unanswered.pieces {
                     self.send(mutation::body(
                         Direction::Request,
@@ -553,21 +548,22 @@ impl Exchange {
         attributes: &BTreeMap<String, Struct>,
     ) {
         let headers = read_headers(message.headers);
-        let mut set = vec![set_header(
-            "x-went-into-resp-headers",
+        let mut set = vec![(
+            Cow::Borrowed("x-went-into-resp-headers"),
             Bytes::from_static(b"true"),
         )];
         if let Some(account) = &mut self.account {
             let added =
                 account.on_response_headers(&headers, served_endpoint(metadata, attributes));
-            set.extend(
-                added
-                    .into_iter()
-                    .map(|(name, value)| set_header(&name, value)),
-            );
+            set.extend(added.into_iter().map(|(name, value)| (name.into(), value)));
         }
-        let common = mutation::with_headers(set, Vec::new(), false);
-        self.send(mutation::headers(Direction::Response, common, None));
+        self.send(HeaderChanges {
+            direction: Direction::Response,
+            set,
+            remove: Vec::new(),
+            clear_route_cache: false,
+            metadata: None,
+        });
         self.phase = Phase::Responding;
         if message.end_of_stream {
             self.end_response();
@@ -609,9 +605,9 @@ impl Exchange {
         let length = whole.len();
         let mut common = mutation::with_body(Mutation::Body(whole));
         if self.response_mode == BodySendMode::Buffered {
-            common.header_mutation =
-                mutation::with_headers(vec![content_length(length)], Vec::new(), false)
-                    .header_mutation;
+            let (name, value) = content_length(length);
+            let set = vec![mutation::set_header(&name, value)];
+            common.header_mutation = mutation::with_headers(set, Vec::new(), false).header_mutation;
         }
         common
     }
@@ -633,7 +629,7 @@ impl Exchange {
         if let (Some(numbers), Some(last)) = (metadata, self.out.back_mut())
             && !numbers.is_empty()
         {
-            last.set_metadata(response_metadata(numbers));
+            last.set_metadata(&response_metadata(numbers));
         }
         self.phase = Phase::Ended;
     }
@@ -674,8 +670,11 @@ impl Exchange {
     }
 }
 
-fn content_length(bytes: usize) -> super::proto::HeaderValueOption {
-    set_header("Content-Length", Bytes::from(bytes.to_string()))
+fn content_length(bytes: usize) -> (Cow<'static, str>, Bytes) {
+    (
+        Cow::Borrowed("Content-Length"),
+        Bytes::from(bytes.to_string()),
+    )
 }
 
 /// Values come in `raw_value` from Envoy and, for pseudo headers, in `value` from agentgateway.
@@ -760,20 +759,23 @@ fn response_metadata(numbers: Vec<MetadataNumber>) -> Struct {
     }))
 }
 
-fn routing_metadata(destination: &Bytes, scores: Option<Vec<(String, f64)>>) -> Struct {
-    let destination = String::from_utf8_lossy(destination);
-    let mut fields = vec![(DESTINATION.to_owned(), mutation::string_value(&destination))];
-    if let Some(scores) = scores {
-        let numbers = scores
-            .into_iter()
-            .map(|(endpoint, score)| (endpoint, mutation::number_value(score)));
-        fields.push((
+fn routing_metadata(destination: &Bytes, scores: Option<Vec<(String, f64)>>) -> EncodedMetadata {
+    let Some(scores) = scores else {
+        return EncodedMetadata::of_text(DESTINATION_NAMESPACE, DESTINATION, destination);
+    };
+    let numbers = scores
+        .into_iter()
+        .map(|(endpoint, score)| (endpoint, mutation::number_value(score)));
+    let fields = [
+        (
+            DESTINATION.to_owned(),
+            mutation::string_value(&String::from_utf8_lossy(destination)),
+        ),
+        (
             SCORES.to_owned(),
             mutation::struct_value(mutation::structure(numbers)),
-        ));
-    }
-    mutation::structure([(
-        DESTINATION_NAMESPACE.to_owned(),
-        mutation::struct_value(mutation::structure(fields)),
-    )])
+        ),
+    ];
+    let routing = mutation::struct_value(mutation::structure(fields));
+    (&mutation::structure([(DESTINATION_NAMESPACE.to_owned(), routing)])).into()
 }

@@ -1,25 +1,24 @@
-//! ext_proc messages on the wire: gRPC framing and the parts of protobuf that carry bodies.
+//! Received messages: gRPC framing and the parts of protobuf that carry bodies.
 //!
 //! Body bytes are never copied: a received piece stays the slices of the HTTP/2 frames it came in
 //! (Envoy 1.40 sends frames of at most 16 KiB whatever we allow, so a piece of 64 KiB is five of
-//! them), and a reply is a list of slices that HTTP/2 writes out with one vectored call. Everything
-//! else is small and goes through prost.
+//! them), and a reply ([`super::reply`]) is a list of slices that HTTP/2 writes out with one vectored
+//! call. Everything else is small and goes through prost.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message;
-use prost::encoding::{WireType, decode_key, decode_varint, encode_varint, encoded_len_varint};
+use prost::encoding::{WireType, decode_key, decode_varint, encode_varint};
 use smallvec::SmallVec;
 use tonic::Status;
 
-use super::mutation::Direction;
+use super::proto::ProcessingRequest;
 use super::proto::processing_request::Request;
-use super::proto::{ProcessingRequest, ProcessingResponse, Struct};
 
 /// Flag and length in front of a gRPC message.
-const PREFIX_BYTES: usize = 5;
+pub(super) const PREFIX_BYTES: usize = 5;
 /// Slices of one body piece.
 pub type Slices = SmallVec<[Bytes; 4]>;
 
@@ -44,62 +43,6 @@ impl From<ProcessingRequest> for Incoming {
             }
         }
         Self { message, body }
-    }
-}
-
-/// A reply.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Reply {
-    /// Anything but a body piece.
-    Message(Box<ProcessingResponse>),
-    /// A piece of a body in full duplex mode.
-    Piece(Piece),
-}
-
-/// A piece of a body that goes back in full duplex mode.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Piece {
-    /// Which body.
-    pub direction: Direction,
-    /// Its bytes.
-    pub slices: Slices,
-    /// Nothing follows.
-    pub end_of_stream: bool,
-    /// Dynamic metadata that travels with it.
-    pub metadata: Option<Struct>,
-}
-
-impl From<ProcessingResponse> for Reply {
-    fn from(message: ProcessingResponse) -> Self {
-        Self::Message(Box::new(message))
-    }
-}
-
-impl Reply {
-    /// Attaches dynamic metadata.
-    pub fn set_metadata(&mut self, metadata: Struct) {
-        match self {
-            Self::Message(message) => message.dynamic_metadata = Some(metadata),
-            Self::Piece(piece) => piece.metadata = Some(metadata),
-        }
-    }
-}
-
-/// The whole message, for those who want it in one place.
-impl From<Reply> for ProcessingResponse {
-    fn from(reply: Reply) -> Self {
-        match reply {
-            Reply::Message(message) => *message,
-            Reply::Piece(piece) => {
-                let mut whole = super::mutation::streamed_body(
-                    piece.direction,
-                    join(&piece.slices),
-                    piece.end_of_stream,
-                );
-                whole.dynamic_metadata = piece.metadata;
-                whole
-            }
-        }
     }
 }
 
@@ -375,101 +318,6 @@ impl Buf for Segments {
     }
 }
 
-/// Appends `reply` as a gRPC message; an error, and nothing appended, when it is longer than `limit`.
-pub fn encode(reply: Reply, limit: usize, out: &mut Segments) -> Result<(), Status> {
-    let mut message = Segments::default();
-    append(reply, &mut message);
-    let length = message.len().saturating_sub(PREFIX_BYTES);
-    if length > limit {
-        return Err(Status::resource_exhausted(format!(
-            "grpc: trying to send message larger than max ({length} vs. {limit})"
-        )));
-    }
-    message.parts.into_iter().for_each(|part| out.push(part));
-    Ok(())
-}
-
-fn append(reply: Reply, out: &mut Segments) {
-    match reply {
-        Reply::Message(message) => {
-            let mut buffer = BytesMut::with_capacity(PREFIX_BYTES + message.encoded_len());
-            put_prefix(message.encoded_len(), &mut buffer);
-            message.encode_raw(&mut buffer);
-            out.push(buffer.freeze());
-        }
-        Reply::Piece(piece) => encode_piece(piece, out),
-    }
-}
-
-/// Keys of the messages around the bytes of a piece, from the inside out, each with its wire type
-/// "length-delimited": `StreamedBodyResponse.body`, `BodyMutation.streamed_response`,
-/// `CommonResponse.body_mutation`, `BodyResponse.response`.
-const NESTING: [u8; 4] = [0x0a, 0x1a, 0x1a, 0x0a];
-/// `StreamedBodyResponse.end_of_stream: true`.
-const END_OF_STREAM: [u8; 2] = [0x10, 0x01];
-/// Key of `ProcessingResponse.dynamic_metadata`.
-const DYNAMIC_METADATA: u8 = 0x42;
-
-fn encode_piece(piece: Piece, out: &mut Segments) {
-    let Piece {
-        direction,
-        slices,
-        end_of_stream,
-        metadata,
-    } = piece;
-    let body: usize = slices.iter().map(Bytes::len).sum();
-    let tail = if end_of_stream {
-        END_OF_STREAM.len()
-    } else {
-        0
-    };
-    let field = |length: usize| 1 + encoded_len_varint(length as u64) + length;
-    // Lengths of StreamedBodyResponse, BodyMutation, CommonResponse and BodyResponse.
-    let streamed = if body == 0 { 0 } else { field(body) } + tail;
-    let mutation = field(streamed);
-    let common = field(mutation);
-    let response = field(common);
-    let metadata = metadata.map(|m| m.encode_to_vec());
-    let whole = field(response) + metadata.as_ref().map_or(0, |m| field(m.len()));
-    // A prefix, five keys with lengths of at most five bytes each, and the end.
-    let mut head = BytesMut::with_capacity(64);
-    put_prefix(whole, &mut head);
-    let [in_streamed, in_mutation, in_common, in_response] = NESTING;
-    let mut key = |key: u8, length: usize| {
-        head.put_u8(key);
-        encode_varint(length as u64, &mut head);
-    };
-    key(
-        match direction {
-            Direction::Request => 0x1a,
-            Direction::Response => 0x22,
-        },
-        response,
-    );
-    key(in_response, common);
-    key(in_common, mutation);
-    key(in_mutation, streamed);
-    if body > 0 {
-        key(in_streamed, body);
-        out.push(head.split().freeze());
-        slices.into_iter().for_each(|slice| out.push(slice));
-    }
-    if end_of_stream {
-        head.put_slice(&END_OF_STREAM);
-    }
-    if let Some(metadata) = metadata {
-        head.put_u8(DYNAMIC_METADATA);
-        encode_varint(metadata.len() as u64, &mut head);
-        head.put_slice(&metadata);
-    }
-    out.push(head.freeze());
-}
-
-fn put_prefix(length: usize, out: &mut BytesMut) {
-    out.put_u8(0);
-    out.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::mutation;
@@ -547,31 +395,6 @@ mod tests {
             }
             prop_assert!(inbox.is_empty());
             prop_assert_eq!(seen, messages);
-        }
-
-        #[test]
-        fn a_piece_is_encoded_as_prost_encodes_it(
-            request in any::<bool>(),
-            body in prop::collection::vec(any::<u8>(), 0..300),
-            end_of_stream in any::<bool>(),
-            with_metadata in any::<bool>(),
-            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..4),
-        ) {
-            let piece = Piece {
-                direction: if request { Direction::Request } else { Direction::Response },
-                slices: sliced(&body, &cuts).into_iter().filter(|s| !s.is_empty()).collect(),
-                end_of_stream,
-                metadata: with_metadata.then(|| mutation::structure([("n".to_owned(), mutation::number_value(7.0))])),
-            };
-            let wanted = ProcessingResponse::from(Reply::Piece(piece.clone()));
-            let mut out = Segments::default();
-            let limit = wanted.encoded_len();
-            prop_assert!(encode(Reply::Piece(piece.clone()), limit.saturating_sub(1), &mut out).is_err() || limit == 0);
-            prop_assert!(out.is_empty());
-            encode(Reply::Piece(piece), limit, &mut out).unwrap();
-            let length = out.len();
-            let bytes = out.copy_to_bytes(length);
-            prop_assert_eq!(&bytes[..], &framed(&wanted.encode_to_vec())[..]);
         }
 
         #[test]

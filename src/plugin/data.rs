@@ -10,6 +10,7 @@
 use std::any::Any;
 use std::borrow::Cow;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use super::PluginError;
 
@@ -168,9 +169,22 @@ pub struct DataKeys {
     mismatches: Vec<String>,
     current: String,
     declared: Vec<Declaration>,
+    /// Objects for instances built later, by the name of the instance that is behind them.
+    offers: Vec<(String, Arc<dyn Any + Send + Sync>)>,
 }
 
 impl DataKeys {
+    /// Lets instances that are built later use `value`, by the name of the instance behind it.
+    pub fn offer<T: Send + Sync + 'static>(&mut self, name: &str, value: T) {
+        self.offers.push((name.to_owned(), Arc::new(value)));
+    }
+
+    /// What the instance called `name` offers; `None` when it is not there or offers something else.
+    pub fn offered<T: Clone + 'static>(&self, name: &str) -> Option<T> {
+        let (_, value) = self.offers.iter().find(|(n, _)| n == name)?;
+        value.downcast_ref::<T>().cloned()
+    }
+
     /// Names the instance being built; the following calls are its own.
     pub fn enter(&mut self, instance: &str) {
         instance.clone_into(&mut self.current);
@@ -193,6 +207,7 @@ impl DataKeys {
     /// Forgets who uses what and keeps every slot: the start of another configuration.
     pub fn restart(&mut self) {
         self.mismatches.clear();
+        self.offers.clear();
         for key in self.columns.iter_mut().chain(&mut self.endpoint) {
             key.produced_by.clear();
             key.required_by.clear();

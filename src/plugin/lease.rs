@@ -9,8 +9,20 @@ pub trait Lease: Send + Debug {
     /// The first byte of the response body arrived.
     fn on_first_chunk(&mut self) {}
 
+    /// The response ended naturally and the picked endpoint reported what the prompt took.
+    fn on_usage(&mut self, _usage: PromptUsage) {}
+
     /// The response headers arrived; adds to the headers to set.
     fn on_response_headers(&mut self, _set: &mut Vec<(String, Bytes)>) {}
+}
+
+/// What an engine says about the prompt of one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PromptUsage {
+    /// Prompt tokens.
+    pub prompt_tokens: u64,
+    /// Those it found in its cache; `None` when it gave no details.
+    pub cached_tokens: Option<u64>,
 }
 
 /// Everything one request holds.
@@ -27,6 +39,13 @@ impl Leases {
     pub fn on_first_chunk(&mut self) {
         for lease in &mut self.0 {
             lease.on_first_chunk();
+        }
+    }
+
+    /// Tells every lease what the engine reported.
+    pub fn on_usage(&mut self, usage: PromptUsage) {
+        for lease in &mut self.0 {
+            lease.on_usage(usage);
         }
     }
 

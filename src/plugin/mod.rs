@@ -14,8 +14,8 @@ pub use data::{
     Attributes, Column, DataKeys, EndpointColumn, InFlightSlot, MAX_COLUMNS, MAX_ENDPOINT_COLUMNS,
     MAX_IN_FLIGHT_PRODUCERS,
 };
-pub use hook::Hook;
-pub use lease::{Lease, Leases};
+pub use hook::{Hook, Lap};
+pub use lease::{Lease, Leases, PromptUsage};
 pub use params::{ParamError, Parameters};
 
 /// How settled a plugin is. Alpha needs `--allow-experimental-plugins`.

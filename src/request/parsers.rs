@@ -39,6 +39,15 @@ impl ParserSet {
         set
     }
 
+    /// True when every parser that says what protocols it is for says `protocol`.
+    pub fn accept(&self, protocol: AppProtocol) -> bool {
+        let parsers = self.by_suffix.iter().map(|(_, parser)| parser);
+        parsers.chain(&self.fallback).all(|parser| {
+            let protocols = parser.app_protocols();
+            protocols.is_empty() || protocols.contains(&protocol)
+        })
+    }
+
     /// The parser with the longest suffix of `path` (whole segments; for gRPC also a service without
     /// its package), else the fallback.
     pub fn resolve(&self, path: &str) -> Result<&dyn Parser, ParseError> {

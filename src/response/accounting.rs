@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::usage::{ResponseReader, UsageFormat};
 use super::{MetadataNumber, ModelNameRewriter, ResponseHooks, ResponseView, Served};
 use crate::datalayer::Endpoint;
-use crate::plugin::Leases;
+use crate::plugin::{Leases, PromptUsage};
 use crate::request::Headers;
 use crate::telemetry::metrics::{Completion, RequestSeries, RunningGuard};
 
@@ -58,6 +58,8 @@ pub struct Accounting {
     series: Option<Arc<RequestSeries>>,
     _running: Option<RunningGuard>,
     reader: Option<ResponseReader>,
+    /// The proxy does not say that another endpoint than the first pick answers.
+    pick_answers: bool,
     streaming: bool,
     response_bytes: u64,
     headers_at: Option<Instant>,
@@ -75,6 +77,7 @@ impl Accounting {
             leases,
             series,
             reader: None,
+            pick_answers: true,
             response_bytes: 0,
             headers_at: None,
             first_piece_at: None,
@@ -103,6 +106,7 @@ impl Accounting {
         if let (Served::By(served), Some(picked)) = (served, self.facts.picks.first())
             && served != picked.host_port_str()
         {
+            self.pick_answers = false;
             // After a retry or the proxy's own fallback.
             tracing::debug!(
                 picked = picked.host_port_str(),
@@ -184,6 +188,12 @@ impl Accounting {
             }
         }
         if let Some(usage) = usage {
+            if self.pick_answers {
+                self.leases.on_usage(PromptUsage {
+                    prompt_tokens: usage.prompt_tokens,
+                    cached_tokens: usage.cached_tokens,
+                });
+            }
             series.usage(
                 usage.prompt_tokens,
                 usage.completion_tokens,

@@ -42,6 +42,11 @@ pub struct PrefixMatch {
     pub total_blocks: u32,
     /// Tokens of a block.
     pub block_size_tokens: u32,
+    /// Consecutive blocks from the start in any memory of the endpoint; `matched_blocks` may count
+    /// blocks in slower memory for less.
+    pub cached_blocks: u32,
+    /// Those of them that lie in host memory without a gap; `None` when that is not known.
+    pub host_blocks: Option<u32>,
 }
 
 impl PrefixMatch {
@@ -52,6 +57,11 @@ impl PrefixMatch {
         } else {
             f64::from(self.matched_blocks) / f64::from(self.total_blocks)
         }
+    }
+
+    /// Tokens of the prefix that need not be computed there.
+    pub fn cached_tokens(&self) -> u64 {
+        u64::from(self.cached_blocks) * u64::from(self.block_size_tokens)
     }
 }
 

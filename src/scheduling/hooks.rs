@@ -6,11 +6,13 @@
 use std::any::Any;
 use std::fmt::Debug;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::{Candidate, Cycle, SchedulingResult};
+use crate::datalayer::Endpoint;
 use crate::plugin::{Attributes, Leases};
 use crate::request::InferenceRequest;
 
@@ -76,6 +78,27 @@ pub trait DataProducer: Send + Sync + Debug {
         self.produce(request, candidates, attributes)
     }
 
+    /// What it found out about the request, for people; called after it produced.
+    fn explain(
+        &self,
+        _request: &InferenceRequest,
+        _candidates: &[Candidate],
+        _attributes: &Attributes,
+    ) -> Option<serde_json::Value> {
+        None
+    }
+
+    /// What it knows about the endpoints of the pool, for people.
+    fn overview(&self, _pool: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
+        None
+    }
+
+    /// False when producing for one request changes what others get, so that it must not be done for a
+    /// request that nobody sent.
+    fn is_pure(&self) -> bool {
+        true
+    }
+
     /// Tokens of a block, if this producer hashes the text of a prompt in blocks and is glad when that
     /// is done while the body arrives. It is a guess that may turn out wrong.
     fn early_block_tokens(&self) -> Option<u32> {
@@ -121,8 +144,26 @@ pub trait PreRequest: Send + Sync + Debug {
 pub struct Outcome {
     /// Released when the request ends, whatever ends it.
     pub leases: Leases,
-    /// Request headers to set towards the endpoint.
+    /// Request headers to set towards the endpoint; see [`Self::set_header`].
     pub set_headers: Vec<(&'static str, Bytes)>,
+    /// Send the request to this port of the picked address instead: the picked endpoint is a rank behind
+    /// it, and a header says which.
+    pub primary_port: Option<u16>,
+}
+
+impl Outcome {
+    /// Sets a request header, instead of what another hook set.
+    pub fn set_header(&mut self, name: &'static str, value: Bytes) {
+        self.set_headers.retain(|(own, _)| *own != name);
+        self.set_headers.push((name, value));
+    }
+
+    /// Sets a request header unless another hook did.
+    pub fn set_header_if_absent(&mut self, name: &'static str, value: Bytes) {
+        if !self.set_headers.iter().any(|(own, _)| *own == name) {
+            self.set_headers.push((name, value));
+        }
+    }
 }
 
 /// How full the pool is.

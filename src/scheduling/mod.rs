@@ -10,20 +10,23 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::datalayer::{Endpoint, EngineMetrics};
-use crate::plugin::Attributes;
+use crate::plugin::{Attributes, Column};
 use crate::request::InferenceRequest;
 
 pub mod attributes;
+pub mod deciders;
 pub mod filters;
 mod hooks;
 pub mod pickers;
 pub mod profile_handlers;
 pub mod scheduler;
 pub mod scorers;
+pub mod stages;
 #[cfg(test)]
 pub(crate) mod test_support;
 mod topology;
 
+use attributes::PrefixMatch;
 pub use hooks::{
     Admitter, DataProducer, Denial, Outcome, PreRequest, Preparation, ProducerError,
     RequestHeaderProcessor, SaturationDetector, Screener,
@@ -180,25 +183,73 @@ pub enum ProfileRun {
     Picked(ProfilePicks),
 }
 
+/// What a profile handler and its deciders may look at.
+#[derive(Debug, Clone, Copy)]
+pub struct Round<'a> {
+    /// The request.
+    pub cycle: &'a Cycle<'a>,
+    /// All candidates.
+    pub candidates: &'a [Candidate],
+    /// Names of the profiles, in configuration order.
+    pub names: &'a [Arc<str>],
+    /// Prefix matches that the configuration has, the most exact first.
+    pub prefix_matches: &'a [Column<PrefixMatch>],
+}
+
+impl Round<'_> {
+    /// How much of the prompt the candidate at `position` holds, by the most exact producer that has
+    /// written anything for this request.
+    pub fn prefix_match(&self, position: u32) -> Option<PrefixMatch> {
+        let mut columns = self.prefix_matches.iter();
+        let found = columns.find_map(|column| self.cycle.attributes.get(*column))?;
+        found.get(position as usize).copied()
+    }
+}
+
+/// What was left of the candidates after each profile's filters, with weighted totals.
+#[derive(Debug, Clone, Copy)]
+pub struct Survivors<'a>(&'a [Vec<Scored>]);
+
+impl<'a> Survivors<'a> {
+    /// One list for each profile.
+    pub fn new(of_profiles: &'a [Vec<Scored>]) -> Self {
+        Self(of_profiles)
+    }
+
+    /// Those of the profile at `position`, in the order the last filter left them; empty when it did
+    /// not run or nothing was left.
+    pub fn of(&self, position: usize) -> &'a [Scored] {
+        self.0.get(position).map(Vec::as_slice).unwrap_or_default()
+    }
+}
+
 /// Decides which profiles run and how their picks become the result.
 pub trait ProfileHandler: Send + Sync + Debug {
     /// Writes the positions of the profiles to run next into `run` (given empty), given what ran so
-    /// far; leaving it empty ends the loop. `names` and `runs` are in configuration order.
-    fn next_profiles(
-        &self,
-        cycle: &Cycle<'_>,
-        names: &[Arc<str>],
-        runs: &[ProfileRun],
-        run: &mut Vec<usize>,
-    );
+    /// far; leaving it empty ends the loop. `runs` is in configuration order.
+    fn next_profiles(&self, round: &Round<'_>, runs: &[ProfileRun], run: &mut Vec<usize>);
 
-    /// Combines the runs once the loop ended; takes what it needs out of `runs`.
+    /// Combines the runs once the loop ended; takes what it needs out of `runs`. Producers record
+    /// placements by the names of [`SchedulingResult::others`]: the stages of disaggregated serving are
+    /// called `prefill` and `encode` there, whatever their profiles are called.
     fn combine(
         &self,
-        cycle: &Cycle<'_>,
-        names: &[Arc<str>],
+        round: &Round<'_>,
+        survivors: Survivors<'_>,
         runs: &mut [ProfileRun],
     ) -> Result<SchedulingResult, ScheduleError>;
+
+    /// Says why it cannot work with profiles of these names; asked once, at load.
+    fn check_profiles(&self, _names: &[&str]) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// Says whether a stage of a request runs on an endpoint of its own.
+pub trait Decider: Send + Sync + Debug {
+    /// `decode` is the position of the decode pick; `None` when the stage is decided on before there
+    /// is one.
+    fn wants_stage(&self, round: &Round<'_>, decode: Option<u32>) -> bool;
 }
 
 /// Why no endpoint was chosen.
@@ -207,6 +258,9 @@ pub enum ScheduleError {
     /// The filters of a needed profile left nothing: 429, dropped reason `rejected-saturated`.
     #[error("no endpoints available for the given request")]
     FiltersLeftNothing,
+    /// No endpoint is left to decode on: 429, dropped reason `rejected-saturated`.
+    #[error("failed to find target endpoint: failed to find available decode workers")]
+    NoDecodeEndpoint,
     /// The request names a profile that does not exist: 400.
     #[error("no scheduling profile is configured for the request")]
     UnknownProfile,

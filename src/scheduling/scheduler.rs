@@ -7,10 +7,11 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use super::{
-    Candidate, Candidates, Cycle, Filter, Picker, ProfileHandler, ProfilePicks, ProfileRun,
-    ScheduleError, SchedulingResult, Scored, Scorer,
+    Candidate, Candidates, Cycle, Filter, Picker, ProfileHandler, ProfilePicks, ProfileRun, Round,
+    ScheduleError, SchedulingResult, Scored, Scorer, Survivors,
 };
-use crate::plugin::Hook;
+use crate::plugin::{Column, Hook, Lap};
+use crate::scheduling::attributes::PrefixMatch;
 use crate::telemetry::metrics::Pair;
 
 /// Filters in order, weighted scorers, one picker.
@@ -32,6 +33,7 @@ pub struct Scheduler {
     handler: Arc<dyn ProfileHandler>,
     names: Vec<Arc<str>>,
     profiles: Vec<Profile>,
+    prefix_matches: Vec<Column<PrefixMatch>>,
     duration: Pair<Histogram>,
 }
 
@@ -46,14 +48,15 @@ pub struct Scratch {
     run: Vec<usize>,
     /// Totals by profile, before picking.
     totals: Vec<Vec<Scored>>,
-    primary: usize,
+    /// The profile whose totals may be shown; `None` when it has no scorers.
+    primary: Option<usize>,
 }
 
 impl Scratch {
     /// Totals of every candidate that the primary profile of the last cycle scored.
     pub fn primary_scores(&self) -> &[Scored] {
-        self.totals
-            .get(self.primary)
+        self.primary
+            .and_then(|position| self.totals.get(position))
             .map(Vec::as_slice)
             .unwrap_or_default()
     }
@@ -66,11 +69,21 @@ impl Scheduler {
             handler,
             names: profiles.iter().map(|p| Arc::clone(&p.name)).collect(),
             profiles,
+            prefix_matches: Vec::new(),
             duration: Pair::histogram(
                 "llm_d_epp_scheduler_e2e_duration_seconds",
                 Vec::new(),
                 Vec::new(),
             ),
+        }
+    }
+
+    /// What profile handlers and deciders know of caches: prefix matches, the most exact first.
+    #[must_use]
+    pub fn with_prefix_matches(self, prefix_matches: Vec<Column<PrefixMatch>>) -> Self {
+        Self {
+            prefix_matches,
+            ..self
         }
     }
 
@@ -98,13 +111,19 @@ impl Scheduler {
             .runs
             .resize_with(self.profiles.len(), ProfileRun::default);
         scratch.totals.resize_with(self.profiles.len(), Vec::new);
+        scratch.totals.iter_mut().for_each(Vec::clear);
+        let round = Round {
+            cycle,
+            candidates,
+            names: &self.names,
+            prefix_matches: &self.prefix_matches,
+        };
         let mut peer = None;
         // Each round must run a profile that has not run, so a handler cannot loop for ever.
         for _ in 0..self.profiles.len() {
             let mut run = std::mem::take(&mut scratch.run);
             run.clear();
-            self.handler
-                .next_profiles(cycle, &self.names, &scratch.runs, &mut run);
+            self.handler.next_profiles(&round, &scratch.runs, &mut run);
             for &position in &run {
                 if let Some(profile) = self.profiles.get(position) {
                     let outcome = profile.run(cycle, candidates, peer, scratch, position);
@@ -118,22 +137,12 @@ impl Scheduler {
                 break;
             }
         }
-        let failed = scratch.runs.contains(&ProfileRun::Failed);
-        let picked = scratch
-            .runs
-            .iter()
-            .any(|run| matches!(run, ProfileRun::Picked(_)));
-        if failed && !picked {
-            return Err(ScheduleError::FiltersLeftNothing);
-        }
-        let result = self
-            .handler
-            .combine(cycle, &self.names, &mut scratch.runs)?;
-        scratch.primary = self
-            .names
-            .iter()
-            .position(|n| *n == result.primary.profile)
-            .unwrap_or(0);
+        let survivors = Survivors::new(&scratch.totals);
+        let result = self.handler.combine(&round, survivors, &mut scratch.runs)?;
+        let mut profiles = self.profiles.iter();
+        let primary = profiles.position(|p| p.name == result.primary.profile);
+        scratch.primary =
+            primary.filter(|p| self.profiles.get(*p).is_some_and(|p| !p.scorers.is_empty()));
         Ok(result)
     }
 }
@@ -163,12 +172,13 @@ impl Profile {
             totals,
             ..
         } = scratch;
+        let mut lap = Lap::start();
         selected.clear();
         selected.extend((0..).take(candidates.len()));
         for hook in &self.filters {
             keep.clear();
             let offered = Candidates::new(candidates, selected).with_peer(peer);
-            hook.timed(|filter| filter.filter(cycle, offered, keep));
+            hook.timed_after(&mut lap, |filter| filter.filter(cycle, offered, keep));
             std::mem::swap(selected, keep);
             if selected.is_empty() {
                 return ProfileRun::Failed;
@@ -183,7 +193,7 @@ impl Profile {
         for (hook, weight) in &self.scorers {
             scores.clear();
             scores.resize(selected.len(), 0.0);
-            hook.timed(|scorer| scorer.score(cycle, rated, scores));
+            hook.timed_after(&mut lap, |scorer| scorer.score(cycle, rated, scores));
             for (scored, score) in scored.iter_mut().zip(scores.iter()) {
                 let score = if score.is_nan() {
                     0.0
@@ -195,11 +205,10 @@ impl Profile {
         }
         if let Some(totals) = totals.get_mut(position) {
             totals.clear();
-            if !self.scorers.is_empty() {
-                totals.extend_from_slice(scored);
-            }
+            totals.extend_from_slice(scored);
         }
-        self.picker.timed(|picker| picker.pick(cycle, scored));
+        self.picker
+            .timed_after(&mut lap, |picker| picker.pick(cycle, scored));
         if scored.is_empty() {
             return ProfileRun::Failed;
         }
@@ -321,21 +330,15 @@ mod tests {
     struct Rounds(&'static [&'static [usize]]);
 
     impl ProfileHandler for Rounds {
-        fn next_profiles(
-            &self,
-            _: &Cycle<'_>,
-            _: &[Arc<str>],
-            runs: &[ProfileRun],
-            run: &mut Vec<usize>,
-        ) {
+        fn next_profiles(&self, _: &Round<'_>, runs: &[ProfileRun], run: &mut Vec<usize>) {
             let open = |round: &&&[usize]| round.iter().all(|p| runs[*p] == ProfileRun::NotRun);
             run.extend(self.0.iter().find(open).copied().unwrap_or_default());
         }
 
         fn combine(
             &self,
-            _: &Cycle<'_>,
-            _: &[Arc<str>],
+            _: &Round<'_>,
+            _: Survivors<'_>,
             runs: &mut [ProfileRun],
         ) -> Result<SchedulingResult, ScheduleError> {
             match runs.last_mut().map(std::mem::take) {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::attributes::{APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch};
-use super::{Candidate, Candidates, Cycle, Filter, Scorer};
+use super::attributes::{APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKENIZED_PROMPT};
+use super::{Candidate, Candidates, Cycle, Filter, Round, Scorer};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointSpec, EngineMetrics, LoraState};
 use crate::plugin::{Attributes, Build, DataKeys, Parameters, Plugin};
 use crate::request::{Body, InferenceRequest, Payload};
@@ -19,6 +19,7 @@ pub(crate) struct TestEndpoint {
     metrics: EngineMetrics,
     labels: BTreeMap<String, String>,
     matched_blocks: u32,
+    host_blocks: Option<u32>,
     in_flight: (i64, i64),
     uncached: u64,
 }
@@ -33,6 +34,7 @@ pub(crate) fn endpoint(name: &str) -> TestEndpoint {
         },
         labels: BTreeMap::new(),
         matched_blocks: 0,
+        host_blocks: None,
         in_flight: (0, 0),
         uncached: 0,
     }
@@ -69,6 +71,11 @@ impl TestEndpoint {
         self
     }
 
+    pub(crate) fn host_blocks(mut self, blocks: u32) -> Self {
+        self.host_blocks = Some(blocks);
+        self
+    }
+
     pub(crate) fn in_flight(mut self, requests: i64, tokens: i64) -> Self {
         self.in_flight = (requests, tokens);
         self
@@ -97,6 +104,8 @@ pub(crate) struct Pool {
     endpoints: Vec<TestEndpoint>,
     pub(crate) keys: DataKeys,
     pub(crate) rng: RefCell<fastrand::Rng>,
+    /// Tokens of the only prompt; `None` when no producer counted them.
+    pub(crate) prompt_tokens: Option<u64>,
 }
 
 impl Pool {
@@ -129,6 +138,7 @@ impl Pool {
             endpoints,
             keys: DataKeys::default(),
             rng: RefCell::new(fastrand::Rng::with_seed(7)),
+            prompt_tokens: None,
         }
     }
 
@@ -165,6 +175,8 @@ impl Pool {
                         matched_blocks: if known { e.matched_blocks } else { 0 },
                         total_blocks: 10,
                         block_size_tokens: 64,
+                        cached_blocks: if known { e.matched_blocks } else { 0 },
+                        host_blocks: e.host_blocks.filter(|_| known),
                     };
                     attributes
                         .write(column)
@@ -175,6 +187,12 @@ impl Pool {
                     attributes
                         .write(column)
                         .extend(self.endpoints.iter().map(|e| e.uncached));
+                }
+                TOKENIZED_PROMPT => {
+                    let column = keys.require::<u64>(key.data_type, &key.producer);
+                    if let Some(tokens) = self.prompt_tokens {
+                        attributes.write(column).push(tokens);
+                    }
                 }
                 _ => {
                     keys.require::<()>(key.data_type, &key.producer);
@@ -197,6 +215,20 @@ impl Pool {
             rng: &self.rng,
         };
         f(&cycle, &self.candidates)
+    }
+
+    /// As [`Self::with_cycle`], for a profile handler over profiles of these names.
+    pub(crate) fn with_round<R>(&self, names: &[Arc<str>], f: impl FnOnce(&Round<'_>) -> R) -> R {
+        let mut keys = self.keys.clone();
+        let matches = keys.optional::<PrefixMatch>(PREFIX_MATCH, APPROX_PREFIX_PRODUCER);
+        self.with_cycle(|cycle, candidates| {
+            f(&Round {
+                cycle,
+                candidates,
+                names,
+                prefix_matches: &[matches],
+            })
+        })
     }
 
     /// Scores of all endpoints.

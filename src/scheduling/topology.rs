@@ -51,6 +51,11 @@ impl Places {
         candidates.peer()?.endpoint.attribute(self.0)
     }
 
+    /// Where `candidate` is; `None` when that is not known.
+    pub(super) fn of(&self, candidate: &super::Candidate) -> Option<Arc<Topology>> {
+        candidate.endpoint.attribute(self.0)
+    }
+
     /// What `candidate` shares with `peer`.
     pub(super) fn shared(&self, peer: &Topology, candidate: &super::Candidate) -> Option<Level> {
         Level::shared(peer, candidate.endpoint.attribute(self.0)?.as_ref())

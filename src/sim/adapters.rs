@@ -14,14 +14,34 @@ const MAX_ADAPTERS: usize = 1024;
 
 /// One adapter.
 #[derive(Debug, Clone)]
-struct Adapter {
-    name: String,
-    path: String,
+pub(super) struct Adapter {
+    /// From 1, in order of loading.
+    pub(super) number: u64,
+    pub(super) name: String,
+    pub(super) path: String,
 }
 
 /// The adapters of a pod.
 #[derive(Debug)]
-pub(super) struct Adapters(Mutex<Vec<Adapter>>);
+pub(super) struct Adapters(Mutex<Loaded>);
+
+#[derive(Debug, Default)]
+struct Loaded {
+    adapters: Vec<Adapter>,
+    /// The highest number given so far.
+    numbers: u64,
+}
+
+impl Loaded {
+    fn add(&mut self, name: String, path: String) {
+        self.numbers += 1;
+        self.adapters.push(Adapter {
+            number: self.numbers,
+            name,
+            path,
+        });
+    }
+}
 
 /// Body of a request to load or unload.
 #[derive(Debug, Default, Deserialize)]
@@ -35,19 +55,24 @@ pub(super) struct AdapterRequest {
 impl Adapters {
     /// Those named at the start; the name stands for the path too.
     pub(super) fn new(names: &[String]) -> Self {
-        let adapters = names.iter().map(|name| Adapter {
-            name: name.clone(),
-            path: name.clone(),
-        });
-        Self(Mutex::new(adapters.collect()))
+        let mut loaded = Loaded::default();
+        for name in names {
+            loaded.add(name.clone(), name.clone());
+        }
+        Self(Mutex::new(loaded))
     }
 
-    pub(super) fn contains(&self, name: &str) -> bool {
-        self.0.lock().iter().any(|adapter| adapter.name == name)
+    pub(super) fn find(&self, name: &str) -> Option<Adapter> {
+        let loaded = self.0.lock();
+        loaded
+            .adapters
+            .iter()
+            .find(|adapter| adapter.name == name)
+            .cloned()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.0.lock().is_empty()
+        self.0.lock().adapters.is_empty()
     }
 
     /// Loads an adapter; returns what to tell the client. An absolute path has to exist, anything
@@ -63,10 +88,10 @@ impl Adapters {
                 "Both 'lora_name' and 'lora_path' must be provided.",
             ));
         }
-        let mut adapters = self.0.lock();
-        let full = adapters.len() >= MAX_ADAPTERS;
-        let loaded = adapters.iter_mut().find(|adapter| adapter.name == name);
-        if loaded.is_some() && !load_inplace {
+        let mut all = self.0.lock();
+        let full = all.adapters.len() >= MAX_ADAPTERS;
+        let known = all.adapters.iter_mut().find(|adapter| adapter.name == name);
+        if known.is_some() && !load_inplace {
             return Err(wrong_input(&format!(
                 "The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set \
                  'load_inplace' to True."
@@ -77,11 +102,10 @@ impl Adapters {
             return Err(Refusal::not_found(&text, None));
         }
         let done = format!("Success: LoRA adapter '{name}' added successfully.");
-        let adapter = Adapter { name, path };
-        match loaded {
-            Some(place) => *place = adapter,
+        match known {
+            Some(adapter) => adapter.path = path,
             None if full => return Err(wrong_input("The simulator holds no more adapters.")),
-            None => adapters.push(adapter),
+            None => all.add(name, path),
         }
         Ok(done)
     }
@@ -94,7 +118,7 @@ impl Adapters {
                 "'lora_name' needs to be provided to unload a LoRA adapter.",
             ));
         }
-        let mut adapters = self.0.lock();
+        let adapters = &mut self.0.lock().adapters;
         let Some(index) = adapters.iter().position(|adapter| adapter.name == *name) else {
             let text = format!("The lora adapter '{name}' cannot be found.");
             return Err(Refusal::not_found(&text, None));
@@ -114,9 +138,10 @@ impl Adapters {
             })
         };
         let mut models = vec![entry(base, base, None, Some(max_model_len))];
-        let adapters = self.0.lock();
+        let loaded = self.0.lock();
         models.extend(
-            adapters
+            loaded
+                .adapters
                 .iter()
                 .map(|a| entry(&a.name, &a.path, Some(base), None)),
         );
@@ -157,7 +182,7 @@ mod tests {
         }
         assert!(adapters.load(request("one-more")).is_err());
         adapters.unload(&request("7")).unwrap();
-        assert!(adapters.load(request("one-more")).is_ok() && !adapters.contains("7"));
+        assert!(adapters.load(request("one-more")).is_ok() && adapters.find("7").is_none());
     }
 
     #[test]

@@ -25,6 +25,13 @@ pub(super) struct Ask {
     max_completion_tokens: Option<i64>,
     pub(super) cache_salt: Option<String>,
     add_generation_prompt: Option<bool>,
+    continue_final_message: bool,
+    tools: Option<Value>,
+    /// For `/tokenize`.
+    pub(super) return_token_strs: bool,
+    /// Echoed in KV events.
+    pub(super) session_id: Option<String>,
+    vllm_xargs: Option<Value>,
 }
 
 /// When a stream tells usage.
@@ -70,9 +77,27 @@ impl Ask {
         }
     }
 
-    /// The tokens of a chat, as a template would lay them out: each message behind its role, then the
-    /// role of the answer.
-    pub(super) fn chat_tokens(&self) -> Result<Vec<u8>, Refusal> {
+    /// The tokens of the prompt, as bytes.
+    pub(super) fn tokens(&self, chat: bool) -> Result<Vec<u8>, Refusal> {
+        if chat {
+            self.chat_tokens()
+        } else {
+            self.prompt_tokens()
+        }
+    }
+
+    /// KV events are to tell also the blocks that are hit.
+    pub(super) fn reports_hits(&self) -> bool {
+        let mode = self
+            .vllm_xargs
+            .as_ref()
+            .and_then(|args| args.get("kv_cache_report_mode"));
+        mode.and_then(Value::as_str) == Some("full")
+    }
+
+    /// The tokens of a chat, as a template would lay them out: the tools as JSON, each message behind
+    /// its role, then the role of the answer.
+    fn chat_tokens(&self) -> Result<Vec<u8>, Refusal> {
         let Some(messages) = &self.messages else {
             return Err(Refusal::invalid("Field required", Some("body.messages")));
         };
@@ -81,18 +106,21 @@ impl Ask {
             return Err(Refusal::bad_request(text, None));
         }
         let mut tokens = Vec::new();
+        if let Some(tools) = &self.tools {
+            append(&mut tokens, tools.to_string().as_bytes());
+        }
         for message in messages {
             append(&mut tokens, message.role.as_bytes());
             append(&mut tokens, &message.text());
         }
-        if self.add_generation_prompt != Some(false) {
+        if self.add_generation_prompt != Some(false) && !self.continue_final_message {
             append(&mut tokens, ASSISTANT);
         }
         Ok(tokens)
     }
 
     /// The tokens of a completion's prompt.
-    pub(super) fn prompt_tokens(&self) -> Result<Vec<u8>, Refusal> {
+    fn prompt_tokens(&self) -> Result<Vec<u8>, Refusal> {
         let mut tokens = Vec::new();
         match &self.prompt {
             Some(Prompt::Text(text)) => append(&mut tokens, text.as_bytes()),
@@ -196,6 +224,12 @@ impl Refusal {
             format!("This model's maximum context length is {limit} tokens. However, {which}");
         let value = i64::try_from(prompt_tokens).unwrap_or(i64::MAX);
         Self::bad_parameter(&message, "input_tokens", Some(value))
+    }
+
+    /// A route that has to be opened by a flag.
+    pub(super) fn closed() -> Self {
+        let text = "This endpoint is disabled. Start the server with --enable-scale-out to use it.";
+        Self::new(StatusCode::FORBIDDEN, "Forbidden", text, None)
     }
 
     /// Any refusal.

@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::events::{Event, Publisher};
 use super::latency::Profile;
 use super::scheduler::{Plan, Scheduler, Sequence};
 use super::totals::Totals;
@@ -87,16 +88,24 @@ pub struct Engine {
     config: EngineConfig,
     scheduler: Mutex<Scheduler>,
     wake: Notify,
+    publisher: Option<Publisher>,
 }
 
 impl Engine {
-    /// An idle engine; [`Self::run`] makes it work.
-    pub fn new(config: EngineConfig) -> Arc<Self> {
+    /// An idle engine; [`Self::run`] makes it work. What its cache stores and loses goes to
+    /// `publisher`.
+    pub fn new(config: EngineConfig, publisher: Option<Publisher>) -> Arc<Self> {
         Arc::new(Self {
-            scheduler: Mutex::new(Scheduler::new(&config)),
+            scheduler: Mutex::new(Scheduler::new(&config, publisher.is_some())),
             config,
             wake: Notify::new(),
+            publisher,
         })
+    }
+
+    /// Who publishes its events.
+    pub fn publisher(&self) -> Option<&Publisher> {
+        self.publisher.as_ref()
     }
 
     /// Queues a request. `None` when it can never fit.
@@ -126,16 +135,22 @@ impl Engine {
         }
     }
 
-    /// Forgets cached content, as `/reset_prefix_cache` does.
-    pub fn reset_cache(&self) {
-        self.scheduler.lock().pool.reset();
+    /// Forgets cached content, as `/reset_prefix_cache` does; not while requests hold blocks. The
+    /// event goes out with the next step.
+    pub fn reset_cache(&self) -> bool {
+        self.scheduler.lock().pool.reset()
     }
 
-    /// What a crash does: every request fails, cache and counters are empty.
+    /// What a crash does: every request fails, cache and counters are empty, events begin anew.
     pub fn restart(&self) {
         let mut scheduler = self.scheduler.lock();
         scheduler.fail_all();
-        *scheduler = Scheduler::new(&self.config);
+        let life = scheduler.life + 1;
+        *scheduler = Scheduler::new(&self.config, self.publisher.is_some());
+        scheduler.life = life;
+        if let Some(publisher) = &self.publisher {
+            publisher.restart(life);
+        }
     }
 
     /// Works until `shutdown`.
@@ -157,13 +172,27 @@ impl Engine {
                 () = tokio::time::sleep_until(clock) => {}
             }
             let now = Instant::now();
-            let mut scheduler = self.scheduler.lock();
-            scheduler.apply(&plan, &self.config, now);
             let late = now.saturating_duration_since(clock);
-            if late > MAX_LAG {
-                clock += late;
-                scheduler.totals.lag_seconds += late.as_secs_f64() * self.config.time_scale;
-            }
+            let (life, events) = {
+                let mut scheduler = self.scheduler.lock();
+                scheduler.apply(&plan, &self.config, now);
+                if late > MAX_LAG {
+                    clock += late;
+                    scheduler.totals.lag_seconds += late.as_secs_f64() * self.config.time_scale;
+                }
+                (scheduler.life, scheduler.pool.take_events())
+            };
+            self.publish(life, events).await;
+        }
+    }
+
+    /// Publishes the events of a step. Waits while the publisher's queue is full, as vLLM's engine
+    /// does.
+    async fn publish(&self, life: u64, events: Vec<Event>) {
+        if let Some(publisher) = &self.publisher
+            && !events.is_empty()
+        {
+            publisher.publish(life, events).await;
         }
     }
 
@@ -210,18 +239,19 @@ mod tests {
 
     fn work(root: u64, prompt_tokens: usize, max_tokens: usize) -> Work {
         let hashes = (0..prompt_tokens as u64 / 4)
-            .map(|i| root * 1000 + i)
+            .map(|i| (root * 1000 + i).into())
             .collect();
         Work {
             prompt_tokens,
             hashes,
             max_tokens,
             lora: None,
+            content: None,
         }
     }
 
     fn start(config: EngineConfig) -> (Arc<Engine>, CancellationToken) {
-        let engine = Engine::new(config);
+        let engine = Engine::new(config, None);
         let shutdown = CancellationToken::new();
         tokio::spawn(Arc::clone(&engine).run(shutdown.clone()));
         (engine, shutdown)

@@ -5,10 +5,15 @@
 //! the tail of a prompt is lost before its head. A hit takes a free block out of the queue. Several
 //! blocks may have the same content; it is lost with the last of them. One block is set aside, as
 //! vLLM's null block.
+//!
+//! A pool that is watched writes down what it stores, loses and clears, in that order.
 
 use std::collections::HashMap;
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use super::events::Event;
+use super::hash::BlockHash;
 
 const NONE: u32 = u32::MAX;
 
@@ -17,7 +22,7 @@ pub type BlockId = u32;
 
 #[derive(Debug, Clone)]
 struct Block {
-    hash: Option<u64>,
+    hash: Option<BlockHash>,
     /// The next block of the same content.
     copy: u32,
     references: u32,
@@ -30,10 +35,12 @@ struct Block {
 pub struct BlockPool {
     blocks: Vec<Block>,
     /// The first block of a content; the others hang on its `copy`.
-    cached: HashMap<u64, BlockId>,
+    cached: HashMap<BlockHash, BlockId>,
     free_head: u32,
     free_tail: u32,
     free: usize,
+    /// What happened since it was last taken; `None` when nobody watches.
+    log: Option<Vec<Event>>,
 }
 
 impl BlockPool {
@@ -46,6 +53,7 @@ impl BlockPool {
             free_head: NONE,
             free_tail: NONE,
             free: 0,
+            log: None,
         };
         pool.blocks.resize(
             count,
@@ -61,6 +69,31 @@ impl BlockPool {
             pool.append_free(id);
         }
         pool
+    }
+
+    /// The same, watched from the start.
+    pub fn watched(count: usize) -> Self {
+        Self {
+            log: Some(Vec::new()),
+            ..Self::new(count)
+        }
+    }
+
+    /// True when it writes down what happens.
+    pub fn is_watched(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// Writes down what the pool cannot know itself: which blocks were filled with what.
+    pub fn write_down(&mut self, event: Event) {
+        if let Some(log) = &mut self.log {
+            log.push(event);
+        }
+    }
+
+    /// What happened since the last call, in order.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        self.log.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Blocks that no running request holds.
@@ -83,7 +116,7 @@ impl BlockPool {
     }
 
     /// How many blocks of `hashes`, from the first, are cached.
-    pub fn cached_prefix(&self, hashes: &[u64]) -> usize {
+    pub fn cached_prefix(&self, hashes: &[BlockHash]) -> usize {
         hashes
             .iter()
             .take_while(|hash| self.cached.contains_key(hash))
@@ -92,7 +125,12 @@ impl BlockPool {
 
     /// Takes the first `hits` cached blocks of `hashes` and `fresh` empty ones; `None`, with nothing
     /// changed, when there are not enough.
-    pub fn allocate(&mut self, hashes: &[u64], hits: usize, fresh: usize) -> Option<Vec<BlockId>> {
+    pub fn allocate(
+        &mut self,
+        hashes: &[BlockHash],
+        hits: usize,
+        fresh: usize,
+    ) -> Option<Vec<BlockId>> {
         let found: Vec<BlockId> = hashes
             .iter()
             .take(hits)
@@ -121,7 +159,7 @@ impl BlockPool {
     }
 
     /// Block `id` now holds the full block `hash`, perhaps as a further copy.
-    pub fn fill(&mut self, id: BlockId, hash: u64) {
+    pub fn fill(&mut self, id: BlockId, hash: BlockHash) {
         let Some(block) = self.blocks.get_mut(id as usize) else {
             return;
         };
@@ -157,12 +195,24 @@ impl BlockPool {
         }
     }
 
-    /// Forgets all content; what is held stays held.
-    pub fn reset(&mut self) {
+    /// Forgets all content, unless a request holds blocks: then nothing changes, and it says so.
+    pub fn reset(&mut self) -> bool {
+        if self.held_blocks() > 0 {
+            return false;
+        }
         self.cached.clear();
         for block in &mut self.blocks {
             (block.hash, block.copy) = (None, NONE);
         }
+        // Nothing happens between two clears, so the second says nothing new.
+        let said = self
+            .log
+            .as_ref()
+            .is_some_and(|log| log.last() == Some(&Event::Cleared));
+        if !said {
+            self.write_down(Event::Cleared);
+        }
+        true
     }
 
     fn block(&self, id: BlockId) -> Option<&Block> {
@@ -197,6 +247,7 @@ impl BlockPool {
         let Some(hash) = block.hash.take() else {
             return;
         };
+        self.write_down(Event::Removed(hash));
         let first = self.cached.get(&hash).copied();
         if first == Some(id) {
             if next == NONE {
@@ -245,15 +296,15 @@ impl BlockPool {
     }
 }
 
-/// Hashes of the full blocks of a token stream given as bytes (`token_bytes` each), chained from the
-/// model and salt.
-pub fn block_hashes(model: &str, salt: &str, bytes: &[u8], block_bytes: usize) -> Vec<u64> {
+/// Hashes of the full blocks of a token stream given as bytes, chained from the model and salt. Cheap
+/// ones, for a pool that nobody watches.
+pub fn block_hashes(model: &str, salt: &str, bytes: &[u8], block_bytes: usize) -> Vec<BlockHash> {
     let mut parent = xxh3_64_with_seed(salt.as_bytes(), xxh3_64(model.as_bytes()));
     bytes
         .chunks_exact(block_bytes.max(1))
         .map(|block| {
             parent = xxh3_64_with_seed(block, parent);
-            parent
+            parent.into()
         })
         .collect()
 }
@@ -262,8 +313,16 @@ pub fn block_hashes(model: &str, salt: &str, bytes: &[u8], block_bytes: usize) -
 mod tests {
     use super::*;
 
+    fn keys(numbers: &[u64]) -> Vec<BlockHash> {
+        numbers
+            .iter()
+            .map(|number| BlockHash::from(*number))
+            .collect()
+    }
+
     /// Runs a request to its end: `n` blocks, all of them full.
-    fn run(pool: &mut BlockPool, hashes: &[u64]) -> usize {
+    fn run(pool: &mut BlockPool, numbers: &[u64]) -> usize {
+        let hashes = &keys(numbers)[..];
         let hits = pool.cached_prefix(hashes);
         let blocks = pool.allocate(hashes, hits, hashes.len() - hits).unwrap();
         for (&id, &hash) in blocks.iter().zip(hashes).skip(hits) {
@@ -278,8 +337,8 @@ mod tests {
         let mut pool = BlockPool::new(11);
         assert_eq!(run(&mut pool, &[1, 2, 3]), 0);
         assert_eq!(run(&mut pool, &[1, 2, 9]), 2);
-        let a = pool.allocate(&[1, 2], 2, 1).unwrap();
-        let b = pool.allocate(&[1, 2], 2, 1).unwrap();
+        let a = pool.allocate(&keys(&[1, 2]), 2, 1).unwrap();
+        let b = pool.allocate(&keys(&[1, 2]), 2, 1).unwrap();
         assert_eq!(pool.held_blocks(), 4, "two shared, one own each");
         pool.release(&a);
         assert_eq!(pool.held_blocks(), 3);
@@ -296,8 +355,8 @@ mod tests {
         run(&mut pool, &[7]);
         assert_eq!(
             (
-                pool.cached_prefix(&[1, 2, 3]),
-                pool.cached_prefix(&[4, 5, 6])
+                pool.cached_prefix(&keys(&[1, 2, 3])),
+                pool.cached_prefix(&keys(&[4, 5, 6]))
             ),
             (2, 3)
         );
@@ -305,7 +364,10 @@ mod tests {
         run(&mut pool, &[1, 2]);
         run(&mut pool, &[8, 9]);
         assert_eq!(
-            (pool.cached_prefix(&[1, 2]), pool.cached_prefix(&[4, 5, 6])),
+            (
+                pool.cached_prefix(&keys(&[1, 2])),
+                pool.cached_prefix(&keys(&[4, 5, 6]))
+            ),
             (2, 1)
         );
     }
@@ -314,13 +376,13 @@ mod tests {
     fn a_request_that_does_not_fit_changes_nothing() {
         let mut pool = BlockPool::new(4);
         run(&mut pool, &[1, 2]);
-        let held = pool.allocate(&[], 0, 1).unwrap();
+        let held = pool.allocate(&keys(&[]), 0, 1).unwrap();
         // Hits 1 and 2 (both free) need two of the two free blocks: none is left for a fresh one.
-        assert_eq!(pool.allocate(&[1, 2], 2, 1), None);
+        assert_eq!(pool.allocate(&keys(&[1, 2]), 2, 1), None);
         assert_eq!(pool.free_blocks(), 2);
-        assert_eq!(pool.cached_prefix(&[1, 2]), 2);
+        assert_eq!(pool.cached_prefix(&keys(&[1, 2])), 2);
         pool.release(&held);
-        assert!(pool.allocate(&[1, 2], 2, 1).is_some());
+        assert!(pool.allocate(&keys(&[1, 2]), 2, 1).is_some());
         assert_eq!(pool.usage(), 1.0);
     }
 
@@ -329,8 +391,8 @@ mod tests {
         let mut pool = BlockPool::new(4);
         let copies: Vec<Vec<BlockId>> = (0..3)
             .map(|_| {
-                let own = pool.allocate(&[], 0, 1).unwrap();
-                pool.fill(own[0], 1);
+                let own = pool.allocate(&keys(&[]), 0, 1).unwrap();
+                pool.fill(own[0], 1.into());
                 own
             })
             .collect();
@@ -339,26 +401,28 @@ mod tests {
             pool.release(&copies[index]);
         }
         assert_eq!(pool.extend(), Some(copies[1][0]));
-        assert_eq!(pool.cached_prefix(&[1]), 1);
+        assert_eq!(pool.cached_prefix(&keys(&[1])), 1);
         assert_eq!(pool.extend(), Some(copies[0][0]));
-        assert_eq!(pool.allocate(&[1], 1, 0), Some(copies[2].clone()));
+        assert_eq!(pool.allocate(&keys(&[1]), 1, 0), Some(copies[2].clone()));
         pool.release(&copies[2]);
         assert_eq!(pool.extend(), Some(copies[2][0]));
-        assert_eq!(pool.cached_prefix(&[1]), 0);
+        assert_eq!(pool.cached_prefix(&keys(&[1])), 0);
     }
 
     #[test]
     fn copies_are_forgotten_by_a_reset() {
         let mut pool = BlockPool::new(3);
-        let both = pool.allocate(&[], 0, 2).unwrap();
+        let both = pool.allocate(&keys(&[]), 0, 2).unwrap();
         for &id in &both {
-            pool.fill(id, 1);
+            pool.fill(id, 1.into());
         }
-        pool.reset();
-        assert_eq!(pool.cached_prefix(&[1]), 0);
-        pool.fill(both[1], 1);
+        assert!(!pool.reset(), "blocks are held");
+        assert_eq!(pool.cached_prefix(&keys(&[1])), 1);
         pool.release(&both);
-        assert_eq!(pool.allocate(&[1], 1, 0), Some(vec![both[1]]));
+        assert!(pool.reset());
+        assert_eq!(pool.cached_prefix(&keys(&[1])), 0);
+        run(&mut pool, &[1]);
+        assert_eq!(pool.cached_prefix(&keys(&[1])), 1);
     }
 
     #[test]
@@ -368,5 +432,25 @@ mod tests {
         assert_eq!(plain.len(), 3, "the partial block has no hash");
         assert_ne!(plain[0], plain[2], "same content, other parent");
         assert!(hash("n", "")[0] != plain[0] && hash("m", "s")[0] != plain[0]);
+    }
+
+    #[test]
+    fn a_watched_pool_tells_each_copy_that_it_loses_and_clears_once() {
+        let mut pool = BlockPool::watched(3);
+        for _ in 0..2 {
+            let own = pool.allocate(&[], 0, 1).unwrap();
+            pool.fill(own[0], 1.into());
+            pool.release(&own);
+        }
+        assert!(pool.take_events().is_empty(), "empty blocks were taken");
+        let both = pool.allocate(&[], 0, 2).unwrap();
+        assert_eq!(
+            pool.take_events(),
+            [Event::Removed(1.into()), Event::Removed(1.into())]
+        );
+        pool.release(&both);
+        assert!(pool.reset() && pool.reset());
+        assert_eq!(pool.take_events(), [Event::Cleared]);
+        assert!(BlockPool::new(3).log.is_none());
     }
 }

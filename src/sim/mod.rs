@@ -3,12 +3,15 @@
 //! [`kv`] is the block pool with vLLM's prefix caching and eviction order, [`latency`] what a step
 //! costs, `scheduler` batches requests into steps, [`engine`] runs these on a virtual clock and
 //! [`totals`] is what it counted. [`server`] is the HTTP face, `ask` reads its requests and `reply`
-//! writes its answers, [`metrics`] the exposition. Shares no code with the picker: a shared mistake
+//! writes its answers, [`metrics`] the exposition. [`hash`] computes vLLM's block hashes and [`events`]
+//! publishes what the cache stores and loses, byte for byte as vLLM does. Shares no code with the picker: a shared mistake
 //! would hide itself.
 
 mod adapters;
 mod ask;
 pub mod engine;
+pub mod events;
+pub mod hash;
 pub mod kv;
 pub mod latency;
 pub mod metrics;
@@ -19,6 +22,8 @@ pub mod text;
 pub mod totals;
 pub mod work;
 
+#[cfg(test)]
+mod fixtures;
 #[cfg(test)]
 mod tests;
 

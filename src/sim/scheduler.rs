@@ -89,15 +89,24 @@ pub(super) struct Scheduler {
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
     pub(super) totals: Totals,
+    /// Restarts before this life of the engine.
+    pub(super) life: u64,
 }
 
 impl Scheduler {
-    pub(super) fn new(config: &EngineConfig) -> Self {
+    /// An idle one, whose pool tells what happens in it when `watched`.
+    pub(super) fn new(config: &EngineConfig, watched: bool) -> Self {
+        let pool = if watched {
+            BlockPool::watched(config.blocks)
+        } else {
+            BlockPool::new(config.blocks)
+        };
         Self {
-            pool: BlockPool::new(config.blocks),
+            pool,
             waiting: VecDeque::new(),
             running: Vec::new(),
             totals: Totals::new(config.max_model_len),
+            life: 0,
         }
     }
 
@@ -243,13 +252,18 @@ impl Scheduler {
         let Some(sequence) = self.running.get_mut(position) else {
             return;
         };
-        let full = tokens / config.block_tokens;
+        let (from, full) = (sequence.filled, tokens / config.block_tokens);
+        if full <= from {
+            return;
+        }
         let fresh = sequence.work.hashes.iter().zip(&sequence.blocks);
-        let count = full.saturating_sub(sequence.filled);
-        for (hash, &id) in fresh.skip(sequence.filled).take(count) {
+        for (hash, &id) in fresh.skip(from).take(full - from) {
             self.pool.fill(id, *hash);
         }
-        sequence.filled = sequence.filled.max(full);
+        sequence.filled = full;
+        if let Some(event) = sequence.work.stored(from, full, config.block_tokens) {
+            self.pool.write_down(event);
+        }
     }
 
     /// Blocks for all tokens of the request at `position` and the `steps - 1` next ones; false when
@@ -317,6 +331,17 @@ impl Scheduler {
         if sequence.admitted.is_none() {
             sequence.admitted = Some(now);
             sequence.progress.set_cached(cached);
+        }
+        let reports = sequence
+            .work
+            .content
+            .as_ref()
+            .is_some_and(|content| content.report_hits);
+        if let Some(event) = sequence.work.stored(0, hits, config.block_tokens)
+            && reports
+            && hits > 0
+        {
+            self.pool.write_down(event);
         }
         sequence.blocks = blocks;
         sequence.computed = cached;
@@ -449,9 +474,12 @@ mod tests {
         let blocks = (prompt_tokens + max_tokens) as u64 / 4;
         Work {
             prompt_tokens,
-            hashes: (0..blocks).map(|block| root * 1000 + block).collect(),
+            hashes: (0..blocks)
+                .map(|block| (root * 1000 + block).into())
+                .collect(),
             max_tokens,
             lora: None,
+            content: None,
         }
     }
 
@@ -465,7 +493,7 @@ mod tests {
     impl Bench {
         fn new(config: EngineConfig) -> Self {
             Self {
-                scheduler: Scheduler::new(&config),
+                scheduler: Scheduler::new(&config, false),
                 config,
                 now: Instant::now(),
             }
@@ -596,5 +624,96 @@ mod tests {
         // Three steps: 8 prompt tokens and one of output, then one each.
         let steps = &observed.step_tokens;
         assert_eq!((steps.count(), steps.sum()), (3, 11.0));
+    }
+
+    #[test]
+    fn a_recorded_run_out_of_blocks_gives_the_recorded_bytes() {
+        use crate::sim::events::{HashForm, event::payload};
+        use crate::sim::fixtures::{hex, recording};
+        use crate::sim::hash::{BlockHasher, Extras, HashAlgorithm};
+        use crate::sim::work::Content;
+
+        let frames: Vec<serde_json::Value> = recording("kv-events/evict.jsonl")
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        // Steps of the recording, one request each, by prompt and output tokens.
+        let requests = [
+            ("fill-0", 137, 1),
+            ("fill-1", 115, 1),
+            ("fill-2", 108, 1),
+            ("fill-3", 128, 1),
+            ("fill-4", 122, 1),
+            ("first-again", 137, 1),
+            // Hits all it can: no event.
+            ("fill-4", 122, 1),
+            ("long-decode", 115, 120),
+        ];
+        let hasher = BlockHasher::new(HashAlgorithm::Sha256, None);
+        let config = EngineConfig {
+            blocks: 24,
+            block_tokens: 16,
+            max_num_batched_tokens: 8192,
+            ..config(0)
+        };
+        let mut scheduler = Scheduler::new(&config, true);
+        assert!(
+            scheduler.pool.reset(),
+            "the recorded run began with a reset"
+        );
+        let mut own = Vec::new();
+        let mut now = Instant::now();
+        for (step, prompt_tokens, max_tokens) in requests {
+            let tokens = recorded_tokens(&frames, step, prompt_tokens + max_tokens);
+            let (hashes, extra_keys) = hasher.chain(&tokens, 16, &Extras::default());
+            let work = Work {
+                prompt_tokens,
+                hashes,
+                max_tokens,
+                lora: None,
+                content: Some(Content {
+                    tokens,
+                    extra_keys,
+                    lora: None,
+                    session_id: None,
+                    report_hits: false,
+                }),
+            };
+            let progress = Arc::new(Progress::default());
+            scheduler.queue(Sequence::new(work, Arc::clone(&progress), now));
+            while !progress.is_ended() {
+                let plan = scheduler.plan(&config, now);
+                now += Duration::from_millis(10);
+                scheduler.apply(&plan, &config, now);
+                let events = scheduler.pool.take_events();
+                if !events.is_empty() {
+                    own.push(events);
+                }
+            }
+        }
+        for (frame, events) in frames.iter().zip(&own) {
+            let time = frame["batch"][0].as_f64().unwrap();
+            assert_eq!(
+                hex(&payload(time, events, 0, HashForm::Integer)),
+                frame["payload_hex"].as_str().unwrap(),
+                "{}",
+                frame["seq"]
+            );
+        }
+        assert_eq!(own.len(), 21, "numbers 0 to 20 are those of these requests");
+    }
+
+    /// The tokens of a recorded request, from its events; what lies in no full block is 0.
+    fn recorded_tokens(frames: &[serde_json::Value], step: &str, count: usize) -> Vec<u32> {
+        let of_step = frames.iter().filter(|frame| frame["step"] == step);
+        let events = of_step.flat_map(|frame| frame["batch"][1].as_array().unwrap());
+        let ids = events
+            .filter_map(|event| event["token_ids"].as_array())
+            .flatten();
+        let mut tokens: Vec<u32> = ids
+            .map(|id| u32::try_from(id.as_u64().unwrap()).unwrap())
+            .collect();
+        tokens.resize(count, 0);
+        tokens
     }
 }

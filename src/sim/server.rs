@@ -20,14 +20,17 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::adapters::Adapters;
+use super::adapters::{Adapter, Adapters};
 use super::ask::{Ask, Refusal};
 use super::engine::{Engine, EngineConfig};
+use super::events::publisher::Encoding;
+use super::events::{EventsConfig, HashForm, Publisher};
+use super::hash::{BlockHasher, Extras, HashAlgorithm};
 use super::kv::block_hashes;
 use super::metrics;
 use super::reply::{Job, stream_reply, whole_reply};
 use super::text::{self, TOKEN_BYTES, append, output};
-use super::work::Work;
+use super::work::{Content, Work};
 
 /// Longest request body.
 const MAX_BODY_BYTES: usize = 64 << 20;
@@ -49,6 +52,50 @@ pub struct SimConfig {
     pub prompt_tokens_details: bool,
     /// Fault at start.
     pub fault: Fault,
+    /// KV events.
+    pub events: EventsSetup,
+    /// Answer at `/render`, which vLLM refuses without its flag of that name.
+    pub enable_scale_out: bool,
+}
+
+/// What a pod publishes of its prefix cache, and how it hashes blocks for that.
+#[derive(Debug, Clone, Default)]
+pub struct EventsSetup {
+    /// Checked, and with the ports of this rank; nothing is published unless it says so.
+    pub config: EventsConfig,
+    /// Data-parallel rank told in every batch.
+    pub rank: u16,
+    /// Of block hashes.
+    pub algorithm: HashAlgorithm,
+    /// `PYTHONHASHSEED`, if set.
+    pub seed: Option<String>,
+    /// Events carry whole digests instead of 64-bit integers.
+    pub whole_hashes: bool,
+}
+
+impl EventsSetup {
+    /// The sockets and the hash function, when something is to be published.
+    async fn start(
+        &self,
+        host: &str,
+        shutdown: &CancellationToken,
+    ) -> io::Result<Option<(Publisher, BlockHasher)>> {
+        if !self.config.publishes() {
+            return Ok(None);
+        }
+        let hasher = BlockHasher::new(self.algorithm, self.seed.as_deref());
+        let encoding = Encoding {
+            hashes: if self.whole_hashes {
+                HashForm::Bytes(hasher.digest_bytes())
+            } else {
+                HashForm::Integer
+            },
+            rank: u32::from(self.rank),
+        };
+        let publisher =
+            Publisher::start(self.config.clone(), encoding, host, shutdown.clone()).await?;
+        Ok(Some((publisher, hasher)))
+    }
 }
 
 /// How a pod misbehaves towards inference requests.
@@ -80,11 +127,19 @@ struct Pod {
     adapters: Adapters,
     fault: Mutex<Fault>,
     started: SystemTime,
+    /// With events only.
+    hasher: Option<BlockHasher>,
 }
 
-/// Serves `config` on `listener` until `shutdown`.
-pub async fn serve(config: SimConfig, listener: TcpListener, shutdown: CancellationToken) {
-    let engine = Engine::new(config.engine.clone());
+/// Serves `config` on `listener` until `shutdown`. Fails when a socket for events cannot be had.
+pub async fn serve(
+    config: SimConfig,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let host = listener.local_addr()?.ip().to_string();
+    let (publisher, hasher) = config.events.start(&host, &shutdown).await?.unzip();
+    let engine = Engine::new(config.engine.clone(), publisher);
     tokio::spawn(Arc::clone(&engine).run(shutdown.clone()));
     let pod = Arc::new(Pod {
         adapters: Adapters::new(&config.loras),
@@ -92,10 +147,11 @@ pub async fn serve(config: SimConfig, listener: TcpListener, shutdown: Cancellat
         config,
         engine,
         started: SystemTime::now(),
+        hasher,
     });
     loop {
         let accepted = tokio::select! {
-            () = shutdown.cancelled() => return,
+            () = shutdown.cancelled() => return Ok(()),
             accepted = listener.accept() => accepted,
         };
         let Ok((stream, _)) = accepted else {
@@ -146,6 +202,8 @@ impl Pod {
         let body = collect(request).await?;
         let answer = match path.as_str() {
             "/tokenize" => self.tokenize(&body),
+            "/v1/chat/completions/render" => self.render(true, &body),
+            "/v1/completions/render" => self.render(false, &body),
             "/detokenize" => detokenize(&body),
             "/v1/load_lora_adapter" => parse(&body)
                 .and_then(|request| self.adapters.load(request))
@@ -182,9 +240,10 @@ impl Pod {
                 let load = json!({"server_load": stats.running + stats.waiting});
                 json_reply(StatusCode::OK, load.to_string())
             }
+            "/kv_event_sources" => self.event_sources(),
             "/reset_prefix_cache" => {
-                self.engine.reset_cache();
-                plain(StatusCode::OK, String::new())
+                let success = self.engine.reset_cache();
+                json_reply(StatusCode::OK, json!({ "success": success }).to_string())
             }
             "/sim/restart" => {
                 self.engine.restart();
@@ -206,18 +265,103 @@ impl Pod {
         json_reply(StatusCode::OK, stats.to_string())
     }
 
+    /// By data-parallel rank, where events are published.
+    fn event_sources(&self) -> Response<Body> {
+        let sources = self.engine.publisher().map(Publisher::sources);
+        let text = sources.and_then(|sources| serde_json::to_string(sources).ok());
+        let rank = self.config.events.rank;
+        let text = text.map_or_else(|| "{}".to_owned(), |text| format!(r#"{{"{rank}":{text}}}"#));
+        json_reply(StatusCode::OK, text)
+    }
+
     fn tokenize(&self, body: &[u8]) -> Result<Response<Body>, Refusal> {
         let ask = Ask::parse(body)?;
-        let tokens = text::ids(&if ask.is_chat() {
-            ask.chat_tokens()?
+        self.model(&ask)?;
+        let tokens = ask.tokens(ask.is_chat())?;
+        let strings = ask.return_token_strs.then(|| text::strings(&tokens));
+        let ids = text::ids(&tokens);
+        let answer = format!(
+            r#"{{"count":{},"max_model_len":{},"tokens":{},"token_strs":{}}}"#,
+            ids.len(),
+            self.config.engine.max_model_len,
+            json!(ids),
+            json!(strings),
+        );
+        Ok(json_reply(StatusCode::OK, answer))
+    }
+
+    /// What the engine would compute, without computing it.
+    fn render(&self, chat: bool, body: &[u8]) -> Result<Response<Body>, Refusal> {
+        if !self.config.enable_scale_out {
+            return Err(Refusal::closed());
+        }
+        let ask = Ask::parse(body)?;
+        let (model, _) = self.model(&ask)?;
+        let ids = text::ids(&ask.tokens(chat)?);
+        let max_tokens = ask.max_tokens()?;
+        let limit = self.config.engine.max_model_len;
+        if ids.len().saturating_add(max_tokens) > limit {
+            return Err(Refusal::too_long(ids.len(), max_tokens, limit));
+        }
+        let rendered = rendered(chat, &model, &ids, max_tokens, ask.cache_salt.as_deref());
+        let text = if chat {
+            rendered
         } else {
-            ask.prompt_tokens()?
-        });
-        let answer = json!({
-            "count": tokens.len(), "max_model_len": self.config.engine.max_model_len, "tokens": tokens,
-            "token_strs": null,
-        });
-        Ok(json_reply(StatusCode::OK, answer.to_string()))
+            format!("[{rendered}]")
+        };
+        Ok(json_reply(StatusCode::OK, text))
+    }
+
+    /// The model asked for, and the adapter when it is one.
+    fn model(&self, ask: &Ask) -> Result<(String, Option<Adapter>), Refusal> {
+        let base = &self.config.model;
+        let model = ask.model.as_ref().unwrap_or(base);
+        let lora = self.adapters.find(model);
+        if lora.is_none() && model != base {
+            return Err(Refusal::unknown_model(model, base));
+        }
+        Ok((model.clone(), lora))
+    }
+
+    /// The request for the engine: `tokens` are those of the prompt and the output, as bytes.
+    fn work(
+        &self,
+        ask: &Ask,
+        model: &str,
+        lora: Option<&Adapter>,
+        tokens: &[u8],
+        max_tokens: usize,
+    ) -> Work {
+        let block_tokens = self.config.engine.block_tokens;
+        let salt = ask.cache_salt.as_deref().unwrap_or_default();
+        let (hashes, content) = if let Some(hasher) = &self.hasher {
+            let name = lora.map(|lora| Arc::<str>::from(lora.name.as_str()));
+            let extras = Extras {
+                lora: name.clone().zip(lora.map(|lora| lora.path.as_str().into())),
+                media: Vec::new(),
+                salt: (!salt.is_empty()).then(|| salt.into()),
+            };
+            let ids = text::ids(tokens);
+            let (hashes, extra_keys) = hasher.chain(&ids, block_tokens, &extras);
+            let content = Content {
+                tokens: ids,
+                extra_keys,
+                lora: lora.map(|lora| lora.number).zip(name),
+                session_id: ask.session_id.as_deref().map(Arc::from),
+                report_hits: ask.reports_hits(),
+            };
+            (hashes, Some(content))
+        } else {
+            let bytes = block_tokens * TOKEN_BYTES;
+            (block_hashes(model, salt, tokens, bytes), None)
+        };
+        Work {
+            prompt_tokens: tokens.len() / TOKEN_BYTES - max_tokens,
+            hashes,
+            max_tokens,
+            lora: lora.map(|lora| lora.name.clone()),
+            content,
+        }
     }
 
     fn set_fault(&self, body: &[u8]) -> Result<Response<Body>, Refusal> {
@@ -269,17 +413,8 @@ impl Pod {
     /// Queues the request, or says why not.
     fn accept(&self, chat: bool, ask: &Ask, id: Option<&HeaderValue>) -> Result<Job, Refusal> {
         let options = ask.stream_options()?;
-        let base = &self.config.model;
-        let model = ask.model.as_ref().unwrap_or(base);
-        let lora = self.adapters.contains(model).then(|| model.clone());
-        if lora.is_none() && model != base {
-            return Err(Refusal::unknown_model(model, base));
-        }
-        let mut tokens = if chat {
-            ask.chat_tokens()?
-        } else {
-            ask.prompt_tokens()?
-        };
+        let (model, lora) = self.model(ask)?;
+        let mut tokens = ask.tokens(chat)?;
         let max_tokens = ask.max_tokens()?;
         let engine = &self.config.engine;
         let prompt_tokens = tokens.len() / TOKEN_BYTES;
@@ -290,13 +425,7 @@ impl Pod {
         }
         let seed = xxh3_64(&tokens);
         append(&mut tokens, output(seed, 0, max_tokens).as_bytes());
-        let salt = ask.cache_salt.as_deref().unwrap_or_default();
-        let work = Work {
-            prompt_tokens,
-            hashes: block_hashes(model, salt, &tokens, engine.block_tokens * TOKEN_BYTES),
-            max_tokens,
-            lora,
-        };
+        let work = self.work(ask, &model, lora.as_ref(), &tokens, max_tokens);
         let Some(progress) = self.engine.submit(work) else {
             return Err(Refusal::too_long(prompt_tokens, max_tokens, limit));
         };
@@ -326,11 +455,12 @@ impl Pod {
 /// The method of a path; `None` when there is nothing.
 fn method(path: &str) -> Option<Method> {
     match path {
-        "/metrics" | "/health" | "/version" | "/load" | "/v1/models" | "/sim/stats" => {
-            Some(Method::GET)
-        }
+        "/metrics" | "/health" | "/version" | "/load" | "/v1/models" | "/sim/stats"
+        | "/kv_event_sources" => Some(Method::GET),
         "/v1/chat/completions"
         | "/v1/completions"
+        | "/v1/chat/completions/render"
+        | "/v1/completions/render"
         | "/tokenize"
         | "/detokenize"
         | "/v1/load_lora_adapter"
@@ -340,6 +470,26 @@ fn method(path: &str) -> Option<Method> {
         | "/sim/fault" => Some(Method::POST),
         _ => None,
     }
+}
+
+/// What vLLM renders of a request, key by key.
+fn rendered(chat: bool, model: &str, ids: &[u32], max_tokens: usize, salt: Option<&str>) -> String {
+    let prefix = if chat { "chatcmpl" } else { "cmpl" };
+    let top = if chat {
+        r#","top_p":1.0,"min_p":0.0"#
+    } else {
+        ""
+    };
+    let sampling = format!(
+        r#"{{"presence_penalty":0.0,"frequency_penalty":0.0,"repetition_penalty":1.0,"temperature":1.0{top},"stop":[],"stop_token_ids":[],"max_tokens":{max_tokens},"output_kind":2,"skip_clone":true,"bad_words":[],"skip_reading_prefix_cache":false}}"#
+    );
+    format!(
+        r#"{{"request_id":"{prefix}-{:016x}","token_ids":{},"token_offsets":null,"features":null,"content_parts":null,"sampling_params":{sampling},"model":{},"reasoning_ended":null,"reasoning_parser_kwargs":null,"return_token_ids":null,"output_mode":"tokens","stream":false,"stream_options":null,"cache_salt":{},"priority":0,"kv_transfer_params":null,"ec_transfer_params":null}}"#,
+        fastrand::u64(..),
+        json!(ids),
+        json!(model),
+        json!(salt),
+    )
 }
 
 fn detokenize(body: &[u8]) -> Result<Response<Body>, Refusal> {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::server::Fault;
+use super::server::{EventsSetup, Fault};
 use super::{EngineConfig, Profile, SimConfig, serve};
 
 /// A recorded body.
@@ -46,6 +46,8 @@ impl Pod {
             tokens_per_event: 1,
             prompt_tokens_details,
             fault: Fault::None,
+            events: EventsSetup::default(),
+            enable_scale_out: true,
         };
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -428,4 +430,42 @@ async fn requests_are_counted_observed_and_named() {
         assert_eq!(pod.metric(series).await, value, "{series}");
     }
     assert_eq!(pod.get("/load").await, (200, recorded!("load").to_owned()));
+}
+
+#[tokio::test]
+async fn renders_have_the_recorded_form_and_the_ids_of_tokenize() {
+    let pod = Pod::start(true).await;
+    for (path, body, recorded) in [
+        (
+            "/v1/completions/render",
+            completion(json!({})),
+            recorded!("render-completion"),
+        ),
+        (
+            "/v1/chat/completions/render",
+            chat(json!({"tools": [{"type": "function", "function": {"name": "tide"}}]})),
+            recorded!("render-chat"),
+        ),
+    ] {
+        let (status, text) = pod.post(path, body.clone()).await;
+        // The number of ids differs, so lists are compared as one.
+        let shape = |text: &str| skeleton(text).replace(",0", "");
+        assert_eq!((status, shape(&text)), (200, shape(recorded)));
+        let rendered: Value = serde_json::from_str(&text).unwrap();
+        let first = rendered.get(0).unwrap_or(&rendered);
+        let tokens = pod.value("/tokenize", body).await;
+        assert_eq!(first["token_ids"], tokens["tokens"]);
+        assert_eq!(first["sampling_params"]["max_tokens"], 12);
+    }
+    let unknown = completion(json!({"model": "no-such-model"}));
+    assert_eq!(pod.post("/tokenize", unknown.clone()).await.0, 404);
+    assert_eq!(pod.post("/v1/completions/render", unknown).await.0, 404);
+    let long = completion(json!({"max_tokens": 8192}));
+    assert_eq!(pod.post("/v1/completions/render", long).await.0, 400);
+    let strings = pod.value(
+        "/tokenize",
+        json!({"prompt": "abcde", "return_token_strs": true}),
+    );
+    assert_eq!(strings.await["token_strs"], json!(["abcd", "e"]));
+    assert_eq!(pod.get("/kv_event_sources").await, (200, "{}".to_owned()));
 }

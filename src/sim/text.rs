@@ -1,4 +1,5 @@
-//! Tokens of the stand-in: four bytes of text are one token, in both directions.
+//! Tokens of the stand-in: four bytes of text are one token, in both directions. Its id is these
+//! bytes as a little-endian number.
 //!
 //! A text ends at a token boundary, as those of a chat do behind a real template; its last token is
 //! filled up with zero bytes. So what was generated after a prompt is found again when it comes back
@@ -22,6 +23,11 @@ pub fn from_ids(ids: &[u32]) -> Vec<u8> {
 pub fn ids(tokens: &[u8]) -> Vec<u32> {
     let (whole, _) = tokens.as_chunks::<TOKEN_BYTES>();
     whole.iter().copied().map(u32::from_le_bytes).collect()
+}
+
+/// The text of each token given as bytes.
+pub fn strings(tokens: &[u8]) -> Vec<String> {
+    tokens.chunks(TOKEN_BYTES).map(text).collect()
 }
 
 /// The text of tokens given as bytes; what is no UTF-8 is replaced.

@@ -1,8 +1,12 @@
 //! A request as the engine sees it, and what the HTTP side sees of it meanwhile.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
+
+use super::events::{Event, Stored};
+use super::hash::{BlockHash, ExtraKey};
 
 /// A request as the engine sees it.
 #[derive(Debug, Clone)]
@@ -11,11 +15,46 @@ pub struct Work {
     pub prompt_tokens: usize,
     /// Hashes of the full blocks of prompt and output together: the engine caches what it generated
     /// as it caches prompts.
-    pub hashes: Vec<u64>,
+    pub hashes: Vec<BlockHash>,
     /// Output tokens to make, at least 1.
     pub max_tokens: usize,
     /// Adapter the request asks for.
     pub lora: Option<String>,
+    /// What events tell of its blocks; `None` when nobody listens.
+    pub content: Option<Content>,
+}
+
+/// What is in the blocks of a request.
+#[derive(Debug, Clone)]
+pub struct Content {
+    /// Tokens of prompt and output.
+    pub tokens: Vec<u32>,
+    /// For each full block.
+    pub extra_keys: Vec<Vec<ExtraKey>>,
+    /// Number and name of the adapter.
+    pub lora: Option<(u64, Arc<str>)>,
+    /// What the request said of itself.
+    pub session_id: Option<Arc<str>>,
+    /// Tell the blocks that were hit as well.
+    pub report_hits: bool,
+}
+
+impl Work {
+    /// The event that blocks `from..to` were stored; `None` when nobody listens.
+    pub(super) fn stored(&self, from: usize, to: usize, block_tokens: usize) -> Option<Event> {
+        let content = self.content.as_ref()?;
+        let tokens = content.tokens.get(from * block_tokens..to * block_tokens)?;
+        let before = from.checked_sub(1).and_then(|index| self.hashes.get(index));
+        Some(Event::Stored(Box::new(Stored {
+            hashes: self.hashes.get(from..to)?.to_vec(),
+            parent: before.copied(),
+            tokens: tokens.to_vec(),
+            block_tokens,
+            lora: content.lora.clone(),
+            extra_keys: content.extra_keys.get(from..to)?.to_vec(),
+            session_id: content.session_id.clone(),
+        })))
+    }
 }
 
 /// What the HTTP side sees of a request. Dropping every other handle aborts it.

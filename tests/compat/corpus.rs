@@ -5,6 +5,7 @@ use std::path::Path;
 
 use pinpod::config::{builtin, show};
 
+use super::disagg;
 use super::pool::{Pool, load, node, prompt};
 
 /// What becomes of a document.
@@ -34,16 +35,8 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
         Routes(prefix_beats_a_queue),
     ),
     ("router-precise-prefix", false, Loads),
-    (
-        "router-kv-events-sim",
-        false,
-        Later("kvEventsConfig.zmqEndpoint"),
-    ),
-    (
-        "router-kv-events-render",
-        false,
-        Later("kvEventsConfig.zmqEndpoint"),
-    ),
+    ("router-kv-events-sim", false, Loads),
+    ("router-kv-events-render", false, Loads),
     ("router-no-hit-lru", false, Routes(decodes_and_sticks)),
     (
         "router-embeddings-cache-stale",
@@ -53,23 +46,27 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
     ("router-embeddings-cache", false, Loads),
     ("router-embeddings-cache-only", false, Routes(images_stick)),
     ("router-burst-prefix", true, Routes(bursts_stay_together)),
-    ("router-pd", false, Later("prefix-based-pd-decider")),
-    ("router-pd-sim", false, Later("prefix-based-pd-decider")),
-    ("router-pd-topology", true, Later("prefix-based-pd-decider")),
+    (
+        "router-pd",
+        false,
+        Routes(disagg::cold_prompts_prefill_elsewhere),
+    ),
+    (
+        "router-pd-sim",
+        false,
+        Routes(disagg::cold_prompts_prefill_elsewhere),
+    ),
+    ("router-pd-topology", true, Routes(disagg::prefill_is_near)),
     (
         "router-e-p-d",
         false,
-        Later("always-disagg-multimodal-decider"),
+        Routes(disagg::images_and_cold_prompts_elsewhere),
     ),
-    (
-        "router-e-pd",
-        false,
-        Later("always-disagg-multimodal-decider"),
-    ),
+    ("router-e-pd", false, Routes(disagg::images_elsewhere)),
     (
         "router-data-parallel",
         false,
-        Later("data-parallel-profile-handler"),
+        Routes(disagg::the_rank_is_in_a_header),
     ),
     ("router-gpu", true, Routes(busy_gpus_are_left_out)),
     ("router-probabilistic-admitter", false, Routes(anywhere)),
@@ -93,13 +90,21 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
     ),
     ("guide-precise-prefix", false, Loads),
     ("guide-tiered-prefix", false, Routes(host_memory_remembers)),
-    ("guide-pd", false, Later("disagg-headers-handler")),
-    ("guide-pd-nested", false, Later("disagg-headers-handler")),
-    ("guide-wide-ep", false, Later("disagg-headers-handler")),
+    ("guide-pd", false, Routes(disagg::prefill_always_elsewhere)),
+    (
+        "guide-pd-nested",
+        false,
+        Routes(disagg::prefill_always_elsewhere),
+    ),
+    (
+        "guide-wide-ep",
+        false,
+        Routes(disagg::prefill_always_elsewhere),
+    ),
     (
         "guide-wide-ep-ranks",
         false,
-        Later("prefix-based-pd-decider"),
+        Routes(disagg::nothing_is_split),
     ),
     ("guide-flow-control", false, Later("flowControl")),
     ("guide-flow-control-off", false, Routes(load_and_prefix)),
@@ -128,8 +133,12 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
     ("perf-precise", false, Routes(sticks)),
     ("perf-random", false, Routes(anywhere)),
     ("perf-random-passthrough", false, Routes(any_path_anywhere)),
-    ("e2e-pd-deprecated", false, Later("prefill-header-handler")),
-    ("e2e-decode-only", false, Later("disagg-profile-handler")),
+    (
+        "e2e-pd-deprecated",
+        false,
+        Routes(disagg::cold_prompts_prefill_elsewhere),
+    ),
+    ("e2e-decode-only", false, Routes(disagg::nothing_is_split)),
     ("e2e-generate", false, Routes(token_ids_stick)),
     ("e2e-precise-scorer", false, Routes(decodes_and_sticks)),
     (
@@ -162,7 +171,7 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
         Routes(idle_first_and_busy_are_equal),
     ),
     ("operator-legacy", false, Routes(load_and_prefix)),
-    ("operator-pd-flat", false, Later("prefix-based-pd-decider")),
+    ("operator-pd-flat", false, Routes(disagg::nothing_is_split)),
     ("operator-role-label", false, Routes(decodes_and_sticks)),
     ("operator-inline.json", false, Routes(queue_and_prefix)),
     ("sample-load-and-prefix", false, Routes(two_addresses)),
@@ -170,7 +179,7 @@ const CORPUS: &[(&str, bool, Outcome)] = &[
     (
         "sample-legacy-labels",
         false,
-        Later("prefill-header-handler"),
+        Routes(disagg::labels_beside_a_headers_handler),
     ),
     ("sample-by-label", false, Routes(labels_of_old)),
 ];

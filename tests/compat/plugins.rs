@@ -4,6 +4,8 @@ use std::path::Path;
 
 use pinpod::config::{PluginType, builtin, show};
 use pinpod::plugin::{Build, DataKeys, Parameters};
+use pinpod::scheduling::Decider;
+use pinpod::scheduling::deciders::AlwaysDecider;
 use serde_json::{Map, Value, json};
 
 /// Parameters without which a type cannot be built.
@@ -134,6 +136,9 @@ fn the_list_for_programs_says_the_same() {
 fn built(plugin: &PluginType, parameters: Map<String, Value>) -> Result<String, String> {
     let mut keys = DataKeys::default();
     keys.enter("name");
+    // The deprecated handler refers to it unless told otherwise.
+    let decider: std::sync::Arc<dyn Decider> = std::sync::Arc::new(AlwaysDecider);
+    keys.offer("prefix-based-pd-decider", decider);
     let parameters = Parameters(Some(Value::Object(parameters)));
     let mut build = Build {
         name: "name",

@@ -326,13 +326,16 @@ impl DataProducer for ApproxPrefixProducer {
                     }
                 }
             }
-            let found = candidates.iter().map(|c| PrefixMatch {
-                matched_blocks: matched
-                    .get(c.endpoint.index.0 as usize)
-                    .copied()
-                    .unwrap_or(0),
-                total_blocks,
-                block_size_tokens: block_tokens,
+            let found = candidates.iter().map(|c| {
+                let blocks = matched.get(c.endpoint.index.0 as usize);
+                let blocks = blocks.copied().unwrap_or(0);
+                PrefixMatch {
+                    matched_blocks: blocks,
+                    total_blocks,
+                    block_size_tokens: block_tokens,
+                    cached_blocks: blocks,
+                    host_blocks: None,
+                }
             });
             let column = attributes.write(self.matches);
             column.extend(found);

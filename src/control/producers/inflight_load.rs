@@ -320,6 +320,7 @@ mod tests {
             matched_blocks: matched,
             total_blocks: total,
             block_size_tokens: 64,
+            ..PrefixMatch::default()
         };
         assert_eq!(uncached_tokens(700, None), 700);
         // (10 - 4) * 64 + max(0, 700 - 640) = 384 + 60.

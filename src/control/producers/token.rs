@@ -1,6 +1,7 @@
 //! `token-producer`: tokens of the prompt, counted by an estimate or made by a tokenizer.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use serde::Deserialize;
 use smallvec::SmallVec;
 
 use super::media_tokens::{EstimateSettings, MediaEstimate, VideoHints};
+use super::token_metrics::TokenObserver;
 use crate::kvcache::tokens::remote::{RemoteSettings, RemoteTokenizer};
 use crate::kvcache::tokens::service::{
     Answer, ModelSettings, Pending, PromptTokens, Settings as TokenSettings, TokenService,
@@ -25,6 +27,7 @@ use crate::scheduling::attributes::{
     MEDIA_FEATURES, MediaFeature, TOKEN_IDS, TOKEN_PRODUCER, TOKENIZED_PROMPT,
 };
 use crate::scheduling::{Candidate, DataProducer, Preparation, ProducerError};
+use crate::telemetry::metrics::register;
 
 /// Engine that the vllm backend asks unless configured.
 const DEFAULT_ENGINE: &str = "http://localhost:8000";
@@ -44,6 +47,8 @@ const MAX_MEDIA_TOKENS: u32 = 1 << 20;
 #[derive(Debug)]
 pub struct TokenProducer {
     tokenizer: Tokenizer,
+    /// Kept, since metrics ask it only as long as it lives.
+    _observer: Option<Arc<TokenObserver>>,
     ready: Counter,
     waited: Counter,
     failed: Counter,
@@ -99,7 +104,7 @@ enum Tokenizer {
         timeout: Duration,
     },
     /// This process.
-    Local(TokenService),
+    Local(Arc<TokenService>),
 }
 
 impl Plugin for TokenProducer {
@@ -142,13 +147,24 @@ impl Plugin for TokenProducer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let settings: Settings = build.read::<Self, _>()?;
-        let tokenizer = settings.tokenizer()?;
+        let tokenizer = settings.tokenizer(build.name)?;
         let name = build.name.to_owned();
+        let observer = match &tokenizer {
+            Tokenizer::Local(service) => {
+                let stats = Arc::clone(service.stats());
+                Some(Arc::new(TokenObserver::new(&name, stats)))
+            }
+            _ => None,
+        };
+        if let Some(observer) = &observer {
+            register(observer);
+        }
         let requests = |result: &'static str| {
             metrics::counter!("pinpod_token_producer_requests_total",
                 "plugin_name" => name.clone(), "result" => result)
         };
         Ok(Self {
+            _observer: observer,
             tokenizer,
             ready: requests("ready"),
             waited: requests("waited"),
@@ -162,7 +178,7 @@ impl Plugin for TokenProducer {
 }
 
 impl Settings {
-    fn tokenizer(&self) -> Result<Tokenizer, PluginError> {
+    fn tokenizer(&self, name: &str) -> Result<Tokenizer, PluginError> {
         if self.uds_tokenizer_config.is_some() {
             return Err(PluginError::Invalid(
                 "udsTokenizerConfig is known but not available: use the local backend".to_owned(),
@@ -178,7 +194,7 @@ impl Settings {
             .into());
         }
         match &self.local {
-            Some(local) => local.load(),
+            Some(local) => local.load(name),
             None if remote => self
                 .vllm
                 .as_ref()
@@ -224,7 +240,7 @@ impl Vllm {
 }
 
 impl Local {
-    fn load(&self) -> Result<Tokenizer, PluginError> {
+    fn load(&self, name: &str) -> Result<Tokenizer, PluginError> {
         let models = self.models.iter().map(|model| ModelSettings {
             name: model.name.clone(),
             directory: model.directory.clone(),
@@ -238,15 +254,43 @@ impl Local {
         if settings.models.is_empty() {
             return Err(ParamError("local.models: at least one model".to_owned()).into());
         }
-        TokenService::load(settings)
-            .map(Tokenizer::Local)
-            .map_err(|error| ParamError(format!("local.models: {error}")).into())
+        let service = TokenService::load(settings)
+            .map_err(|error| ParamError(format!("local.models: {error}")))?;
+        let service = Arc::new(service);
+        service.publish(name);
+        Ok(Tokenizer::Local(service))
     }
 }
 
 type Answered = Result<Tokenized, TokenizeError>;
 
+/// An answer found while asking whether there is something to wait for, kept for the call that
+/// publishes it. The director makes both calls for one request before it turns to another.
+struct Ready {
+    producer: *const TokenProducer,
+    request: *const InferenceRequest,
+    answered: Answered,
+}
+
+thread_local! {
+    static READY: Cell<Option<Ready>> = const { Cell::new(None) };
+}
+
 impl TokenProducer {
+    /// The answer of [`DataProducer::prepare`] to this very request, or a new one.
+    fn ready(&self, service: &TokenService, request: &InferenceRequest) -> Option<Answered> {
+        let known = READY.take().filter(|ready| {
+            std::ptr::eq(ready.producer, self) && std::ptr::eq(ready.request, request)
+        });
+        match known {
+            Some(ready) => Some(ready.answered),
+            None => match service.tokenize(request) {
+                Answer::Ready(answered) => Some(answered),
+                Answer::Pending(_) => None,
+            },
+        }
+    }
+
     /// What the prompts are made of without asking anyone.
     fn count(&self, request: &InferenceRequest, attributes: &mut Attributes) {
         if request.payload.prompts.is_empty() {
@@ -299,10 +343,10 @@ impl DataProducer for TokenProducer {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         self.count(request, attributes);
-        if let Tokenizer::Local(service) = &self.tokenizer
-            && let Answer::Ready(answered) = service.tokenize(request)
-        {
-            self.answer(answered, &self.ready, attributes);
+        if let Tokenizer::Local(service) = &self.tokenizer {
+            if let Some(answered) = self.ready(service, request) {
+                self.answer(answered, &self.ready, attributes);
+            }
         } else if let Some(supplied) = supplied(request) {
             self.answer(Ok(supplied), &self.ready, attributes);
         }
@@ -327,8 +371,14 @@ impl DataProducer for TokenProducer {
                 (Box::pin(work), *timeout)
             }
             Tokenizer::Local(service) => match service.tokenize(request) {
-                // Known by now, so asking again in `produce` is cheap.
-                Answer::Ready(_) => return None,
+                Answer::Ready(answered) => {
+                    READY.set(Some(Ready {
+                        producer: self,
+                        request,
+                        answered,
+                    }));
+                    return None;
+                }
                 Answer::Pending(work) => (work, LOCAL_TIMEOUT),
             },
         };
@@ -543,6 +593,43 @@ mod tests {
         let payload = parser.parse("/inference/v1/generate", &body).unwrap();
         let request = InferenceRequest::new("r", payload, body);
         assert_eq!(count("{}", &request), (vec![4], vec![("image", 1, 2)]));
+    }
+
+    #[test]
+    fn a_ready_prompt_is_tokenized_once() {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer");
+        let parameters =
+            serde_json::json!({"local": {"models": [{"name": "m", "directory": directory}]}});
+        let mut pool = Pool::new([]);
+        let producer: TokenProducer = pool.plugin(&parameters.to_string());
+        let request = |prompt: &str| {
+            let body = serde_json::json!({"model": "m", "prompt": prompt}).to_string();
+            let body = Body::from(body.as_str());
+            let payload = OpenAiParser.parse("/v1/completions", &body).unwrap();
+            let mut request = InferenceRequest::new("r", payload, body);
+            "m".clone_into(&mut request.target_model);
+            request
+        };
+        let (first, second) = (request("The port"), request("The quay"));
+        let Tokenizer::Local(service) = &producer.tokenizer else {
+            panic!("not local");
+        };
+        let looked_up = || {
+            let stats = service.memo_stats("m").unwrap();
+            stats.hits + stats.misses
+        };
+        let mut attributes = pool.keys.new_attributes();
+        assert!(producer.prepare(&first, &[], &attributes).is_none());
+        assert_eq!(looked_up(), 1);
+        producer.produce(&first, &[], &mut attributes).unwrap();
+        assert_eq!(looked_up(), 1);
+        // `tokenize-prompt` of the recording begins "The port".
+        assert_eq!(*attributes.get(producer.ids).unwrap()[0].ids, [591, 3105]);
+        // What was found for one request is never another's.
+        assert!(producer.prepare(&first, &[], &attributes).is_none());
+        let mut others = pool.keys.new_attributes();
+        producer.produce(&second, &[], &mut others).unwrap();
+        assert_ne!(*others.get(producer.ids).unwrap()[0].ids, [591, 3105]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -10,7 +10,7 @@ use metrics::{Counter, Gauge};
 use parking_lot::Mutex;
 use serde::Deserialize;
 
-use super::selector::Selector;
+use crate::datalayer::selector::Selector;
 use crate::datalayer::{Endpoint, EndpointListener};
 use crate::plugin::{Build, Maturity, ParamDoc, ParamError, Plugin, PluginError};
 use crate::response::{ResponseHeaderHook, ResponseView};
@@ -261,8 +261,8 @@ struct Gate {
 /// Pods in scope.
 #[derive(Default)]
 struct Pods {
-    /// Endpoints by `(namespace, pod)`: the ranks of a pod count once.
-    endpoints: HashMap<(String, String), u32>,
+    /// Endpoints by `(namespace, pod)` and place: the ranks of a pod count once.
+    endpoints: HashMap<(String, String, String, usize), u32>,
     /// Pods by revision, in the order of the required roles. Others are not counted.
     counts: BTreeMap<String, Vec<u32>>,
     shares: HashMap<String, Gauge>,
@@ -292,7 +292,12 @@ impl Gate {
         };
         let mut pods = self.pods.lock();
         let spec = &endpoint.spec;
-        let pod = (spec.namespace.clone(), spec.pod_name().to_owned());
+        let pod = (
+            spec.namespace.clone(),
+            spec.pod_name().to_owned(),
+            revision.to_owned(),
+            role,
+        );
         let ranks = pods.endpoints.entry(pod.clone()).or_default();
         let changes = if joins {
             *ranks += 1;
@@ -460,6 +465,11 @@ impl EndpointListener for DisaggregatedSetRolloutScreener {
         if let Some(gate) = &self.gate {
             gate.count(endpoint, true);
         }
+    }
+
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        self.removed(former);
+        self.added(endpoint);
     }
 
     fn removed(&self, endpoint: &Arc<Endpoint>) {

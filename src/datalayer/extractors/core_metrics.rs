@@ -167,6 +167,42 @@ fn built_in() -> Vec<EngineConfig> {
     ]
 }
 
+/// Series that a built-in engine is expected to expose.
+#[derive(Debug, Clone)]
+pub struct EngineSeries {
+    /// Engine, as `llm-d.ai/engine-type` names it.
+    pub engine: String,
+    /// Without these the load scorers are blind: waiting and running requests, cache use.
+    pub load: Vec<String>,
+    /// Without these defaults are used: adapters, block size and number of blocks.
+    pub optional: Vec<String>,
+}
+
+/// What the built-in engines expose, by family name.
+pub fn engine_series() -> Vec<EngineSeries> {
+    let family = |spec: &String| spec.split('{').next().unwrap_or_default().to_owned();
+    let families = |specs: [&String; 3]| -> Vec<String> {
+        let mut names: Vec<String> = specs.into_iter().map(family).collect();
+        names.retain(|name| !name.is_empty());
+        names.dedup();
+        names
+    };
+    let series = |engine: EngineConfig| EngineSeries {
+        load: families([
+            &engine.queued_requests_spec,
+            &engine.running_requests_spec,
+            &engine.kv_usage_spec,
+        ]),
+        optional: families([
+            &engine.lora_spec,
+            &engine.cache_info_spec,
+            &engine.cache_num_blocks_spec,
+        ]),
+        engine: engine.name,
+    };
+    built_in().into_iter().map(series).collect()
+}
+
 impl Plugin for CoreMetricsExtractor {
     const TYPE: &'static str = CORE_METRICS_PRODUCER;
     const MATURITY: Maturity = Maturity::Beta;

@@ -1,6 +1,6 @@
 //! Extractors: what a fetched body, or an endpoint's own description, says about the endpoint.
 
-mod core_metrics;
+pub mod core_metrics;
 mod dcgm;
 mod models;
 mod multicluster_metrics;

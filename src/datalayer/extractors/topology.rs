@@ -110,7 +110,8 @@ impl EndpointListener for TopologyExtractor {
             zone: label(&self.labels.zone),
             region: label(&self.labels.region),
         };
-        if topology != Topology::default() {
+        // One that lost its labels still has what they said.
+        if topology != Topology::default() || endpoint.attribute(self.column).is_some() {
             endpoint.set_attribute(self.column, Arc::new(topology));
         }
     }

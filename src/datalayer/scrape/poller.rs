@@ -146,6 +146,12 @@ impl EndpointListener for Scraper {
         }
     }
 
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        // The task writes to the endpoint it was started with.
+        self.removed(former);
+        self.added(endpoint);
+    }
+
     fn removed(&self, endpoint: &Arc<Endpoint>) {
         if let Some(stop) = self.tasks.lock().remove(&endpoint.index) {
             stop.cancel();

@@ -64,6 +64,19 @@ pub fn client_config(source: &HttpSource) -> Result<Option<Arc<ClientConfig>>, T
     Ok(Some(Arc::new(config)))
 }
 
+/// For probes: believes every peer and shows no certificate.
+pub fn accept_any() -> ClientConfig {
+    let provider = Arc::new(ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
+    let Ok(builder) = builder.with_safe_default_protocol_versions() else {
+        unreachable!("ring supports the default versions");
+    };
+    builder
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AcceptAny(provider)))
+        .with_no_client_auth()
+}
+
 fn refuse(error: impl std::fmt::Display) -> TlsSettingsError {
     TlsSettingsError(error.to_string())
 }

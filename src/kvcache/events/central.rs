@@ -4,6 +4,7 @@
 //! there is no replay: a gap is a loss.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +35,9 @@ const MAX_TOPIC_BYTES: usize = 1024;
 
 /// Pause after a failed accept, which is a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Pause before trying again to listen: after a reload the former instance may still hold the port.
+const BIND_PAUSE: Duration = Duration::from_millis(500);
 
 /// What a topic says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +99,39 @@ struct Publisher {
     stream: Stream,
     /// Connection that last published; another one may be another process.
     connection: u64,
+}
+
+/// Listens on `address`, trying again until it can, and then does as [`serve`]. The first failure is
+/// logged, all are counted.
+pub async fn listen(
+    address: SocketAddr,
+    resolver: Box<Resolver>,
+    options: SubscriberOptions,
+    stats: Arc<SubscriberStats>,
+    stop: CancellationToken,
+) {
+    let bind = async {
+        let mut told = false;
+        loop {
+            match TcpListener::bind(address).await {
+                Ok(listener) => return listener,
+                Err(error) => {
+                    count(&stats.bind_errors);
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!(%address, %error, "cannot listen for KV events yet");
+                    }
+                    sleep(BIND_PAUSE).await;
+                }
+            }
+        }
+    };
+    let Some(listener) = stop.run_until_cancelled(bind).await else {
+        return;
+    };
+    stats.set_state(StreamState::Live);
+    tracing::info!(%address, "listening for KV events");
+    serve(listener, resolver, options, Arc::clone(&stats), stop).await;
+    stats.set_state(StreamState::Down);
 }
 
 /// Accepts engines until `stop`, then resets every sink. `stats` counts connections, messages and what
@@ -164,7 +201,7 @@ impl Shared {
         match self.receive(stream, connection).await {
             Ok(never) => match never {},
             Err(error) => {
-                count(&self.stats.connection_errors);
+                count(&self.stats.receive_errors);
                 if matches!(error, ZmtpError::Oversize) {
                     count(&self.stats.oversize);
                 }
@@ -200,7 +237,10 @@ impl Shared {
                 count(&self.stats.bad_frames);
                 continue;
             };
-            if current.as_ref().is_none_or(|(known, _)| *known != topic) {
+            let same = |(known, publisher): &(Bytes, SharedPublisher)| {
+                *known == topic && !publisher.lock().stream.is_gone()
+            };
+            if !current.as_ref().is_some_and(same) {
                 current = self.publisher(&topic, &payload);
             }
             match &current {
@@ -252,7 +292,10 @@ impl Shared {
         let key = (topic.clone(), rank);
         let mut publishers = self.publishers.lock();
         if let Some(known) = publishers.get(&key) {
-            return Some((topic, Arc::clone(known)));
+            if !known.lock().stream.is_gone() {
+                return Some((topic, Arc::clone(known)));
+            }
+            publishers.remove(&key);
         }
         let Attributed { sink, stats } = (self.resolver)(Topic::parse(&topic)?, rank)?;
         if publishers.len() >= self.max_publishers {
@@ -261,8 +304,10 @@ impl Shared {
                 return None;
             }
         }
+        let mut stream = Stream::new(sink, stats);
+        stream.on_topic(&topic);
         let publisher = Publisher {
-            stream: Stream::new(sink, stats),
+            stream,
             connection: 0,
         };
         let publisher = Arc::new(parking_lot::Mutex::new(publisher));

@@ -89,4 +89,13 @@ pub trait EventSink: Send {
 
     /// The trust in this endpoint's part changed.
     fn set_state(&mut self, state: StreamState);
+
+    /// Messages have this topic from now on; replays of older engines have none.
+    fn on_topic(&mut self, _topic: &[u8]) {}
+
+    /// The endpoint left the pool: what comes now goes nowhere, and its publisher, should it still be
+    /// there, may belong to another endpoint by now.
+    fn is_gone(&self) -> bool {
+        false
+    }
 }

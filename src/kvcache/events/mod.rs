@@ -22,7 +22,7 @@ pub mod stats;
 mod stream;
 pub mod subscriber;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod wire;
 pub mod zmtp;
 

@@ -37,6 +37,8 @@ pub struct PoolFull;
 pub struct SubscriberEntry {
     /// Whose.
     pub key: PublisherKey,
+    /// The endpoint's `address:port`, for people and labels.
+    pub name: Arc<str>,
     /// Where it listens.
     pub source: Source,
     /// Its counters.
@@ -92,6 +94,7 @@ impl SubscriberPool {
     pub fn add(
         &self,
         key: PublisherKey,
+        name: &str,
         source: Source,
         sink: Box<dyn EventSink>,
     ) -> Result<(), PoolFull> {
@@ -122,7 +125,13 @@ impl SubscriberPool {
                 subscriber.run(stop).await;
             }
         });
-        let entry = SubscriberEntry { key, source, stats };
+        let name = name.into();
+        let entry = SubscriberEntry {
+            key,
+            name,
+            source,
+            stats,
+        };
         running.insert(key, Running { entry, stop, task });
         self.publish(&running);
         Ok(())
@@ -206,9 +215,9 @@ mod tests {
         b.keep(0, 20);
         let (to_a, to_b) = (Recorder::default(), Recorder::default());
         let pool = pool();
-        pool.add(key(1, 0), source(&a), Box::new(to_a.clone()))
+        pool.add(key(1, 0), "e", source(&a), Box::new(to_a.clone()))
             .unwrap();
-        pool.add(key(1, 1), source(&b), Box::new(to_b.clone()))
+        pool.add(key(1, 1), "e", source(&b), Box::new(to_b.clone()))
             .unwrap();
         to_a.until_known(&[10]).await;
         to_b.until_known(&[20]).await;
@@ -238,12 +247,12 @@ mod tests {
         new.keep(0, 20);
         let (first, second, third) = <(Recorder, Recorder, Recorder)>::default();
         let pool = pool();
-        pool.add(key(1, 0), source(&old), Box::new(first.clone()))
+        pool.add(key(1, 0), "e", source(&old), Box::new(first.clone()))
             .unwrap();
         first.until_known(&[10]).await;
-        pool.add(key(1, 0), source(&old), Box::new(second.clone()))
+        pool.add(key(1, 0), "e", source(&old), Box::new(second.clone()))
             .unwrap();
-        pool.add(key(1, 0), source(&new), Box::new(third.clone()))
+        pool.add(key(1, 0), "e", source(&new), Box::new(third.clone()))
             .unwrap();
         third.until_known(&[20]).await;
         assert_eq!(first.known(), [] as [u64; 0]);

@@ -31,7 +31,11 @@ const MAX_FRUITLESS: u32 = 3;
 #[derive(Debug)]
 pub(super) enum Step {
     /// A batch. Numbers follow one another, except that an answer may start later than asked.
-    Batch { seq: u64, payload: Bytes },
+    Batch {
+        seq: u64,
+        topic: Bytes,
+        payload: Bytes,
+    },
     /// The end marker came: nothing older than this moment is missing.
     Complete,
     /// Given up.
@@ -163,8 +167,12 @@ impl Reader {
                 }
                 Ok(Err(ZmtpError::Io(_) | ZmtpError::Closed)) | Err(_) => return Ok(Answer::Cut),
             };
-            let (seq, payload) = match parse(&frames) {
-                Some(Message::Batch { seq, payload, .. }) => (seq, payload),
+            let (seq, topic, payload) = match parse(&frames) {
+                Some(Message::Batch {
+                    seq,
+                    topic,
+                    payload,
+                }) => (seq, topic, payload),
                 Some(Message::End) => return Ok(Answer::Complete),
                 None => return Err(ReplayError::BadAnswer),
             };
@@ -177,7 +185,16 @@ impl Reader {
             first = false;
             // Below the end marker's number, so there is a next one.
             self.next = seq + 1;
-            if self.to.send(Step::Batch { seq, payload }).await.is_err() {
+            if self
+                .to
+                .send(Step::Batch {
+                    seq,
+                    topic,
+                    payload,
+                })
+                .await
+                .is_err()
+            {
                 return Ok(Answer::Complete);
             }
         }

@@ -17,6 +17,7 @@ macro_rules! counters {
             $(pub(super) $name: AtomicU64,)*
             last_seq: AtomicU64,
             lag_ms: AtomicI64,
+            waiting: AtomicU64,
             state: AtomicU8,
         }
 
@@ -30,6 +31,8 @@ macro_rules! counters {
             /// Arrival of the newest live batch minus its `ts`, on two clocks; negative when the
             /// engine's is ahead.
             pub lag_ms: i64,
+            /// Live batches that wait for a replay to end, now.
+            pub waiting: u64,
             /// As told to the sink.
             #[serde(serialize_with = "state_name")]
             pub state: StreamState,
@@ -41,6 +44,7 @@ macro_rules! counters {
                     $($name: AtomicU64::new(0),)*
                     last_seq: AtomicU64::new(NO_SEQ),
                     lag_ms: AtomicI64::new(0),
+                    waiting: AtomicU64::new(0),
                     state: AtomicU8::new(StreamState::Down as u8),
                 }
             }
@@ -53,6 +57,7 @@ macro_rules! counters {
                     $($name: self.$name.load(Relaxed),)*
                     last_seq: Some(self.last_seq.load(Relaxed)).filter(|seq| *seq != NO_SEQ),
                     lag_ms: self.lag_ms.load(Relaxed),
+                    waiting: self.waiting.load(Relaxed),
                     state: self.state(),
                 }
             }
@@ -95,8 +100,12 @@ counters! {
     replay_failures,
     /// Live connections made, after the first one.
     reconnects,
-    /// Live connections that could not be made, or broke.
-    connection_errors,
+    /// Live connections that could not be made, or never got to their handshake.
+    connect_errors,
+    /// Live connections that broke after it.
+    receive_errors,
+    /// Failed attempts to listen (centralised mode).
+    bind_errors,
     /// Messages beyond the size limit; each costs its connection.
     oversize,
 }
@@ -112,12 +121,21 @@ impl SubscriberStats {
         }
     }
 
+    /// Whether any event was applied.
+    pub fn has_events(&self) -> bool {
+        self.events.load(Relaxed) > 0
+    }
+
     pub(super) fn set_state(&self, state: StreamState) {
         self.state.store(state as u8, Relaxed);
     }
 
     pub(super) fn set_last_seq(&self, seq: Option<u64>) {
         self.last_seq.store(seq.unwrap_or(NO_SEQ), Relaxed);
+    }
+
+    pub(super) fn set_waiting(&self, batches: usize) {
+        self.waiting.store(batches as u64, Relaxed);
     }
 
     pub(super) fn arrived(&self, ts: f64) {
@@ -127,6 +145,18 @@ impl SubscriberStats {
         #[expect(clippy::cast_possible_truncation, reason = "saturates on a wild clock")]
         self.lag_ms
             .store(((now.as_secs_f64() - ts) * 1000.0) as i64, Relaxed);
+    }
+}
+
+impl StreamState {
+    /// As metrics and the admin endpoint spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Down => "down",
+            Self::Joining => "joining",
+            Self::Live => "live",
+            Self::Gap => "gap",
+        }
     }
 }
 
@@ -142,10 +172,5 @@ pub(super) fn count_n(counter: &AtomicU64, n: usize) {
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
 fn state_name<S: serde::Serializer>(state: &StreamState, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_str(match state {
-        StreamState::Down => "down",
-        StreamState::Joining => "joining",
-        StreamState::Live => "live",
-        StreamState::Gap => "gap",
-    })
+    to.serialize_str(state.name())
 }

@@ -80,6 +80,18 @@ impl Stream {
         self.stats.set_last_seq(Some(seq));
     }
 
+    /// As [`EventSink::on_topic`].
+    pub(super) fn on_topic(&mut self, topic: &[u8]) {
+        if !topic.is_empty() {
+            self.sink.on_topic(topic);
+        }
+    }
+
+    /// As [`EventSink::is_gone`].
+    pub(super) fn is_gone(&self) -> bool {
+        self.sink.is_gone()
+    }
+
     /// Forgets everything of this publisher.
     pub(super) fn reset(&mut self) {
         self.sink.reset();

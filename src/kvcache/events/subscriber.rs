@@ -180,11 +180,15 @@ impl Subscriber {
                     if !std::mem::take(&mut first) {
                         count(&self.stream.stats.reconnects);
                     }
-                    self.follow(connection).await
+                    let error = self.follow(connection).await;
+                    count(&self.stream.stats.receive_errors);
+                    error
                 }
-                Err(error) => error,
+                Err(error) => {
+                    count(&self.stream.stats.connect_errors);
+                    error
+                }
             };
-            count(&self.stream.stats.connection_errors);
             if matches!(error, ZmtpError::Oversize) {
                 count(&self.stream.stats.oversize);
             }
@@ -204,6 +208,7 @@ impl Subscriber {
         self.rounds = 0;
         // What waits here was not applied; the next connection's replay brings it, or it is lost.
         self.buffer = Buffer::default();
+        self.stream.stats.set_waiting(0);
         self.stream.set_state(StreamState::Down);
     }
 
@@ -252,10 +257,16 @@ impl Subscriber {
     fn on_live(&mut self, frames: &[Bytes]) {
         count(&self.stream.stats.received);
         self.heard = true;
-        let Some(Message::Batch { seq, payload, .. }) = parse(frames) else {
+        let Some(Message::Batch {
+            seq,
+            topic,
+            payload,
+        }) = parse(frames)
+        else {
             count(&self.stream.stats.bad_frames);
             return;
         };
+        self.stream.on_topic(&topic);
         if let Some(ts) = super::wire::timestamp(&payload) {
             self.stream.stats.arrived(ts);
         }
@@ -264,11 +275,19 @@ impl Subscriber {
         if self.replay.is_none() {
             self.drain();
         }
+        self.stream.stats.set_waiting(self.buffer.batches.len());
     }
 
     fn on_step(&mut self, step: Step) {
         match step {
-            Step::Batch { seq, payload } => self.on_replayed(seq, &payload),
+            Step::Batch {
+                seq,
+                topic,
+                payload,
+            } => {
+                self.stream.on_topic(&topic);
+                self.on_replayed(seq, &payload);
+            }
             Step::Complete => {
                 let purpose = self.replay.take().map(|(_, purpose)| purpose);
                 if purpose == Some(Purpose::Recognise) {
@@ -286,6 +305,7 @@ impl Subscriber {
                 self.drain();
             }
         }
+        self.stream.stats.set_waiting(self.buffer.batches.len());
     }
 
     fn on_replayed(&mut self, seq: u64, payload: &[u8]) {

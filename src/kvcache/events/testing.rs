@@ -77,7 +77,7 @@ impl Recorder {
 }
 
 /// Waits for a condition, or fails after ten seconds with what was waited for.
-pub(super) async fn until(what: &str, condition: impl Fn() -> bool) {
+pub(crate) async fn until(what: &str, condition: impl Fn() -> bool) {
     for _ in 0..2000 {
         if condition() {
             return;
@@ -101,7 +101,7 @@ pub(super) fn payload(process: u32, seq: u64, hash: u64, rank: u8) -> Vec<u8> {
 }
 
 /// A multipart message in short and long frames.
-pub(super) fn message(frames: &[&[u8]]) -> Vec<u8> {
+pub(crate) fn message(frames: &[&[u8]]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (i, frame) in frames.iter().enumerate() {
         let more = u8::from(i + 1 < frames.len());
@@ -117,7 +117,7 @@ pub(super) fn message(frames: &[&[u8]]) -> Vec<u8> {
 }
 
 /// Shakes hands as libzmq does, with greeting 3.1.
-pub(super) async fn shake(stream: &mut TcpStream, socket_type: &[u8]) -> std::io::Result<()> {
+pub(crate) async fn shake(stream: &mut TcpStream, socket_type: &[u8]) -> std::io::Result<()> {
     let mut greeting = [0_u8; 64];
     greeting[0] = 0xff;
     greeting[9] = 0x7f;
@@ -141,7 +141,7 @@ pub(super) async fn shake(stream: &mut TcpStream, socket_type: &[u8]) -> std::io
     Ok(())
 }
 
-pub(super) async fn read_short_frame(stream: &mut TcpStream) -> std::io::Result<(u8, Vec<u8>)> {
+pub(crate) async fn read_short_frame(stream: &mut TcpStream) -> std::io::Result<(u8, Vec<u8>)> {
     let mut head = [0_u8; 2];
     stream.read_exact(&mut head).await?;
     let mut body = vec![0; usize::from(head[1])];

@@ -1,8 +1,9 @@
 //! How much of a prompt each candidate holds: one walk over the prompt's runs for all of them.
 
 use super::run::{Expected, Run, Span};
-use super::table::Table;
+use super::table::short;
 use super::tier::{MAX_TIERS, SPECULATIVE};
+use super::view::View;
 use crate::datalayer::EndpointIndex;
 use crate::kvcache::block::BlockKey;
 use crate::kvcache::events::StreamState;
@@ -43,16 +44,23 @@ pub struct Match {
 }
 
 /// Room for a look-up, kept from one to the next so that none allocates after the first few.
+///
+/// Requests mostly ask for the same candidates as the one before: then who they are is not worked out
+/// again, and only the matches the last look-up changed are reset.
 #[derive(Debug, Default)]
 pub struct Lookup {
     /// One for each candidate, then one for each further rank of a candidate.
     matches: Vec<Match>,
     /// Beside `matches`: tiers without a hole so far.
     tiers: Vec<u8>,
+    /// Places of `matches` that are not as they were at first.
+    changed: Vec<u32>,
     /// By column.
     marks: Vec<Mark>,
     epoch: u32,
-    candidates: usize,
+    /// What `marks` are for: these candidates in a view with this stamp.
+    candidates: Vec<EndpointIndex>,
+    stamp: u64,
 }
 
 /// Says that a column takes part in a look-up.
@@ -78,53 +86,76 @@ impl Lookup {
 
     /// Results in the order of the candidates asked for.
     pub fn matches(&self) -> &[Match] {
-        self.matches.get(..self.candidates).unwrap_or_default()
+        self.matches
+            .get(..self.candidates.len())
+            .unwrap_or_default()
     }
 
     pub(super) fn run(
         &mut self,
-        table: &Table,
-        weights: &[f64; MAX_TIERS],
+        view: &View,
         keys: &[BlockKey],
         candidates: &[EndpointIndex],
         now_ms: u64,
     ) {
-        self.enter(table, candidates);
+        if self.stamp == view.stamp && self.candidates == candidates {
+            self.reset();
+        } else {
+            self.enter(view, candidates);
+        }
         let mut done = 0;
-        while let Some(run) = keys.get(done).and_then(|key| table.heads.get(key)) {
-            let Some(run) = table.runs.get(*run as usize) else {
+        while let Some(run) = keys.get(done).and_then(|key| view.heads.get(key)) {
+            let Some(run) = view.run(*run) else {
                 break;
             };
             let n = run.common(0, keys.get(done..).unwrap_or_default());
-            if n == 0 || !self.walk(table, weights, run, done, n, now_ms) {
+            if n == 0 || !self.walk(view, run, done, n, now_ms) {
                 break;
             }
             done += n;
         }
-        self.leave(table, candidates);
+        if self.matches.len() > self.candidates.len() {
+            self.leave(view);
+        }
     }
 
-    fn enter(&mut self, table: &Table, candidates: &[EndpointIndex]) {
+    /// Makes the matches what they were before the last look-up.
+    fn reset(&mut self) {
+        for slot in self.changed.drain(..) {
+            let slot = slot as usize;
+            if let (Some(found), Some(tiers)) =
+                (self.matches.get_mut(slot), self.tiers.get_mut(slot))
+            {
+                *found = Match::with(found.trust);
+                *tiers = u8::MAX;
+            }
+        }
+    }
+
+    fn enter(&mut self, view: &View, candidates: &[EndpointIndex]) {
         self.epoch = self.epoch.wrapping_add(1);
         if self.epoch == 0 {
             self.marks.clear();
             self.epoch = 1;
         }
-        if self.marks.len() < table.columns.len() {
-            self.marks.resize(table.columns.len(), Mark::default());
+        if self.marks.len() < view.columns.len() {
+            self.marks.resize(view.columns.len(), Mark::default());
         }
-        self.candidates = candidates.len();
+        self.candidates.clear();
+        self.candidates.extend_from_slice(candidates);
+        self.stamp = view.stamp;
+        self.changed.clear();
         self.matches.clear();
         for candidate in candidates {
-            let first = columns(table, *candidate).first();
-            let trust = first.map_or(Trust::Unknown, |id| self.mark(table, *id));
+            let first = view.ranks(candidate.0).first();
+            let trust = first.map_or(Trust::Unknown, |id| self.mark(view, *id));
             self.matches.push(Match::with(trust));
         }
         for id in candidates
             .iter()
-            .flat_map(|c| columns(table, *c).iter().skip(1))
+            .flat_map(|c| view.ranks(c.0).iter().skip(1))
         {
-            let trust = self.mark(table, *id);
+            let trust = self.mark(view, *id);
             self.matches.push(Match::with(trust));
         }
         self.tiers.clear();
@@ -132,32 +163,25 @@ impl Lookup {
     }
 
     /// Gives the column the next match.
-    fn mark(&mut self, table: &Table, id: u32) -> Trust {
+    fn mark(&mut self, view: &View, id: u32) -> Trust {
         if let Some(mark) = self.marks.get_mut(id as usize) {
             *mark = Mark {
                 epoch: self.epoch,
-                slot: super::table::short(self.matches.len()),
+                slot: short(self.matches.len()),
             };
         }
-        let brief = table.briefs.get(id as usize);
-        brief.map_or(Trust::Unknown, |brief| brief.state.into())
+        let column = view.column(id);
+        column.map_or(Trust::Unknown, |column| column.state.into())
     }
 
     /// Takes all columns along the first `n` blocks of a run, which is entered after `done` blocks.
     /// False when none of them gets to the end.
-    fn walk(
-        &mut self,
-        table: &Table,
-        weights: &[f64; MAX_TIERS],
-        run: &Run,
-        done: usize,
-        n: usize,
-        now_ms: u64,
-    ) -> bool {
-        let (done, n) = (super::table::short(done), super::table::short(n));
+    fn walk(&mut self, view: &View, run: &Run, done: usize, n: usize, now_ms: u64) -> bool {
+        let (done, n) = (short(done), short(n));
+        let weights = &view.tiers.by_number;
         let mut through = false;
-        let mut step = |column: u32, spans: &[Span], expected: &[Expected]| {
-            let mark = self.marks.get(column as usize).copied().unwrap_or_default();
+        let mut step = |id: u32, spans: &[Span], expected: &[Expected]| {
+            let mark = self.marks.get(id as usize).copied().unwrap_or_default();
             let slot = mark.slot as usize;
             let walk = self.matches.get_mut(slot).zip(self.tiers.get_mut(slot));
             let Some((found, tiers)) = walk.filter(|_| mark.epoch == self.epoch) else {
@@ -166,13 +190,16 @@ impl Lookup {
             if found.blocks != done {
                 return;
             }
+            if done == 0 {
+                self.changed.push(mark.slot);
+            }
+            let Some(column) = view.column(id) else {
+                return;
+            };
             let mut walk = Walk { found, tiers };
-            let brief = table.briefs.get(column as usize);
             match (spans, expected) {
-                ([span], []) if brief.is_some_and(|brief| !brief.many_groups) => {
-                    walk.along_one(span, weights, n);
-                }
-                _ => walk.along(table, column, spans, expected, weights, n, now_ms),
+                ([span], []) if !column.many_groups => walk.along_one(span, weights, n),
+                _ => walk.along(&column.groups, spans, expected, weights, n, now_ms),
             }
             through |= walk.found.blocks == done + n;
         };
@@ -194,20 +221,19 @@ impl Lookup {
     }
 
     /// The rank that holds most answers for its endpoint.
-    fn leave(&mut self, table: &Table, candidates: &[EndpointIndex]) {
-        let (own, ranks) = self.matches.split_at_mut(self.candidates);
+    fn leave(&mut self, view: &View) {
+        let (own, ranks) = self.matches.split_at_mut(self.candidates.len());
         let mut ranks = ranks.iter();
-        if ranks.len() == 0 {
-            return;
-        }
-        for (found, candidate) in own.iter_mut().zip(candidates) {
-            let more = columns(table, *candidate).len().saturating_sub(1);
+        for (found, candidate) in own.iter_mut().zip(&self.candidates) {
+            let more = view.ranks(candidate.0).len().saturating_sub(1);
             for rank in ranks.by_ref().take(more) {
                 if (rank.blocks, rank.trust) > (found.blocks, found.trust) {
                     *found = *rank;
                 }
             }
         }
+        // A candidate's match may be that of another rank now.
+        self.stamp = 0;
     }
 }
 
@@ -241,22 +267,15 @@ impl Walk<'_> {
     }
 
     /// Any mix of tiers, groups, holes and predictions.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "the parts of a look-up, each borrowed from a different owner"
-    )]
     fn along(
         &mut self,
-        table: &Table,
-        id: u32,
+        groups: &[u32; MAX_TIERS],
         spans: &[Span],
         expected: &[Expected],
         weights: &[f64; MAX_TIERS],
         n: u32,
         now_ms: u64,
     ) {
-        let groups = table.columns.get(id as usize).and_then(Option::as_ref);
-        let groups = groups.map_or([0; MAX_TIERS], |column| column.groups);
         let mut at = 0;
         while at < n {
             let mut next = n;
@@ -273,7 +292,7 @@ impl Walk<'_> {
             }
             let mut tiers = 0;
             for (tier, (present, needed)) in (0..8).zip(present.iter().zip(groups)) {
-                if *present != 0 && present & needed == needed {
+                if *present != 0 && present & needed == *needed {
                     tiers |= 1 << tier;
                 }
             }
@@ -316,7 +335,27 @@ impl Walk<'_> {
     }
 }
 
-fn columns(table: &Table, endpoint: EndpointIndex) -> &[u32] {
-    let columns = table.by_endpoint.get(endpoint.0 as usize);
-    columns.map_or(&[], |columns| columns.as_slice())
+impl View {
+    /// Leading blocks of `keys` that a column holds, in any tier and group.
+    pub(super) fn depth(&self, id: u32, keys: &[BlockKey]) -> usize {
+        let mut done = 0;
+        while let Some(run) = keys.get(done).and_then(|key| self.heads.get(key))
+            && let Some(run) = self.run(*run)
+        {
+            let n = run.common(0, keys.get(done..).unwrap_or_default());
+            let mut held = 0;
+            while let Some(span) = run
+                .of_column(id)
+                .iter()
+                .find(|span| span.start <= held && held < span.end)
+            {
+                held = span.end;
+            }
+            done += n.min(held as usize);
+            if n == 0 || (held as usize) < n {
+                break;
+            }
+        }
+        done
+    }
 }

@@ -6,59 +6,51 @@ use std::time::Duration;
 use hashbrown::HashMap;
 use tokio::time::Instant;
 
-use crate::kvcache::events::Stored;
+use super::writer::Dense;
+use crate::kvcache::block::BlockContent;
 
 /// Events kept for one endpoint.
 pub(super) const MAX_EVENTS: usize = 1024;
-/// Tokens kept for one endpoint: 4 MiB.
-pub(super) const MAX_TOKENS: usize = 1 << 20;
+/// Blocks kept for one endpoint: 1 MiB.
+pub(super) const MAX_BLOCKS: usize = 1 << 16;
 /// Time an event is kept.
 pub(super) const MAX_AGE: Duration = Duration::from_secs(30);
 
-/// A store event that owns its parts.
+/// A store that owns its parts.
 #[derive(Debug)]
 pub(super) struct ParkedStore {
     since: Instant,
-    pub(super) parent: u64,
+    parent: u64,
     hashes: Vec<u64>,
-    tokens: Vec<u32>,
+    contents: Vec<BlockContent>,
     block_size: u32,
-    lora_name: Option<String>,
-    medium: String,
-    extra_keys: Option<Vec<u8>>,
-    group: Option<u32>,
-    kind: Option<String>,
+    tier: u8,
+    group: u8,
 }
 
 impl ParkedStore {
-    fn new(event: &Stored<'_>, parent: u64, since: Instant) -> Self {
+    fn new(store: &Dense<'_>, parent: u64, since: Instant) -> Self {
         Self {
             since,
             parent,
-            hashes: event.hashes.to_vec(),
-            tokens: event.tokens.to_vec(),
-            block_size: event.block_size,
-            lora_name: event.lora_name.map(Into::into),
-            medium: event.medium.into(),
-            extra_keys: event.extra_keys.map(Into::into),
-            group: event.group,
-            kind: event.kind.map(Into::into),
+            hashes: store.hashes.to_vec(),
+            contents: store.contents.to_vec(),
+            block_size: store.block_size,
+            tier: store.tier,
+            group: store.group,
         }
     }
 
-    /// The event as it came. Only prompt starts have a salt from metadata, and they are never parked.
-    pub(super) fn event(&self) -> Stored<'_> {
-        Stored {
+    /// The store as it came. Its adapter is its parent's.
+    pub(super) fn store(&self) -> Dense<'_> {
+        Dense {
             hashes: &self.hashes,
+            contents: &self.contents,
             parent: Some(self.parent),
-            tokens: &self.tokens,
             block_size: self.block_size,
-            lora_name: self.lora_name.as_deref(),
-            medium: &self.medium,
-            extra_keys: self.extra_keys.as_deref(),
-            cache_salt: None,
+            lora: None,
+            tier: self.tier,
             group: self.group,
-            kind: self.kind.as_deref(),
         }
     }
 }
@@ -67,7 +59,7 @@ impl ParkedStore {
 #[derive(Debug, Default)]
 pub(super) struct Parked {
     events: VecDeque<ParkedStore>,
-    tokens: usize,
+    blocks: usize,
     /// Events that wait for each hash, so that a store nobody waits for costs a probe a block.
     waiting: Names,
     /// Events that bring each hash.
@@ -87,18 +79,18 @@ impl Parked {
     }
 
     /// Keeps the event; returns how many had to go for it, itself included.
-    pub(super) fn park(&mut self, event: &Stored<'_>, parent: u64, now: Instant) -> u64 {
-        if event.tokens.len() > MAX_TOKENS {
+    pub(super) fn park(&mut self, store: &Dense<'_>, parent: u64, now: Instant) -> u64 {
+        if store.hashes.len() > MAX_BLOCKS {
             return 1;
         }
-        self.tokens += event.tokens.len();
+        self.blocks += store.hashes.len();
         add(&mut self.waiting, &[parent]);
-        add(&mut self.coming, event.hashes);
-        self.events.push_back(ParkedStore::new(event, parent, now));
+        add(&mut self.coming, store.hashes);
+        self.events.push_back(ParkedStore::new(store, parent, now));
         let mut dropped = 0;
         while let Some(oldest) = self.events.front()
             && (self.events.len() > MAX_EVENTS
-                || self.tokens > MAX_TOKENS
+                || self.blocks > MAX_BLOCKS
                 || now.saturating_duration_since(oldest.since) > MAX_AGE)
         {
             self.take_at(0);
@@ -134,10 +126,9 @@ impl Parked {
             return;
         };
         sub(&mut self.coming, event.hashes.get(at..).unwrap_or_default());
-        let tokens = event.tokens.len();
+        self.blocks -= event.hashes.len() - at;
         event.hashes.truncate(at);
-        event.tokens.truncate(at * event.block_size as usize);
-        self.tokens -= tokens - event.tokens.len();
+        event.contents.truncate(at);
         if event.hashes.is_empty() {
             self.take_at(index);
         }
@@ -145,7 +136,7 @@ impl Parked {
 
     fn take_at(&mut self, index: usize) -> Option<ParkedStore> {
         let event = self.events.remove(index)?;
-        self.tokens -= event.tokens.len();
+        self.blocks -= event.hashes.len();
         sub(&mut self.waiting, &[event.parent]);
         sub(&mut self.coming, &event.hashes);
         Some(event)
@@ -172,42 +163,48 @@ fn sub(names: &mut Names, hashes: &[u64]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kvcache::block::BlockHasher;
 
-    fn stored<'a>(hashes: &'a [u64], tokens: &'a [u32]) -> Stored<'a> {
-        Stored {
+    fn dense<'a>(hashes: &'a [u64], contents: &'a [BlockContent]) -> Dense<'a> {
+        Dense {
             hashes,
+            contents,
             parent: Some(1),
-            tokens,
             block_size: 1,
-            lora_name: None,
-            medium: "GPU",
-            extra_keys: None,
-            cache_salt: None,
-            group: None,
-            kind: None,
+            lora: None,
+            tier: 0,
+            group: 0,
         }
     }
 
+    fn contents(n: usize) -> Vec<BlockContent> {
+        let mut contents = Vec::new();
+        BlockHasher::with_seed(1).contents(&vec![0; n], 1, &mut contents, |_, _| {});
+        contents
+    }
+
     #[test]
-    fn bounded_by_events_tokens_and_age() {
+    fn bounded_by_events_blocks_and_age() {
         let start = Instant::now();
         let mut parked = Parked::default();
+        let one = contents(1);
+        let store = dense(&[9], &one);
         for n in 0..MAX_EVENTS {
-            assert_eq!(parked.park(&stored(&[9], &[0]), n as u64, start), 0);
+            assert_eq!(parked.park(&store, n as u64, start), 0);
         }
-        assert_eq!(parked.park(&stored(&[9], &[0]), 0, start), 1);
-        let many = vec![0; MAX_TOKENS - 10];
-        let dropped = parked.park(&stored(&[9], &many), 0, start);
+        assert_eq!(parked.park(&store, 0, start), 1);
+        let (names, many) = (vec![9; MAX_BLOCKS + 1], contents(MAX_BLOCKS + 1));
+        let n = MAX_BLOCKS - 10;
+        let dropped = parked.park(&dense(&names[..n], &many[..n]), 0, start);
         assert_eq!(
             dropped,
             MAX_EVENTS as u64 - 10,
             "the newest ten and this one fit"
         );
         let late = start + MAX_AGE + Duration::from_millis(1);
-        assert_eq!(parked.park(&stored(&[9], &[0]), 5, late), 11);
-        assert_eq!((parked.events.len(), parked.tokens), (1, 1));
-        let too_many = vec![0; MAX_TOKENS + 1];
-        assert_eq!(parked.park(&stored(&[9], &too_many), 0, late), 1);
+        assert_eq!(parked.park(&store, 5, late), 11);
+        assert_eq!((parked.events.len(), parked.blocks), (1, 1));
+        assert_eq!(parked.park(&dense(&names, &many), 0, late), 1);
         assert_eq!(
             parked.events.len(),
             1,
@@ -218,16 +215,17 @@ mod tests {
     #[test]
     fn a_removed_block_ends_its_store() {
         let mut parked = Parked::default();
-        parked.park(&stored(&[7, 8, 9], &[0; 3]), 1, Instant::now());
+        let contents = contents(3);
+        parked.park(&dense(&[7, 8, 9], &contents), 1, Instant::now());
         parked.remove(8);
         let event = parked.take(&[1]).unwrap();
         assert_eq!(
-            (event.event().hashes, event.event().tokens),
-            (&[7][..], &[0][..])
+            (event.store().hashes, event.store().contents),
+            (&[7][..], &contents[..1])
         );
-        assert!(parked.is_empty() && parked.tokens == 0);
+        assert!(parked.is_empty() && parked.blocks == 0);
         assert!(parked.waiting.is_empty() && parked.coming.is_empty());
-        parked.park(&stored(&[7], &[0]), 1, Instant::now());
+        parked.park(&dense(&[7], &contents[..1]), 1, Instant::now());
         parked.remove(7);
         assert!(
             parked.is_empty() && parked.waiting.is_empty(),

@@ -60,20 +60,10 @@ impl Span {
 #[derive(Debug, Default)]
 pub(super) struct Run {
     pub(super) keys: Vec<BlockKey>,
-    /// The hash engines give each block; 0 where none is known.
-    pub(super) hashes: Vec<u64>,
     /// Ordered by plane, then start; spans of a plane do not overlap.
     pub(super) spans: Vec<Span>,
     /// Ordered by column.
     pub(super) expected: Vec<Expected>,
-    /// Run and generation this one goes on from.
-    pub(super) parent: Option<(u32, u32)>,
-    /// Runs that go on from this one.
-    pub(super) children: u32,
-    /// Tells a run from the one that had its number before.
-    pub(super) generation: u32,
-    /// Stored to since the clock hand passed.
-    pub(super) referenced: bool,
 }
 
 impl Run {
@@ -175,6 +165,14 @@ impl Run {
         true
     }
 
+    /// The column has a copy of the block at `offset` in the plane.
+    pub(super) fn has(&self, plane: Plane, offset: u32) -> bool {
+        let (from, to) = self.of_plane(plane);
+        let own = self.spans.get(from..to).unwrap_or_default();
+        let at = own.partition_point(|span| span.end <= offset);
+        own.get(at).is_some_and(|span| span.start <= offset)
+    }
+
     /// The column has at least one copy of the block at `offset`.
     pub(super) fn holds(&self, column: u32, offset: u32) -> bool {
         self.of_column(column)
@@ -248,6 +246,18 @@ impl Run {
         self.expected.retain(|expected| expected.column != column);
     }
 
+    /// Forgets what the column holds in the tier.
+    pub(super) fn clear_tier(&mut self, column: u32, tier: u8) {
+        self.spans
+            .retain(|span| span.column != column || span.tier != tier);
+    }
+
+    /// Drops predictions whose deadline has passed.
+    pub(super) fn expire(&mut self, now_ms: u64) {
+        self.expected
+            .retain(|expected| expected.deadline_ms > now_ms);
+    }
+
     /// Blocks up to the last one somebody holds or is expected to hold.
     pub(super) fn held(&self) -> usize {
         let spans = self.spans.iter().map(|span| span.end);
@@ -257,12 +267,7 @@ impl Run {
 
     /// Cuts the run to `len` blocks.
     pub(super) fn truncate(&mut self, len: usize) {
-        self.keys.truncate(len);
-        self.hashes.truncate(len);
-        if self.keys.capacity() / SHRINK_BELOW > len {
-            self.keys.shrink_to(2 * len);
-            self.hashes.shrink_to(2 * len);
-        }
+        shorten(&mut self.keys, len);
     }
 
     fn of_plane(&self, plane: Plane) -> (usize, usize) {
@@ -272,6 +277,14 @@ impl Run {
             from,
             from + own.partition_point(|span| span.plane() == plane),
         )
+    }
+}
+
+/// Truncates, and gives memory back once most of it is unused.
+pub(super) fn shorten<T>(list: &mut Vec<T>, len: usize) {
+    list.truncate(len);
+    if list.capacity() / SHRINK_BELOW > len {
+        list.shrink_to(2 * len);
     }
 }
 

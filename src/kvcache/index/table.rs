@@ -1,30 +1,41 @@
-//! All runs, the tables that find them, and the columns of the endpoints. One lock's content.
+//! Decides what an event does to the index, and keeps what only writers need: names, who is where, what
+//! to drop next. One lock's content.
 
 use std::collections::VecDeque;
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::{HashMap, HashTable};
+use smallvec::SmallVec;
 
-use super::run::{Expected, Plane, Run};
-use super::tier::{MAX_TIERS, SPECULATIVE};
+use super::lookup::Trust;
+use super::names::{NONE, Names};
+use super::run::{Expected, Plane, Span};
+use super::tier::{GPU, MAX_TIERS, SPECULATIVE};
+use super::view::{Draft, Op, View, stamp};
 use crate::kvcache::block::BlockKey;
-use crate::kvcache::events::StreamState;
 
 /// Cache groups told apart on one endpoint; engines have a handful.
 pub(super) const MAX_GROUPS: u32 = 32;
 /// Predictions waiting for their deadline at most; at 2 s each, 32,000 requests a second.
 pub(super) const MAX_EXPECTED: usize = 1 << 16;
 
-// Memory at the worst fill: vectors half empty, hash tables just grown (7 in 16 slots used).
-/// One block: its key and hash (16, twice), its entry in `by_hash` (17 a slot).
-const BLOCK_BYTES: usize = 72;
-/// One span (16, twice) and the run's entry in its column (5 a slot).
-const SPAN_BYTES: usize = 44;
-/// A run beside its blocks: itself (136, twice) and its entry in `heads` (17 a slot).
-const RUN_BYTES: usize = 312;
-/// One hash an endpoint does not share with the others (25 a slot).
-const PRIVATE_BYTES: usize = 58;
-/// Private hashes are looked through for dead ones from this many on.
-const FIRST_SWEEP: usize = 1024;
+// Memory at the worst fill: vectors half empty, hash tables just grown (7 in 16 slots used), and what
+// look-ups read there twice.
+/// One block: its key (8, twice, in either copy), its shared name (8, twice), its entry in `by_name` (13 a
+/// slot).
+pub(super) const BLOCK_BYTES: usize = 78;
+/// One span (16, twice, in either copy) and the run's entry in its column (9 a slot).
+pub(super) const SPAN_BYTES: usize = 85;
+/// A run beside its blocks: itself (72, twice, in either copy), its entry in `heads` (17 a slot, in
+/// either copy) and what writers keep of it (80, twice).
+pub(super) const RUN_BYTES: usize = 526;
+/// One name an endpoint does not share with the others: itself (8, twice), its entry in the column's table
+/// (13 a slot) and its part of a list.
+const OWN_BYTES: usize = 47;
+
+/// Stands for the time of the first store where there was none.
+pub(super) const PREDICTED: u32 = u32::MAX;
+/// Names looked up ahead of their use.
+pub(super) const WARM: usize = 64;
 
 /// A block's place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,31 +44,49 @@ pub(super) struct Place {
     pub(super) offset: u32,
 }
 
-/// What one publisher holds: one data-parallel rank of an endpoint.
-#[derive(Debug)]
-pub(super) struct Column {
-    /// Endpoint's dense number.
-    endpoint: u32,
-    /// Dense groups seen in each tier; a block counts where all of them have it.
-    pub(super) groups: [u32; MAX_TIERS],
-    /// Tokens per block; 0 until the first dense store.
-    pub(super) block_size: u32,
-    /// Runs it has spans or predictions in.
-    runs: HashSet<u32>,
-    /// Hashes that mean another block here than in `by_hash`, or are not there.
-    private: HashMap<u64, (BlockKey, Place)>,
-    sweep_at: usize,
+/// A block's entry in a table of names: the table needs no other memory until the name is right but for a
+/// chance of 2^-32.
+#[derive(Debug, Clone, Copy)]
+struct Named {
+    place: Place,
+    tag: u32,
 }
 
-/// What a look-up needs of every candidate's column, packed so that thousands lie in a few pages.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Brief {
-    pub(super) state: StreamState,
-    /// Some tier has several dense groups, so that having one span is not having the block.
-    pub(super) many_groups: bool,
+/// Of a publisher, what look-ups do not need.
+#[derive(Debug, Default)]
+struct Column {
+    /// Runs it has spans or predictions in, and when it first stored to each, in seconds since the index
+    /// began; [`PREDICTED`] until it did.
+    runs: HashMap<u32, u32>,
+    /// Blocks it has a name of its own for.
+    own: HashTable<Named>,
+    /// The block it calls [`NONE`], with its run's generation.
+    none: Option<(Place, u32)>,
+    /// Tiers with a store and without any removal, as bits.
+    silent_tiers: u8,
+    /// Tiers with a removal.
+    removed_tiers: u8,
+    /// Minute in which silent tiers were looked through last.
+    swept: u32,
 }
 
-/// Counters of the table; all but `used_bytes`, `blocks` and `runs` only grow.
+/// Of a run, what look-ups do not need.
+#[derive(Debug, Default)]
+struct Meta {
+    names: Names,
+    /// Run and generation this one goes on from.
+    parent: Option<(u32, u32)>,
+    /// Runs that go on from this one.
+    children: u32,
+    /// Tells a run from the one that had its number before.
+    generation: u32,
+    /// Minute of the newest store.
+    stored: u32,
+    /// Stored to since the clock hand passed.
+    referenced: bool,
+}
+
+/// Counters of the table; those below `predictions` only grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TableStats {
     /// Estimated memory.
@@ -66,26 +95,28 @@ pub struct TableStats {
     pub blocks: usize,
     /// Runs they lie in.
     pub runs: usize,
+    /// Publishers with a part in it: ranks of endpoints.
+    pub columns: usize,
+    /// Predictions that wait for events or their deadline.
+    pub predictions: usize,
     /// Runs dropped because the memory bound was reached.
     pub evicted_runs: u64,
+    /// Blocks that were in them.
+    pub evicted_blocks: u64,
     /// Blocks not taken in because nothing could be dropped for them.
     pub refused_blocks: u64,
     /// Predictions not taken in because too many wait.
     pub refused_predictions: u64,
+    /// Times an endpoint's part of a run was dropped because its tier never reports removals.
+    pub aged_out: u64,
 }
 
 #[derive(Debug)]
 pub(super) struct Table {
-    pub(super) runs: Vec<Run>,
-    pub(super) columns: Vec<Option<Column>>,
-    /// In the order of `columns`.
-    pub(super) briefs: Vec<Brief>,
-    /// Columns of each endpoint; more than one when ranks share an endpoint.
-    pub(super) by_endpoint: Vec<smallvec::SmallVec<[u32; 1]>>,
-    /// First key of each run.
-    pub(super) heads: HashMap<BlockKey, u32>,
-    /// Engine hash of each block whose run names one.
-    by_hash: HashMap<u64, Place>,
+    metas: Vec<Meta>,
+    columns: Vec<Option<Column>>,
+    /// Blocks with a shared name.
+    by_name: HashTable<Named>,
     free_runs: Vec<u32>,
     free_columns: Vec<u32>,
     /// Deadline, run and its generation, oldest first.
@@ -94,173 +125,218 @@ pub(super) struct Table {
     hand: usize,
     blocks: usize,
     spans: usize,
-    privates: usize,
+    own_names: usize,
     max_bytes: usize,
-    idempotent: bool,
+    /// Minutes after which what a silent tier stored is dropped.
+    silent_minutes: u32,
+    /// Seconds since the index was made.
+    now_s: u32,
     stats: TableStats,
+}
+
+/// Blocks of a run that a column stored, being named one after the other.
+struct Naming<'a> {
+    id: u32,
+    first: Place,
+    names: &'a [u64],
+    /// The column may have other names for some of them.
+    renamed: bool,
+    /// Some block had to be given up, maybe one of these.
+    left: bool,
+}
+
+/// What became of a removal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Removal {
+    /// The column has no such copy.
+    Unknown,
+    /// Another copy stays, there or in another tier.
+    Kept,
+    /// The column holds the block no longer.
+    Gone,
 }
 
 /// How stored blocks are held.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Hold<'a> {
-    /// A copy in a tier; one hash for each key.
+    /// A copy in a tier; one name for each key.
     Copy {
         tier: u8,
         group: u8,
-        hashes: &'a [u64],
+        names: &'a [u64],
     },
     /// A prediction.
     Until(u64),
 }
 
 impl Table {
-    pub(super) fn new(max_bytes: usize, idempotent: bool) -> Self {
+    pub(super) fn new(max_bytes: usize, silent_minutes: u32) -> Self {
         Self {
-            runs: Vec::new(),
+            metas: Vec::new(),
             columns: Vec::new(),
-            briefs: Vec::new(),
-            by_endpoint: Vec::new(),
-            heads: HashMap::new(),
-            by_hash: HashMap::new(),
+            by_name: HashTable::new(),
             free_runs: Vec::new(),
             free_columns: Vec::new(),
             expiry: VecDeque::new(),
             hand: 0,
             blocks: 0,
             spans: 0,
-            privates: 0,
+            own_names: 0,
             max_bytes,
-            idempotent,
+            silent_minutes,
+            now_s: 0,
             stats: TableStats::default(),
         }
     }
 
-    pub(super) fn stats(&self) -> TableStats {
+    pub(super) fn stats(&self, view: &View) -> TableStats {
         TableStats {
-            used_bytes: self.used_bytes(),
+            used_bytes: self.used_bytes(view),
             blocks: self.blocks,
-            runs: self.heads.len(),
+            runs: view.heads.len(),
+            columns: self.columns.len() - self.free_columns.len(),
+            predictions: self.expiry.len(),
             ..self.stats
         }
     }
 
-    pub(super) fn add_column(&mut self, endpoint: u32) -> u32 {
-        let column = Column {
-            endpoint,
-            groups: [0; MAX_TIERS],
-            block_size: 0,
-            runs: HashSet::new(),
-            private: HashMap::new(),
-            sweep_at: FIRST_SWEEP,
-        };
+    pub(super) fn add_column(&mut self, draft: &mut Draft<'_>, endpoint: u32) -> u32 {
         let id = self.free_columns.pop().unwrap_or_else(|| {
             self.columns.push(None);
-            self.briefs.push(Brief::default());
             short(self.columns.len() - 1)
         });
+        let swept = self.minute();
         if let Some(slot) = self.columns.get_mut(id as usize) {
-            *slot = Some(column);
+            *slot = Some(Column {
+                swept,
+                ..Column::default()
+            });
         }
-        let endpoint = endpoint as usize;
-        if self.by_endpoint.len() <= endpoint {
-            self.by_endpoint.resize_with(endpoint + 1, Default::default);
-        }
-        if let Some(columns) = self.by_endpoint.get_mut(endpoint) {
-            columns.push(id);
-        }
+        let stamp = stamp();
+        draft.apply(Op::AddColumn {
+            id,
+            endpoint,
+            stamp,
+        });
         id
     }
 
-    pub(super) fn drop_column(&mut self, id: u32) {
-        self.clear(id);
-        self.set_state(id, StreamState::Down);
-        let Some(column) = self.columns.get_mut(id as usize).and_then(Option::take) else {
-            return;
-        };
-        if let Some(columns) = self.by_endpoint.get_mut(column.endpoint as usize) {
-            columns.retain(|other| *other != id);
+    pub(super) fn drop_column(&mut self, draft: &mut Draft<'_>, id: u32) {
+        self.clear(draft, id);
+        if let Some(column) = self.columns.get_mut(id as usize) {
+            *column = None;
+            self.free_columns.push(id);
         }
-        self.free_columns.push(id);
-    }
-
-    pub(super) fn set_state(&mut self, id: u32, state: StreamState) {
-        if let Some(brief) = self.briefs.get_mut(id as usize) {
-            brief.state = state;
-        }
-    }
-
-    /// Blocks of the plane's tier need a copy in its group from now on.
-    pub(super) fn add_group(&mut self, plane: Plane) {
-        self.change_groups(plane.column, |groups| {
-            if let Some(groups) = groups.get_mut(usize::from(plane.tier)) {
-                *groups |= 1 << plane.group;
-            }
-        });
-    }
-
-    /// The group turned out not to be dense: blocks need no copy in it.
-    pub(super) fn drop_group(&mut self, id: u32, group: u8) {
-        self.change_groups(id, |groups| {
-            for groups in groups {
-                *groups &= !(1 << group);
-            }
-        });
-    }
-
-    fn change_groups(&mut self, id: u32, change: impl FnOnce(&mut [u32; MAX_TIERS])) {
-        let column = self.columns.get_mut(id as usize).and_then(Option::as_mut);
-        let (Some(column), Some(brief)) = (column, self.briefs.get_mut(id as usize)) else {
-            return;
-        };
-        change(&mut column.groups);
-        brief.many_groups = column.groups.iter().any(|groups| groups.count_ones() > 1);
-    }
-
-    pub(super) fn column(&mut self, id: u32) -> Option<&mut Column> {
-        self.columns.get_mut(id as usize)?.as_mut()
+        let stamp = stamp();
+        draft.apply(Op::DropColumn { id, stamp });
     }
 
     /// Forgets what the column holds. Cost: its runs, whatever the size of the table.
-    pub(super) fn clear(&mut self, id: u32) {
+    pub(super) fn clear(&mut self, draft: &mut Draft<'_>, id: u32) {
         let Some(column) = self.column(id) else {
             return;
         };
-        let runs = std::mem::take(&mut column.runs);
-        let privates = std::mem::take(&mut column.private).len();
-        column.block_size = 0;
-        column.sweep_at = FIRST_SWEEP;
-        self.privates -= privates;
-        self.change_groups(id, |groups| *groups = [0; MAX_TIERS]);
-        for run in runs {
-            self.change(run, |run| run.clear(id));
-            self.trim(run);
+        let old = std::mem::take(column);
+        column.swept = old.swept;
+        column.removed_tiers = old.removed_tiers;
+        draft.apply(Op::ResetColumn { id });
+        for run in old.runs.into_keys() {
+            if let Some(meta) = self.meta_mut(run) {
+                let names = meta.names.clear(id);
+                self.own_names -= names;
+            }
+            self.change(draft, run, Op::Clear { run, column: id });
+            self.trim(draft, run);
         }
     }
 
-    /// Where a hash of the column's engine stands, if the column holds the block.
-    pub(super) fn resolve(&self, id: u32, hash: u64) -> Option<Place> {
+    /// Where a name of the column's engine stands, if the column holds the block.
+    pub(super) fn resolve(&self, view: &View, id: u32, name: u64) -> Option<Place> {
+        let place = self.place_of(id, name)?;
+        holds(view, id, place).then_some(place)
+    }
+
+    /// Where a name of the column's engine stands, whoever holds the block.
+    fn place_of(&self, id: u32, name: u64) -> Option<Place> {
         let column = self.columns.get(id as usize)?.as_ref()?;
-        let place = match column.private.get(&hash) {
-            Some((key, place)) if self.key(*place) == Some(*key) => *place,
-            _ => *self.by_hash.get(&hash)?,
+        if name == NONE {
+            let (place, generation) = column.none?;
+            return (self.meta(place.run)?.generation == generation).then_some(place);
+        }
+        if let Some(place) = self.own_place(column, id, name) {
+            return Some(place);
+        }
+        self.if_shared(id, self.shared_place(name))
+    }
+
+    /// As [`Table::resolve`], for a name that everybody else uses for the block at `shared`.
+    fn resolve_known(
+        &self,
+        view: &View,
+        id: u32,
+        name: u64,
+        shared: Option<Place>,
+    ) -> Option<Place> {
+        if name == NONE {
+            return self.resolve(view, id, name);
+        }
+        let column = self.columns.get(id as usize)?.as_ref()?;
+        let own = self.own_place(column, id, name);
+        let place = own.or_else(|| self.if_shared(id, shared))?;
+        holds(view, id, place).then_some(place)
+    }
+
+    /// The block at `place`, if the column calls it what everybody does.
+    fn if_shared(&self, id: u32, place: Option<Place>) -> Option<Place> {
+        let place = place?;
+        let own = self.meta(place.run)?.names.own(id, place.offset);
+        own.is_none().then_some(place)
+    }
+
+    /// Brings what the tables have for these names into the processor's caches: look-ups that do not
+    /// depend on each other wait for memory together, and the exact ones that follow do not.
+    pub(super) fn warm(&self, id: u32, names: &[u64]) {
+        let Some(Some(column)) = self.columns.get(id as usize) else {
+            return;
         };
-        self.holds(id, place).then_some(place)
+        for names in names.chunks(WARM) {
+            let found = names.iter().filter(|name| {
+                let tag = tag(**name);
+                let same = |named: &Named| named.tag == tag;
+                let own = column.own.find(spread(tag), same).is_some();
+                own | self.by_name.find(spread(tag), same).is_some()
+            });
+            std::hint::black_box(found.count());
+        }
     }
 
-    pub(super) fn key(&self, place: Place) -> Option<BlockKey> {
-        let run = self.runs.get(place.run as usize)?;
-        run.keys.get(place.offset as usize).copied()
+    /// The block only this column calls by the name.
+    fn own_place(&self, column: &Column, id: u32, name: u64) -> Option<Place> {
+        let tag = tag(name);
+        let same = |named: &Named| {
+            let Place { run, offset } = named.place;
+            let meta = (named.tag == tag).then(|| self.meta(run)).flatten();
+            meta.and_then(|meta| meta.names.own(id, offset)) == Some(name)
+        };
+        Some(column.own.find(spread(tag), same)?.place)
     }
 
-    fn holds(&self, id: u32, place: Place) -> bool {
-        let run = self.runs.get(place.run as usize);
-        run.is_some_and(|run| run.holds(id, place.offset))
+    /// The block everybody calls by the name.
+    fn shared_place(&self, name: u64) -> Option<Place> {
+        let tag = tag(name);
+        let same = |named: &Named| {
+            let Place { run, offset } = named.place;
+            let meta = (named.tag == tag).then(|| self.meta(run)).flatten();
+            meta.and_then(|meta| meta.names.shared(offset)) == Some(name)
+        };
+        Some(self.by_name.find(spread(tag), same)?.place)
     }
 
     /// Stores `keys`, which follow the block at `parent`. Blocks beyond the memory bound are refused
     /// from the tail.
     pub(super) fn store(
         &mut self,
+        draft: &mut Draft<'_>,
         id: u32,
         parent: Option<Place>,
         keys: &[BlockKey],
@@ -270,18 +346,17 @@ impl Table {
         let mut done = 0;
         while let Some(&next) = keys.get(done) {
             let rest = keys.get(done..).unwrap_or_default();
-            let Some(place) = self.find(at, next).or_else(|| self.append(at, rest)) else {
+            let place = find(draft.view, at, next).or_else(|| self.append(draft, at, rest));
+            let Some(place) = place else {
                 self.stats.refused_blocks += rest.len() as u64;
                 return;
             };
-            let Some(run) = self.runs.get(place.run as usize) else {
-                return;
-            };
-            let n = run.common(place.offset as usize, rest);
+            let run = draft.view.run(place.run);
+            let n = run.map_or(0, |run| run.common(place.offset as usize, rest));
             if n == 0 {
                 return;
             }
-            self.hold(id, place, n, done, hold);
+            self.hold(draft, id, place, n, done, hold);
             done += n;
             at = Some(Place {
                 run: place.run,
@@ -291,96 +366,170 @@ impl Table {
     }
 
     /// One more copy of a known block.
-    pub(super) fn add_copy(&mut self, plane: Plane, place: Place) {
-        let idempotent = self.idempotent;
-        self.change(place.run, |run| {
-            run.store(plane, place.offset, place.offset + 1, idempotent);
-        });
+    pub(super) fn add_copy(&mut self, draft: &mut Draft<'_>, plane: Plane, place: Place) {
+        self.stored_in(plane, place.run);
+        let (start, end) = (place.offset, place.offset + 1);
+        let run = place.run;
+        self.change(
+            draft,
+            run,
+            Op::Store {
+                run,
+                plane,
+                start,
+                end,
+            },
+        );
     }
 
-    /// One copy less; false when the column has none.
-    pub(super) fn remove(&mut self, plane: Plane, hash: u64) -> bool {
+    /// One copy less.
+    pub(super) fn remove(&mut self, draft: &mut Draft<'_>, plane: Plane, name: u64) -> Removal {
         let id = plane.column;
-        let Some(place) = self.resolve(id, hash) else {
-            return false;
+        let Some(place) = self.place_of(id, name) else {
+            return Removal::Unknown;
         };
-        if !self.change(place.run, |run| run.remove(plane, place.offset)) {
-            return false;
+        let Some(run) = draft.view.run(place.run) else {
+            return Removal::Unknown;
+        };
+        if !run.has(plane, place.offset) {
+            return Removal::Unknown;
         }
-        if !self.holds(id, place) {
-            if let Some(column) = self.column(id)
-                && !column.private.is_empty()
-                && column.private.remove(&hash).is_some()
-            {
-                self.privates -= 1;
-            }
-            self.forget_if_absent(id, place.run);
-            self.trim(place.run);
+        let last = run.keys.len() == place.offset as usize + 1;
+        if let Some(column) = self.column(id) {
+            let tier = 1 << plane.tier;
+            column.removed_tiers |= tier;
+            column.silent_tiers &= !tier;
         }
-        true
+        self.remove_copy(draft, plane, place);
+        if holds(draft.view, id, place) {
+            return Removal::Kept;
+        }
+        self.unname(id, place);
+        self.forget_if_absent(draft.view, id, place.run);
+        // The last block of a run is always held; in front of it nothing ends.
+        if last {
+            self.trim(draft, place.run);
+        }
+        Removal::Gone
     }
 
-    /// Predicts that the column will hold `keys` until `deadline_ms`.
-    pub(super) fn expect(&mut self, id: u32, keys: &[BlockKey], deadline_ms: u64) {
+    /// Predicts that `endpoint` will hold `keys` until `deadline_ms`: the rank of it that already holds
+    /// most of them, of those best known.
+    pub(super) fn expect(
+        &mut self,
+        draft: &mut Draft<'_>,
+        endpoint: u32,
+        keys: &[BlockKey],
+        deadline_ms: u64,
+    ) {
+        let view = &draft.view;
+        let rank = match view.ranks(endpoint) {
+            [] => return,
+            [only] => *only,
+            ranks => {
+                let worth = |id: &&u32| {
+                    let state = view.column(**id).map(|column| column.state);
+                    (state.map(Trust::from), view.depth(**id, keys))
+                };
+                // Of equals, the first.
+                ranks.iter().rev().max_by_key(worth).copied().unwrap_or(0)
+            }
+        };
         if self.expiry.len() >= MAX_EXPECTED {
             self.stats.refused_predictions += 1;
             return;
         }
-        self.store(id, None, keys, Hold::Until(deadline_ms));
+        self.store(draft, rank, None, keys, Hold::Until(deadline_ms));
+    }
+
+    /// Predictions that were turned away before they got here.
+    pub(super) fn refuse_predictions(&mut self, n: u64) {
+        self.stats.refused_predictions += n;
     }
 
     /// Drops predictions whose deadline has passed. Look-ups leave them out by themselves; this frees
     /// their memory.
-    pub(super) fn expire(&mut self, now_ms: u64) {
-        while let Some(&(deadline, run, generation)) = self.expiry.front()
+    pub(super) fn expire(&mut self, draft: &mut Draft<'_>, now_ms: u64) {
+        while let Some(&(deadline, id, generation)) = self.expiry.front()
             && deadline <= now_ms
         {
             self.expiry.pop_front();
-            let Some(expired) = self.runs.get_mut(run as usize) else {
-                continue;
-            };
-            if expired.generation != generation {
+            if self.meta(id).map(|meta| meta.generation) != Some(generation) {
                 continue;
             }
-            let mut columns: smallvec::SmallVec<[u32; 4]> = smallvec::SmallVec::new();
-            expired.expected.retain(|expected| {
-                let live = expected.deadline_ms > now_ms;
-                if !live {
-                    columns.push(expected.column);
-                }
-                live
-            });
+            let expected = draft.view.run(id).map_or(&[][..], |run| &run.expected);
+            let expired = expected.iter().filter(|e| e.deadline_ms <= now_ms);
+            let columns: SmallVec<[u32; 4]> = expired.map(|e| e.column).collect();
+            if columns.is_empty() {
+                continue;
+            }
+            draft.apply(Op::Expire { run: id, now_ms });
             for column in columns {
-                self.forget_if_absent(column, run);
+                self.forget_if_absent(draft.view, column, id);
             }
-            self.trim(run);
+            self.trim(draft, id);
         }
     }
 
-    /// The place of the key behind `at`, or at the start of a prompt.
-    fn find(&self, at: Option<Place>, key: BlockKey) -> Option<Place> {
-        if let Some(at) = at {
-            let next = Place {
-                run: at.run,
-                offset: at.offset + 1,
-            };
-            if self.key(next) == Some(key) {
-                return Some(next);
+    /// It is so many seconds after the index was made. Once a minute, what the column's silent tiers
+    /// stored long ago is dropped: a tier that never reports a removal is taken for a connector that does
+    /// not (LMCache's), unless it is the GPU.
+    pub(super) fn age(&mut self, draft: &mut Draft<'_>, id: u32, now_s: u32) {
+        self.now_s = now_s;
+        let minute = self.minute();
+        let Some(newest_old) = minute.checked_sub(self.silent_minutes) else {
+            return;
+        };
+        let Some(column) = self.column(id) else {
+            return;
+        };
+        if column.swept == minute || column.silent_tiers == 0 {
+            return;
+        }
+        column.swept = minute;
+        let tiers = column.silent_tiers;
+        let runs: Vec<u32> = column.runs.keys().copied().collect();
+        for run in runs {
+            if self.meta(run).is_some_and(|meta| meta.stored <= newest_old) {
+                self.age_run(draft, id, run, tiers);
             }
         }
-        let run = *self.heads.get(&key)?;
-        Some(Place { run, offset: 0 })
+    }
+
+    fn age_run(&mut self, draft: &mut Draft<'_>, id: u32, run: u32, tiers: u8) {
+        let spans = draft.view.run(run).map_or(&[][..], |run| run.of_column(id));
+        let old = spans.iter().filter(|span| tiers & 1 << span.tier != 0);
+        let old: SmallVec<[Span; 4]> = old.copied().collect();
+        for span in &old {
+            let tier = span.tier;
+            let column = id;
+            self.change(draft, run, Op::ClearTier { run, column, tier });
+            self.stats.aged_out += 1;
+        }
+        for offset in old.iter().flat_map(|span| span.start..span.end) {
+            let place = Place { run, offset };
+            if !holds(draft.view, id, place) {
+                self.unname(id, place);
+            }
+        }
+        self.forget_if_absent(draft.view, id, run);
+        self.trim(draft, run);
     }
 
     /// Makes room for the unknown keys at the front of `keys`: behind `at` if that is the end of its
     /// run, else in a run of their own. Stops before a key that is known as the head of a run.
-    fn append(&mut self, at: Option<Place>, keys: &[BlockKey]) -> Option<Place> {
-        let known = |key: &BlockKey| self.heads.contains_key(key);
+    fn append(
+        &mut self,
+        draft: &mut Draft<'_>,
+        at: Option<Place>,
+        keys: &[BlockKey],
+    ) -> Option<Place> {
+        let known = |key: &BlockKey| draft.view.heads.contains_key(key);
         let n = keys.iter().position(known).unwrap_or(keys.len());
-        let n = self.make_room(n, at.map(|at| at.run))?;
+        let n = self.make_room(draft, n, at.map(|at| at.run))?;
         let keys = keys.get(..n)?;
         let end = at.filter(|at| {
-            let run = self.runs.get(at.run as usize);
+            let run = draft.view.run(at.run);
             run.is_some_and(|run| run.keys.len() == at.offset as usize + 1)
         });
         let place = match end {
@@ -389,204 +538,277 @@ impl Table {
                 offset: at.offset + 1,
             },
             None => Place {
-                run: self.new_run(at, *keys.first()?),
+                run: self.new_run(at),
                 offset: 0,
             },
         };
-        let run = self.runs.get_mut(place.run as usize)?;
-        run.keys.extend_from_slice(keys);
-        run.hashes.resize(run.keys.len(), 0);
+        draft.append(place.run, keys);
+        let meta = self.meta_mut(place.run)?;
+        let len = place.offset as usize + n;
+        meta.names.resize(len, |_, _| {}, |_, _, _| {});
         self.blocks += n;
         Some(place)
     }
 
-    fn new_run(&mut self, at: Option<Place>, head: BlockKey) -> u32 {
+    fn new_run(&mut self, at: Option<Place>) -> u32 {
         let parent = at.and_then(|at| {
-            let parent = self.runs.get_mut(at.run as usize)?;
+            let parent = self.meta_mut(at.run)?;
             parent.children += 1;
             Some((at.run, parent.generation))
         });
         let id = self.free_runs.pop().unwrap_or_else(|| {
-            self.runs.push(Run::default());
-            short(self.runs.len() - 1)
+            self.metas.push(Meta::default());
+            short(self.metas.len() - 1)
         });
-        if let Some(run) = self.runs.get_mut(id as usize) {
-            run.parent = parent;
+        if let Some(meta) = self.meta_mut(id) {
+            meta.parent = parent;
         }
-        self.heads.insert(head, id);
         id
     }
 
     /// Marks `n` blocks from `place` on as held; the first is number `done` of the store.
-    fn hold(&mut self, id: u32, place: Place, n: usize, done: usize, hold: Hold<'_>) {
+    fn hold(
+        &mut self,
+        draft: &mut Draft<'_>,
+        id: u32,
+        place: Place,
+        n: usize,
+        done: usize,
+        hold: Hold<'_>,
+    ) {
+        let run = place.run;
         let (start, end) = (place.offset, place.offset + short(n));
+        let now_s = self.now_s;
         if let Some(column) = self.column(id) {
-            column.runs.insert(place.run);
+            let since = column.runs.entry(run).or_insert(PREDICTED);
+            if matches!(hold, Hold::Copy { .. }) && *since == PREDICTED {
+                *since = now_s;
+            }
         }
         match hold {
-            Hold::Copy {
-                tier,
-                group,
-                hashes,
-            } => {
+            Hold::Copy { tier, group, names } => {
                 let plane = Plane {
                     column: id,
                     tier,
                     group,
                 };
-                let idempotent = self.idempotent;
-                self.change(place.run, |run| {
-                    run.referenced = true;
-                    run.store(plane, start, end, idempotent);
-                    if !run.expected.is_empty() {
-                        run.confirm(id, start, end);
-                    }
-                });
+                self.stored_in(plane, run);
+                self.change(
+                    draft,
+                    run,
+                    Op::Store {
+                        run,
+                        plane,
+                        start,
+                        end,
+                    },
+                );
+                let expected = draft.view.run(run).map(|run| run.expected_of(id));
+                if expected.is_some_and(|expected| !expected.is_empty()) {
+                    draft.apply(Op::Confirm {
+                        run,
+                        column: id,
+                        start,
+                        end,
+                    });
+                }
                 // Held first: a name that moves here may empty the run it moves from.
-                if let Some(hashes) = hashes.get(done..done + n) {
-                    self.name(id, place, hashes);
+                if let Some(names) = names.get(done..done + n) {
+                    self.name(draft, id, place, names);
                 }
             }
             Hold::Until(deadline_ms) => {
-                let Some(run) = self.runs.get_mut(place.run as usize) else {
+                let Some(meta) = self.meta_mut(run) else {
                     return;
                 };
-                run.referenced = true;
-                run.expect(Expected {
+                meta.referenced = true;
+                let generation = meta.generation;
+                self.expiry.push_back((deadline_ms, run, generation));
+                let expected = Expected {
                     column: id,
                     start,
                     end,
                     deadline_ms,
-                });
-                let generation = run.generation;
-                self.expiry.push_back((deadline_ms, place.run, generation));
+                };
+                draft.apply(Op::Expect { run, expected });
             }
         }
     }
 
-    /// Notes what the column's engine calls the blocks from `place` on.
-    fn name(&mut self, id: u32, place: Place, hashes: &[u64]) {
-        let first = place.offset as usize;
-        let named = |table: &Self, i: usize, n: usize| {
-            let run = table.runs.get(place.run as usize);
-            run.and_then(|run| run.hashes.get(first + i..first + i + n)) == hashes.get(i..i + n)
-        };
-        let private = self.column(id).is_some_and(|c| !c.private.is_empty());
-        if !private && named(self, 0, hashes.len()) {
-            return;
+    /// A copy came to the run.
+    fn stored_in(&mut self, plane: Plane, run: u32) {
+        let minute = self.minute();
+        if let Some(meta) = self.meta_mut(run) {
+            meta.referenced = true;
+            meta.stored = minute;
         }
-        for (i, &hash) in hashes.iter().enumerate() {
-            let place = Place {
-                run: place.run,
-                offset: place.offset + short(i),
-            };
-            if named(self, i, 1) {
-                self.drop_private(id, hash, place);
-            } else {
-                self.name_one(id, place, hash);
-            }
+        if plane.tier != GPU
+            && let Some(column) = self.column(plane.column)
+        {
+            column.silent_tiers |= 1 << plane.tier & !column.removed_tiers;
         }
     }
 
-    fn name_one(&mut self, id: u32, place: Place, hash: u64) {
-        let (Some(key), previous) = (self.key(place), self.resolve(id, hash)) else {
+    /// Notes what the column's engine calls the blocks from `first` on.
+    fn name(&mut self, draft: &mut Draft<'_>, id: u32, first: Place, names: &[u64]) {
+        let Some(meta) = self.meta(first.run) else {
             return;
         };
+        let agree = meta.names.agree(first.offset, names);
+        let Some(column) = self.column(id) else {
+            return;
+        };
+        if agree && column.own.is_empty() {
+            return;
+        }
+        let renamed = column.none.is_some() || {
+            let end = first.offset + short(names.len());
+            self.meta(first.run)
+                .is_some_and(|meta| meta.names.has_own(id, first.offset..end))
+        };
+        self.warm(id, names);
+        let mut naming = Naming {
+            id,
+            first,
+            names,
+            renamed,
+            left: false,
+        };
+        for at in 0..names.len() {
+            self.name_one(draft, &mut naming, at);
+        }
+    }
+
+    /// Block number `at` is called by its name now; those behind it will be.
+    fn name_one(&mut self, draft: &mut Draft<'_>, naming: &mut Naming<'_>, at: usize) {
+        let Naming {
+            id, first, names, ..
+        } = *naming;
+        let Some(&name) = names.get(at) else {
+            return;
+        };
+        let place = Place {
+            run: first.run,
+            offset: first.offset + short(at),
+        };
+        let known = self.shared_place(name);
+        let previous = self.resolve_known(draft.view, id, name, known);
         if previous == Some(place) {
             return;
         }
         if let Some(previous) = previous {
-            self.leave(id, previous);
+            let behind = previous.offset.checked_sub(first.offset);
+            let behind = behind.filter(|n| previous.run == first.run && *n as usize > at);
+            let next = behind.and_then(|n| names.get(n as usize));
+            if next.is_none_or(|next| *next == name) {
+                self.leave(draft, id, previous);
+                naming.left = true;
+            }
         }
-        let run = self.runs.get_mut(place.run as usize);
-        let own = run.and_then(|run| run.hashes.get_mut(place.offset as usize));
-        if let Some(own) = own
-            && *own == 0
-            && hash != 0
-            && !self.by_hash.contains_key(&hash)
-        {
-            *own = hash;
-            self.by_hash.insert(hash, place);
-            self.drop_private(id, hash, place);
-            return;
+        if naming.renamed {
+            self.unname(id, place);
         }
-        self.sweep_private(id);
-        if let Some(column) = self.column(id)
-            && column.private.insert(hash, (key, place)).is_none()
-        {
-            self.privates += 1;
-        }
-    }
-
-    /// The hash means the same here as for everybody else; what it meant before is given up.
-    fn drop_private(&mut self, id: u32, hash: u64, place: Place) {
-        let Some((key, old)) = self.column(id).and_then(|c| c.private.remove(&hash)) else {
+        let Some(meta) = self.meta(place.run) else {
             return;
         };
-        self.privates -= 1;
-        if old != place && self.key(old) == Some(key) {
-            self.leave(id, old);
+        let generation = meta.generation;
+        let shared = meta.names.shared(place.offset);
+        if naming.left && !holds(draft.view, id, place) {
+            // The event names two blocks alike.
+        } else if name == NONE {
+            if let Some(column) = self.column(id) {
+                column.none = Some((place, generation));
+            }
+            naming.renamed = true;
+        } else if shared == Some(name) {
+            // As everybody.
+        } else if shared.is_none() && self.is_free(name, known, naming.left) {
+            self.share(place, name);
+        } else {
+            self.add_own(id, place, name, names.len() - at - 1);
         }
     }
 
-    /// The column's engine gave the block's hash to another block: the copies can no longer be named.
-    fn leave(&mut self, id: u32, place: Place) {
-        self.change(place.run, |run| {
-            let planes: smallvec::SmallVec<[Plane; 4]> = run
-                .of_column(id)
-                .iter()
-                .map(super::run::Span::plane)
-                .collect();
-            for plane in planes {
-                while run.remove(plane, place.offset) {}
-            }
-        });
-        self.forget_if_absent(id, place.run);
-        self.trim(place.run);
+    /// Nobody calls a block by the name; `known` was who did, until something was `left`.
+    fn is_free(&self, name: u64, known: Option<Place>, left: bool) -> bool {
+        known.is_none() || left && self.shared_place(name).is_none()
     }
 
-    /// Drops private hashes of blocks the column no longer holds; amortised O(1) a hash.
-    fn sweep_private(&mut self, id: u32) {
+    fn share(&mut self, place: Place, name: u64) {
+        if let Some(meta) = self.meta_mut(place.run) {
+            meta.names.share(place.offset, name);
+        }
+        insert(&mut self.by_name, place, name);
+    }
+
+    fn add_own(&mut self, id: u32, place: Place, name: u64, more: usize) {
+        if let Some(meta) = self.meta_mut(place.run) {
+            meta.names.add_own(id, place.offset, name, more);
+        }
+        if let Some(column) = self.column(id) {
+            insert(&mut column.own, place, name);
+            self.own_names += 1;
+        }
+    }
+
+    /// The column has no name of its own for the block any more.
+    fn unname(&mut self, id: u32, place: Place) {
+        let meta = self.meta_mut(place.run);
+        let name = meta.and_then(|meta| meta.names.remove_own(id, place.offset));
         let Some(column) = self.column(id) else {
             return;
         };
-        if column.private.len() < column.sweep_at {
-            return;
+        if column.none.is_some_and(|(none, _)| none == place) {
+            column.none = None;
         }
-        let mut private = std::mem::take(&mut column.private);
-        let before = private.len();
-        private.retain(|_, (key, place)| self.key(*place) == Some(*key) && self.holds(id, *place));
-        self.privates -= before - private.len();
-        if let Some(column) = self.column(id) {
-            column.sweep_at = (2 * private.len()).max(FIRST_SWEEP);
-            column.private = private;
+        if let Some(name) = name {
+            remove(&mut column.own, place, name);
+            self.own_names -= 1;
         }
+    }
+
+    /// The column's engine gave the block's name to another block: the copies can no longer be named.
+    fn leave(&mut self, draft: &mut Draft<'_>, id: u32, place: Place) {
+        let run = draft.view.run(place.run);
+        let spans = run.map_or(&[][..], |run| run.of_column(id));
+        let planes: SmallVec<[Plane; 4]> = spans.iter().map(Span::plane).collect();
+        for plane in planes {
+            while draft
+                .view
+                .run(place.run)
+                .is_some_and(|run| run.has(plane, place.offset))
+            {
+                self.remove_copy(draft, plane, place);
+            }
+        }
+        self.unname(id, place);
+        self.forget_if_absent(draft.view, id, place.run);
+        self.trim(draft, place.run);
+    }
+
+    fn remove_copy(&mut self, draft: &mut Draft<'_>, plane: Plane, place: Place) {
+        let Place { run, offset } = place;
+        self.change(draft, run, Op::Remove { run, plane, offset });
     }
 
     /// Changes a run's spans and keeps their number.
-    fn change<R: Default>(&mut self, run: u32, change: impl FnOnce(&mut Run) -> R) -> R {
-        let Some(run) = self.runs.get_mut(run as usize) else {
-            return R::default();
-        };
-        self.spans -= run.spans.len();
-        let result = change(run);
-        self.spans += run.spans.len();
-        result
+    fn change(&mut self, draft: &mut Draft<'_>, run: u32, op: Op) {
+        let spans = |draft: &Draft<'_>| draft.view.run(run).map_or(0, |run| run.spans.len());
+        self.spans -= spans(draft);
+        draft.apply(op);
+        self.spans += spans(draft);
     }
 
-    fn forget_if_absent(&mut self, column: u32, run: u32) {
-        let lacks = self
-            .runs
-            .get(run as usize)
-            .is_some_and(|run| run.lacks(column));
+    fn forget_if_absent(&mut self, view: &View, column: u32, run: u32) {
+        let lacks = view.run(run).is_some_and(|run| run.lacks(column));
         if lacks && let Some(column) = self.column(column) {
             column.runs.remove(&run);
         }
     }
 
     /// Cuts the blocks nobody holds off the end of a run; frees it when none is left.
-    fn trim(&mut self, id: u32) {
-        let Some(run) = self.runs.get_mut(id as usize) else {
+    fn trim(&mut self, draft: &mut Draft<'_>, id: u32) {
+        let Some(run) = draft.view.run(id) else {
             return;
         };
         let held = run.held();
@@ -594,30 +816,18 @@ impl Table {
             return;
         }
         if held == 0 {
-            self.free(id);
+            self.free(draft, id);
             return;
         }
         self.blocks -= run.keys.len() - held;
-        for hash in run.hashes.get(held..).unwrap_or_default() {
-            if *hash != 0 {
-                self.by_hash.remove(hash);
-            }
-        }
-        run.truncate(held);
+        self.cut_names(id, held);
+        draft.apply(Op::Truncate { run: id, len: held });
     }
 
-    fn free(&mut self, id: u32) {
-        let Some(slot) = self.runs.get_mut(id as usize) else {
+    fn free(&mut self, draft: &mut Draft<'_>, id: u32) {
+        let Some(run) = draft.view.run(id) else {
             return;
         };
-        let run = std::mem::take(slot);
-        slot.generation = run.generation.wrapping_add(1);
-        if let Some(head) = run.keys.first() {
-            self.heads.remove(head);
-        }
-        for hash in run.hashes.iter().filter(|hash| **hash != 0) {
-            self.by_hash.remove(hash);
-        }
         self.blocks -= run.keys.len();
         self.spans -= run.spans.len();
         let spans = run.spans.iter().map(|span| span.column);
@@ -626,8 +836,15 @@ impl Table {
                 column.runs.remove(&id);
             }
         }
-        if let Some((parent, generation)) = run.parent
-            && let Some(parent) = self.runs.get_mut(parent as usize)
+        self.cut_names(id, 0);
+        draft.apply(Op::Free { run: id });
+        let Some(slot) = self.meta_mut(id) else {
+            return;
+        };
+        let old = std::mem::take(slot);
+        slot.generation = old.generation.wrapping_add(1);
+        if let Some((parent, generation)) = old.parent
+            && let Some(parent) = self.meta_mut(parent)
             && parent.generation == generation
         {
             parent.children = parent.children.saturating_sub(1);
@@ -635,51 +852,164 @@ impl Table {
         self.free_runs.push(id);
     }
 
-    fn used_bytes(&self) -> usize {
+    /// Gives up the names of all but the first `len` blocks.
+    fn cut_names(&mut self, run: u32, len: usize) {
+        let Self {
+            metas,
+            columns,
+            by_name,
+            own_names,
+            ..
+        } = self;
+        let Some(meta) = metas.get_mut(run as usize) else {
+            return;
+        };
+        meta.names.resize(
+            len,
+            |offset, name| {
+                remove(by_name, Place { run, offset }, name);
+            },
+            |column, offset, name| {
+                if let Some(Some(column)) = columns.get_mut(column as usize) {
+                    remove(&mut column.own, Place { run, offset }, name);
+                }
+                *own_names -= 1;
+            },
+        );
+    }
+
+    /// When the column first stored to the run, [`PREDICTED`] if it has not; `None` when nothing of it is
+    /// there.
+    pub(super) fn since(&self, id: u32, run: u32) -> Option<u32> {
+        let column = self.columns.get(id as usize)?.as_ref()?;
+        column.runs.get(&run).copied()
+    }
+
+    /// Runs that hold something of the column.
+    pub(super) fn runs_of(&self, id: u32) -> impl Iterator<Item = u32> {
+        let column = self.columns.get(id as usize).and_then(Option::as_ref);
+        column
+            .into_iter()
+            .flat_map(|column| column.runs.keys().copied())
+    }
+
+    fn minute(&self) -> u32 {
+        self.now_s / 60
+    }
+
+    fn meta(&self, run: u32) -> Option<&Meta> {
+        self.metas.get(run as usize)
+    }
+
+    fn meta_mut(&mut self, run: u32) -> Option<&mut Meta> {
+        self.metas.get_mut(run as usize)
+    }
+
+    fn column(&mut self, id: u32) -> Option<&mut Column> {
+        self.columns.get_mut(id as usize)?.as_mut()
+    }
+
+    fn used_bytes(&self, view: &View) -> usize {
         self.blocks * BLOCK_BYTES
             + self.spans * SPAN_BYTES
-            + self.heads.len() * RUN_BYTES
-            + self.privates * PRIVATE_BYTES
+            + view.heads.len() * RUN_BYTES
+            + self.own_names * OWN_BYTES
     }
 
     /// Evicts until `n` blocks fit, or as many of them as can; `None` when not even one does. `pinned`
     /// stays.
-    fn make_room(&mut self, n: usize, pinned: Option<u32>) -> Option<usize> {
+    fn make_room(&mut self, draft: &mut Draft<'_>, n: usize, pinned: Option<u32>) -> Option<usize> {
         let need = |n: usize| n * BLOCK_BYTES + RUN_BYTES + SPAN_BYTES;
-        while self.used_bytes() + need(n) > self.max_bytes {
-            if !self.evict(pinned) {
+        while self.used_bytes(draft.view) + need(n) > self.max_bytes {
+            if !self.evict(draft, pinned) {
                 break;
             }
         }
-        let left = self.max_bytes.saturating_sub(self.used_bytes());
+        let left = self.max_bytes.saturating_sub(self.used_bytes(draft.view));
         let fits = left.saturating_sub(need(0)) / BLOCK_BYTES;
         (fits > 0).then_some(n.min(fits))
     }
 
     /// Drops the next run the clock hand finds that was not stored to since it came by last, ends of
     /// prompts first.
-    fn evict(&mut self, pinned: Option<u32>) -> bool {
-        let n = self.runs.len();
+    fn evict(&mut self, draft: &mut Draft<'_>, pinned: Option<u32>) -> bool {
+        let n = self.metas.len();
         for step in 0..3 * n {
-            let id = self.hand;
-            self.hand = (id + 1) % n.max(1);
-            let Some(run) = self.runs.get_mut(id) else {
+            let id = short(self.hand);
+            self.hand = (self.hand + 1) % n.max(1);
+            let empty = draft.view.run(id).is_none_or(|run| run.keys.is_empty());
+            let Some(meta) = self.meta_mut(id) else {
                 continue;
             };
-            let id = short(id);
-            if run.keys.is_empty() || pinned == Some(id) {
+            if empty || pinned == Some(id) {
                 continue;
             }
-            let spared = std::mem::take(&mut run.referenced) || run.children > 0;
+            let spared = std::mem::take(&mut meta.referenced) || meta.children > 0;
             if spared && step < 2 * n {
                 continue;
             }
-            self.free(id);
+            let blocks = draft.view.run(id).map_or(0, |run| run.keys.len());
+            self.stats.evicted_blocks += blocks as u64;
+            self.free(draft, id);
             self.stats.evicted_runs += 1;
             return true;
         }
         false
     }
+}
+
+fn holds(view: &View, id: u32, place: Place) -> bool {
+    let run = view.run(place.run);
+    run.is_some_and(|run| run.holds(id, place.offset))
+}
+
+/// The key of a block.
+pub(super) fn key(view: &View, place: Place) -> Option<BlockKey> {
+    let run = view.run(place.run)?;
+    run.keys.get(place.offset as usize).copied()
+}
+
+/// The place of the key behind `at`, or at the start of a prompt.
+fn find(view: &View, at: Option<Place>, wanted: BlockKey) -> Option<Place> {
+    if let Some(at) = at {
+        let next = Place {
+            run: at.run,
+            offset: at.offset + 1,
+        };
+        if key(view, next) == Some(wanted) {
+            return Some(next);
+        }
+    }
+    let run = *view.heads.get(&wanted)?;
+    Some(Place { run, offset: 0 })
+}
+
+fn insert(table: &mut HashTable<Named>, place: Place, name: u64) {
+    let tag = tag(name);
+    table.insert_unique(spread(tag), Named { place, tag }, |named| spread(named.tag));
+}
+
+fn remove(table: &mut HashTable<Named>, place: Place, name: u64) {
+    let same = |named: &Named| named.place == place;
+    if let Ok(entry) = table.find_entry(spread(tag(name)), same) {
+        entry.remove();
+    }
+}
+
+/// 32 bits of a name. Names are hashes, but nobody says how good.
+fn tag(name: u64) -> u32 {
+    let product = u128::from(name ^ 0x9e37_79b9_7f4a_7c15) * 0xd6e8_feb8_6659_fd93;
+    #[expect(clippy::cast_possible_truncation, reason = "all parts are used")]
+    let folded = (product >> 64) as u32 ^ (product >> 32) as u32;
+    folded
+}
+
+/// A tag as hash tables want it, with bits at both ends.
+fn spread(tag: u32) -> u64 {
+    u64::from(tag)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .rotate_left(32)
+        ^ u64::from(tag)
 }
 
 /// Numbers of runs, columns and offsets fit 32 bits long after memory has run out.

@@ -3,6 +3,7 @@
 mod bounds;
 mod model;
 mod scenarios;
+mod sharing;
 
 use crate::kvcache::events::Stored;
 

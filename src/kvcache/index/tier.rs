@@ -39,20 +39,22 @@ impl Tiers {
         tiers
     }
 
-    /// Number of a medium as an event sends it.
-    pub(super) fn number(&mut self, medium: &str) -> u8 {
+    /// Number of a medium as an event sends it, if it has one.
+    pub(super) fn find(&self, medium: &str) -> Option<u8> {
         let name = if medium.is_empty() { "gpu" } else { medium };
-        let known = self.names.iter().zip(0_u8..);
-        for (other, number) in known {
-            if other.eq_ignore_ascii_case(name) {
-                return number;
-            }
+        let mut known = self.names.iter().zip(0_u8..);
+        let known = known.find(|(other, _)| other.eq_ignore_ascii_case(name));
+        let full = self.names.len() >= usize::from(OTHER);
+        known.map(|(_, number)| number).or(full.then_some(OTHER))
+    }
+
+    /// Number of a medium, a new one if it has none.
+    pub(super) fn number(&mut self, medium: &str) -> u8 {
+        if let Some(number) = self.find(medium) {
+            return number;
         }
         let number = u8::try_from(self.names.len()).unwrap_or(OTHER);
-        if number >= OTHER {
-            return OTHER;
-        }
-        let name = name.to_ascii_lowercase();
+        let name = medium.to_ascii_lowercase();
         let weight = self.weights.iter().find(|(listed, _)| *listed == name);
         if let (Some((_, weight)), Some(slot)) =
             (weight, self.by_number.get_mut(usize::from(number)))

@@ -33,7 +33,7 @@ const PART_FIELDS: &[&str] = &[
     "closed",
 ];
 /// A system text that starts so is cut in versions that differ among engines.
-const BILLING_HEADER: &str = "x-anthropic-billing-header";
+pub(super) const BILLING_HEADER: &str = "x-anthropic-billing-header";
 
 /// Why a chat cannot be rendered here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -49,35 +49,109 @@ pub enum MessageError {
     Unsupported(&'static str),
 }
 
+/// What of a template decides how it is given messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wants {
+    /// Form of content.
+    pub format: ContentFormat,
+    /// It knows the role `developer`; others get the system's.
+    pub developer: bool,
+}
+
 /// The conversation that a template sees.
-pub fn conversation(messages: &Value, format: ContentFormat) -> Result<Vec<Value>, MessageError> {
+pub fn conversation(messages: &Value, wants: Wants) -> Result<Vec<Value>, MessageError> {
     let list = sequence(messages, "messages is not a list")?;
     if list.len() > MAX_MESSAGES {
         return Err(MessageError::Invalid("too many messages"));
     }
-    list.iter()
-        .map(|message| convert(message, format))
-        .collect()
+    let converted: Result<Vec<Value>, MessageError> = list
+        .iter()
+        .map(|message| convert(message, wants.format))
+        .collect();
+    let converted = converted?;
+    let is_developer = |m: &Value| role_of(m).as_deref() == Some("developer");
+    if wants.developer || !converted.iter().any(is_developer) {
+        return Ok(converted);
+    }
+    let as_system = |message: Value| {
+        if is_developer(&message) {
+            replace_role(&message)
+        } else {
+            Ok(message)
+        }
+    };
+    let renamed: Result<Vec<Value>, MessageError> = converted.into_iter().map(as_system).collect();
+    Ok(system_first(renamed?))
 }
 
-/// Tools in the shape vLLM's request model writes them: `type`, `function` with `name`,
-/// `description` and `parameters` (null where missing), then whatever else the client sent.
+fn role_of(message: &Value) -> Option<String> {
+    field(message, "role").and_then(|role| role.as_str().map(ToOwned::to_owned))
+}
+
+/// A developer's message as the system's, without its tools.
+fn replace_role(message: &Value) -> Result<Value, MessageError> {
+    let mut out = Map::default();
+    for key in keys(message)? {
+        match key.as_str() {
+            Some("tools") => {}
+            Some("role") => out.push("role", Value::from("system")),
+            _ => out
+                .0
+                .push((key.clone(), message.get_item(&key).unwrap_or_default())),
+        }
+    }
+    Ok(out.build())
+}
+
+/// All system texts as one message at the beginning, unless there is one only and it is there.
+fn system_first(messages: Vec<Value>) -> Vec<Value> {
+    let is_system = |m: &Value| role_of(m).as_deref() == Some("system");
+    if !messages.iter().skip(1).any(is_system) {
+        return messages;
+    }
+    let (system, others): (Vec<Value>, Vec<Value>) = messages.into_iter().partition(is_system);
+    let texts = system.iter().filter_map(|message| {
+        let content = field(message, "content")?;
+        if let Some(text) = content.as_str() {
+            return Some(text.to_owned());
+        }
+        let parts = content.try_iter().ok()?;
+        let texts: Vec<String> = parts
+            .filter_map(|part| field(&part, "text").map(|text| text.to_string()))
+            .collect();
+        Some(texts.join("\n"))
+    });
+    let texts: Vec<String> = texts.filter(|text| !text.is_empty()).collect();
+    let mut merged = Map::default();
+    merged.push("role", Value::from("system"));
+    merged.push("content", Value::from(texts.join("\n\n")));
+    std::iter::once(merged.build()).chain(others).collect()
+}
+
+/// Tools in the shape vLLM's request model writes them: `type` and `function`, which has `name`,
+/// `description` and `parameters` (null where missing), then `strict` and `defer_loading` if they are
+/// set. Other fields do not reach the template.
 pub fn tools(tools: &Value) -> Result<Value, MessageError> {
     let dump = |tool: &Value| {
         let function =
             field(tool, "function").ok_or(MessageError::Invalid("tool without function"))?;
+        let deferred = field(tool, "defer_loading");
         let mut inner = Map::default();
         for name in ["name", "description", "parameters"] {
             inner.push(name, field(&function, name).unwrap_or(Value::from(())));
         }
-        inner.extend_missing(&function)?;
+        if let Some(strict) = field(&function, "strict") {
+            inner.push("strict", strict);
+        }
+        if let Some(deferred) = field(&function, "defer_loading").or(deferred.clone()) {
+            inner.push("defer_loading", deferred);
+        }
         let mut outer = Map::default();
-        outer.push(
-            "type",
-            field(tool, "type").unwrap_or(Value::from("function")),
-        );
+        outer.push("type", Value::from("function"));
         outer.push("function", inner.build());
-        outer.extend_missing(tool)?;
+        if let Some(deferred) = deferred {
+            outer.push("defer_loading", deferred);
+        }
         Ok(outer.build())
     };
     let list = sequence(tools, "tools is not a list")?;
@@ -101,17 +175,6 @@ impl Map {
         self.0.push((Value::from(key), value));
     }
 
-    /// Appends what `other` has beyond the keys already there.
-    fn extend_missing(&mut self, other: &Value) -> Result<(), MessageError> {
-        for key in keys(other)? {
-            if !self.0.iter().any(|(known, _)| *known == key) {
-                let value = other.get_item(&key).unwrap_or_default();
-                self.0.push((key, value));
-            }
-        }
-        Ok(())
-    }
-
     /// The map as templates see it.
     pub fn build(self) -> Value {
         Value::from_pairs(self.0)
@@ -129,7 +192,7 @@ pub fn keys(object: &Value) -> Result<Vec<Value>, MessageError> {
         .collect())
 }
 
-fn sequence(value: &Value, otherwise: &'static str) -> Result<Vec<Value>, MessageError> {
+pub(super) fn sequence(value: &Value, otherwise: &'static str) -> Result<Vec<Value>, MessageError> {
     if value.kind() != ValueKind::Seq {
         return Err(MessageError::Invalid(otherwise));
     }
@@ -303,7 +366,11 @@ mod tests {
     }
 
     fn one(json: &str, format: ContentFormat) -> Result<String, MessageError> {
-        let list = conversation(&parse(&format!("[{json}]")), format)?;
+        let wants = Wants {
+            format,
+            developer: true,
+        };
+        let list = conversation(&parse(&format!("[{json}]")), wants)?;
         Ok(serde_json::to_string(&list[0]).unwrap())
     }
 
@@ -367,6 +434,34 @@ mod tests {
     }
 
     #[test]
+    fn a_developer_is_the_system_where_the_template_knows_none() {
+        let given = |json: &str, developer| {
+            let wants = Wants {
+                format: ContentFormat::String,
+                developer,
+            };
+            let list = conversation(&parse(json), wants).unwrap();
+            serde_json::to_string(&list).unwrap()
+        };
+        let first =
+            r#"[{"role":"developer","content":"a","tools":[1]},{"role":"user","content":"u"}]"#;
+        assert_eq!(
+            given(first, false),
+            r#"[{"role":"system","content":"a"},{"role":"user","content":"u"}]"#
+        );
+        assert_eq!(given(first, true), first);
+        // Several system texts become one in front, which are joined by an empty line.
+        let later = r#"[{"role":"system","content":"s"},{"role":"user","content":"u"},{"role":"developer","content":"d"},{"role":"developer","content":""}]"#;
+        assert_eq!(
+            given(later, false),
+            r#"[{"role":"system","content":"s\n\nd"},{"role":"user","content":"u"}]"#
+        );
+        // Without a developer nothing moves.
+        let none = r#"[{"role":"user","content":"u"},{"role":"system","content":"s"}]"#;
+        assert_eq!(given(none, false), none);
+    }
+
+    #[test]
     fn no_tool_calls_are_left_out() {
         let message = r#"{"role":"assistant","content":"a","tool_calls":[]}"#;
         assert_eq!(
@@ -377,11 +472,16 @@ mod tests {
 
     #[test]
     fn tools_have_the_fields_of_the_request_model() {
-        let given =
-            parse(r#"[{"function":{"strict":true,"parameters":{},"name":"f"},"type":"function"}]"#);
+        let dump = |json: &str| serde_json::to_string(&tools(&parse(json)).unwrap()).unwrap();
         assert_eq!(
-            serde_json::to_string(&tools(&given).unwrap()).unwrap(),
+            dump(
+                r#"[{"x":1,"function":{"strict":true,"y":2,"parameters":{},"name":"f"},"type":"function"}]"#
+            ),
             r#"[{"type":"function","function":{"name":"f","description":null,"parameters":{},"strict":true}}]"#
+        );
+        assert_eq!(
+            dump(r#"[{"function":{"name":"f","strict":null},"defer_loading":true}]"#),
+            r#"[{"type":"function","function":{"name":"f","description":null,"parameters":null,"defer_loading":true},"defer_loading":true}]"#
         );
     }
 

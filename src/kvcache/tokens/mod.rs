@@ -8,14 +8,20 @@
 //!
 //! Does not know blocks, endpoints or plugins.
 
+pub mod anthropic;
 pub mod content_format;
+mod keeper;
 pub mod lru;
 pub mod memo;
 pub mod messages;
+mod model;
 pub mod pool;
 pub mod python;
 pub mod remote;
+pub mod responses;
 pub mod service;
+mod slot;
 pub mod split;
+pub mod stats;
 pub mod template;
 pub mod tokenizer;

@@ -9,6 +9,9 @@ use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::stats::TokenStats;
 
 /// Jobs that may wait unless configured. At 10 ms each (a 30 KB prompt) and two workers the last one
 /// waits about a second, which is longer than its request should.
@@ -42,14 +45,10 @@ pub struct PoolStats {
     pub panicked: u64,
 }
 
-#[derive(Default)]
 struct Shared {
     state: Mutex<State>,
     work: Condvar,
-    done: AtomicU64,
-    refused: AtomicU64,
-    abandoned: AtomicU64,
-    panicked: AtomicU64,
+    stats: Arc<TokenStats>,
 }
 
 #[derive(Default)]
@@ -83,10 +82,15 @@ impl Pool {
             .div_ceil(2)
     }
 
-    /// Starts `workers` threads; up to `queue` jobs wait for them, more are refused.
-    pub fn new(workers: usize, queue: usize) -> std::io::Result<Self> {
+    /// Starts `workers` threads; up to `queue` jobs wait for them, more are refused. What happens is
+    /// counted in `stats`.
+    pub fn new(workers: usize, queue: usize, stats: Arc<TokenStats>) -> std::io::Result<Self> {
         let mut pool = Self {
-            shared: Arc::default(),
+            shared: Arc::new(Shared {
+                state: Mutex::default(),
+                work: Condvar::new(),
+                stats,
+            }),
             queue,
             workers: Vec::new(),
         };
@@ -103,12 +107,13 @@ impl Pool {
     /// Counters.
     pub fn stats(&self) -> PoolStats {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let stats = &self.shared.stats;
         PoolStats {
-            queued: self.shared.state.lock().jobs.len(),
-            done: count(&self.shared.done),
-            refused: count(&self.shared.refused),
-            abandoned: count(&self.shared.abandoned),
-            panicked: count(&self.shared.panicked),
+            queued: stats.waiting.load(Ordering::Relaxed),
+            done: count(&stats.done),
+            refused: count(&stats.refused),
+            abandoned: count(&stats.abandoned),
+            panicked: count(&stats.panicked),
         }
     }
 
@@ -119,14 +124,18 @@ impl Pool {
         work: F,
     ) -> Result<impl Future<Output = Result<T, PoolError>> + Send + use<T, F>, PoolError> {
         let (sender, receiver) = oneshot::channel();
-        let shared = Arc::clone(&self.shared);
+        let stats = Arc::clone(&self.shared.stats);
+        let queued = Instant::now();
         let job = Box::new(move || {
+            let started = Instant::now();
+            stats.wait.observe(started - queued);
             if sender.is_closed() {
-                shared.abandoned.fetch_add(1, Ordering::Relaxed);
+                TokenStats::add(&stats.abandoned);
                 return;
             }
             let result = work();
-            shared.done.fetch_add(1, Ordering::Relaxed);
+            stats.work.observe(started.elapsed());
+            TokenStats::add(&stats.done);
             // The request may have gone meanwhile.
             let _ = sender.send(result);
         });
@@ -137,10 +146,13 @@ impl Pool {
     fn push(&self, job: Job) -> Result<(), PoolError> {
         let mut state = self.shared.state.lock();
         if state.jobs.len() >= self.queue {
-            self.shared.refused.fetch_add(1, Ordering::Relaxed);
+            TokenStats::add(&self.shared.stats.refused);
             return Err(PoolError::Full);
         }
         state.jobs.push_back(job);
+        // Under the lock, so that the gauge cannot stay behind the queue.
+        let waiting = state.jobs.len();
+        self.shared.stats.waiting.store(waiting, Ordering::Relaxed);
         drop(state);
         self.shared.work.notify_one();
         Ok(())
@@ -150,10 +162,12 @@ impl Pool {
 impl Shared {
     fn run(&self) {
         while let Some(job) = self.next() {
+            self.stats.running.fetch_add(1, Ordering::Relaxed);
             // Everything a job touches is behind locks that do not poison, or its own.
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
-                self.panicked.fetch_add(1, Ordering::Relaxed);
+                TokenStats::add(&self.stats.panicked);
             }
+            self.stats.running.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -164,6 +178,8 @@ impl Shared {
                 return None;
             }
             if let Some(job) = state.jobs.pop_front() {
+                let waiting = state.jobs.len();
+                self.stats.waiting.store(waiting, Ordering::Relaxed);
                 return Some(job);
             }
             self.work.wait(&mut state);
@@ -178,6 +194,7 @@ impl Drop for Pool {
             state.closed = true;
             // Their requests learn at once that nothing will come.
             state.jobs.clear();
+            self.shared.stats.waiting.store(0, Ordering::Relaxed);
         }
         self.shared.work.notify_all();
         let this = std::thread::current().id();
@@ -193,6 +210,10 @@ impl Drop for Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn pool(workers: usize, queue: usize) -> Pool {
+        Pool::new(workers, queue, Arc::default()).unwrap()
+    }
 
     /// Keeps the only worker busy until the sender is dropped or used.
     fn block(
@@ -215,7 +236,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_is_done_elsewhere() {
-        let pool = Pool::new(2, 8).unwrap();
+        let pool = pool(2, 8);
         let here = std::thread::current().id();
         let there = pool
             .run(|| std::thread::current().id())
@@ -228,19 +249,23 @@ mod tests {
 
     #[tokio::test]
     async fn a_full_queue_refuses() {
-        let pool = Pool::new(1, 1).unwrap();
+        let pool = pool(1, 1);
         let (release, blocked) = block(&pool);
         let waiting = pool.run(|| 1).unwrap();
         assert_eq!(pool.run(|| 2).err(), Some(PoolError::Full));
         assert_eq!((pool.stats().queued, pool.stats().refused), (1, 1));
+        let stats = Arc::clone(&pool.shared.stats);
+        assert_eq!(stats.running.load(Ordering::Relaxed), 1);
         drop(release);
         blocked.await.unwrap();
         assert_eq!(waiting.await, Ok(1));
+        assert_eq!(stats.waiting.load(Ordering::Relaxed), 0);
+        assert_eq!((stats.wait.count(), stats.work.count()), (2, 2));
     }
 
     #[tokio::test]
     async fn work_nobody_waits_for_is_not_done() {
-        let pool = Pool::new(1, 4).unwrap();
+        let pool = pool(1, 4);
         let (release, blocked) = block(&pool);
         drop(pool.run(|| panic!("must not run")).unwrap());
         let last = pool.run(|| ()).unwrap();
@@ -252,7 +277,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_ends_one_job() {
-        let pool = Pool::new(1, 4).unwrap();
+        let pool = pool(1, 4);
         let lost = pool.run(|| panic!("on purpose")).unwrap();
         assert_eq!(lost.await, Err(PoolError::Lost));
         assert_eq!(pool.run(|| 7).unwrap().await, Ok(7));
@@ -261,7 +286,7 @@ mod tests {
 
     #[tokio::test]
     async fn dropping_the_pool_answers_those_who_wait() {
-        let pool = Pool::new(1, 4).unwrap();
+        let pool = pool(1, 4);
         let (release, blocked) = block(&pool);
         let waiting = pool.run(|| 1).unwrap();
         let ending = std::thread::spawn(move || drop(pool));

@@ -22,7 +22,8 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use xxhash_rust::xxh64::xxh64;
 
 use super::messages::{Map, field, replace};
-use super::service::{PromptTokens, TokenizeError, Tokenized, flag, parse, prompts_of};
+use super::model::{flag, parse, prompts_of};
+use super::service::{PromptTokens, TokenizeError, Tokenized};
 use crate::request::{ApiKind, Body, Extent, MediaItem};
 
 /// `timeout` unless configured.

@@ -2,19 +2,24 @@
 
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use hashbrown::HashMap;
-use minijinja::Value;
+use parking_lot::RwLock;
 
-use super::memo::{DEFAULT_MEMO_BYTES, Memo, MemoStats};
-use super::messages::{self, MessageError, field, keys};
+use super::keeper::Keeper;
+use super::memo::{DEFAULT_MEMO_BYTES, MemoStats};
+use super::messages::MessageError;
 use super::pool::{DEFAULT_QUEUE, Pool, PoolError, PoolStats};
-use super::template::{Chat, RenderError, Templates};
-use super::tokenizer::{EncodeError, LoadError, MAX_CONFIG_BYTES, ModelTokenizer, read};
-use crate::request::{ApiKind, Body, InferenceRequest, MediaItem, Prompt};
+use super::slot::Slot;
+use super::stats::{FallbackReason, TokenStats};
+use super::template::RenderError;
+use super::tokenizer::{EncodeError, LoadError};
+use crate::request::{ApiKind, InferenceRequest, MediaItem, Prompt};
 
+/// How often the files of a model's directory are looked at unless configured.
+pub const DEFAULT_POLL: Duration = Duration::from_secs(5);
 /// Bodies up to this size are parsed and rendered on the caller's thread, which takes about 0.1 ms.
 pub const INLINE_BODY_BYTES: usize = 16 << 10;
 /// Text the caller's thread may tokenize: at 3 MB/s about 0.3 ms.
@@ -23,6 +28,14 @@ pub const INLINE_TOKENIZE_BYTES: usize = 1 << 10;
 pub const MAX_BODY_BYTES: usize = 32 << 20;
 /// Prompts of one completion request.
 pub const MAX_PROMPTS: usize = 4096;
+
+/// APIs whose prompts are made here.
+const KNOWN_APIS: [ApiKind; 4] = [
+    ApiKind::Completions,
+    ApiKind::ChatCompletions,
+    ApiKind::Messages,
+    ApiKind::Responses,
+];
 
 /// What a [`TokenService`] is made of.
 #[derive(Debug, Clone)]
@@ -35,6 +48,8 @@ pub struct Settings {
     pub workers: usize,
     /// Jobs that may wait for them.
     pub queue: usize,
+    /// How often files are looked at for changes; `None`, never.
+    pub poll: Option<Duration>,
 }
 
 impl Default for Settings {
@@ -44,6 +59,7 @@ impl Default for Settings {
             memo_bytes: DEFAULT_MEMO_BYTES,
             workers: Pool::default_workers(),
             queue: DEFAULT_QUEUE,
+            poll: Some(DEFAULT_POLL),
         }
     }
 }
@@ -67,6 +83,9 @@ pub enum TokenizeError {
     /// No directory is configured for this model.
     #[error("no tokenizer for model {0:?}")]
     UnknownModel(String),
+    /// The model's files are not here yet.
+    #[error("tokenizer of model {0:?} is not loaded yet")]
+    NotLoaded(String),
     /// The API, or something the request asks for, is not tokenized here.
     #[error("{0} is not tokenized here")]
     Unsupported(&'static str),
@@ -123,7 +142,7 @@ pub struct PromptTokens {
 }
 
 impl PromptTokens {
-    fn text(ids: Arc<[u32]>) -> Self {
+    pub(super) fn text(ids: Arc<[u32]>) -> Self {
         Self {
             ids,
             media: Vec::new(),
@@ -161,39 +180,96 @@ impl Answer {
     }
 }
 
-/// One loaded model.
-#[derive(Debug)]
-struct Model {
-    memo: Memo,
-    templates: Option<Templates>,
+/// What is known of one configured model, for admin pages and logs.
+#[derive(Debug, Clone)]
+pub struct ModelState {
+    /// Its name.
+    pub name: String,
+    /// A tokenizer is in use.
+    pub loaded: bool,
+    /// Why the newest files are not in use, if they are not.
+    pub error: Option<String>,
+    /// Why its texts are tokenized whole, which is slow; `None` when they are cut and remembered.
+    pub unsplittable: Option<String>,
+    /// Counters of its memory.
+    pub memo: MemoStats,
 }
 
-/// In-process tokenizers of all configured models. Shared by all requests; models are replaced whole.
+/// In-process tokenizers of all configured models. Shared by all requests; a model whose files change
+/// is replaced whole, and forgets what it remembered.
 #[derive(Debug)]
 pub struct TokenService {
-    settings: Settings,
-    models: ArcSwap<HashMap<String, Arc<Model>>>,
+    /// Model and adapter names to their slot.
+    names: HashMap<String, Arc<Slot>>,
+    slots: Arc<[Arc<Slot>]>,
     pool: Pool,
+    stats: Arc<TokenStats>,
+    /// Watches files until it is dropped.
+    _keeper: Option<Keeper>,
+}
+
+/// Services that run, by the name of their plugin, so that metrics find them.
+static PUBLISHED: RwLock<Vec<(String, Weak<TokenService>)>> = RwLock::new(Vec::new());
+
+/// Every running service that was published, with its name.
+pub fn published() -> Vec<(String, Arc<TokenService>)> {
+    let list = PUBLISHED.read();
+    let running = list.iter();
+    running
+        .filter_map(|(name, service)| Some((name.clone(), service.upgrade()?)))
+        .collect()
 }
 
 impl TokenService {
-    /// Loads every model. Blocks for up to seconds: start-up only.
+    /// Loads every model that is on disk and starts to watch the files. Blocks for up to seconds:
+    /// start-up only.
     pub fn load(settings: Settings) -> Result<Self, LoadError> {
-        let models = load_models(&settings)?;
-        let pool = Pool::new(settings.workers, settings.queue)
-            .map_err(|e| LoadError::invalid("tokenizer workers", e))?;
+        let stats = Arc::<TokenStats>::default();
+        let mut names = HashMap::new();
+        let mut slots = Vec::new();
+        for one in settings.models {
+            let own = one.adapters.iter().chain([&one.name]);
+            let own: Vec<String> = own.cloned().collect();
+            let slot = Arc::new(Slot::load(one, settings.memo_bytes, Arc::clone(&stats))?);
+            for name in own {
+                if let Some(known) = names.insert(name, Arc::clone(&slot)) {
+                    return Err(LoadError::invalid(known.name(), "model is named twice"));
+                }
+            }
+            slots.push(slot);
+        }
+        let slots: Arc<[Arc<Slot>]> = slots.into();
+        let started = |error| LoadError::invalid("tokenizer workers", error);
+        let pool =
+            Pool::new(settings.workers, settings.queue, Arc::clone(&stats)).map_err(started)?;
+        let keeper = settings
+            .poll
+            .map(|poll| Keeper::start(Arc::clone(&slots), poll));
         Ok(Self {
-            settings,
-            models: ArcSwap::from_pointee(models),
+            names,
+            slots,
             pool,
+            stats,
+            _keeper: keeper.transpose().map_err(started)?,
         })
     }
 
-    /// Reads all directories again. What was remembered is forgotten; on an error the old models
-    /// stay. Blocks as [`Self::load`] does.
+    /// Lets [`published`] find this service while it lives.
+    pub fn publish(self: &Arc<Self>, name: &str) {
+        let mut list = PUBLISHED.write();
+        list.retain(|(_, service)| service.strong_count() > 0);
+        list.push((name.to_owned(), Arc::downgrade(self)));
+    }
+
+    /// Reads all directories again, whether they changed or not. On an error the old model stays.
+    /// Blocks as [`Self::load`] does.
     pub fn reload(&self) -> Result<(), LoadError> {
-        self.models.store(Arc::new(load_models(&self.settings)?));
-        Ok(())
+        self.slots.iter().try_for_each(|slot| slot.reload())
+    }
+
+    /// Everything that is counted, for export.
+    pub fn stats(&self) -> &Arc<TokenStats> {
+        &self.stats
     }
 
     /// Counters of the workers.
@@ -201,19 +277,27 @@ impl TokenService {
         self.pool.stats()
     }
 
-    /// Counters of a model's memory; adapters share those of their base.
-    pub fn memo_stats(&self, model: &str) -> Option<MemoStats> {
-        self.models
-            .load()
-            .get(model)
-            .map(|model| model.memo.stats())
+    /// What is known of every model.
+    pub fn models(&self) -> Vec<ModelState> {
+        let state = |slot: &Arc<Slot>| {
+            let model = slot.model();
+            let tokenizer = model.as_ref().map(|model| model.memo.tokenizer());
+            let unsplittable = tokenizer.and_then(|t| t.splitter().as_ref().err());
+            ModelState {
+                name: slot.name().to_owned(),
+                loaded: model.is_some(),
+                error: slot.error(),
+                unsplittable: unsplittable.map(ToString::to_string),
+                memo: model.as_ref().map(|m| m.memo.stats()).unwrap_or_default(),
+            }
+        };
+        self.slots.iter().map(state).collect()
     }
 
-    /// Why texts of `model` are tokenized whole, for readiness and logs; `None` when they are cut.
-    pub fn unsplittable(&self, model: &str) -> Option<String> {
-        let models = self.models.load();
-        let splitter = models.get(model)?.memo.tokenizer().splitter().as_ref();
-        splitter.err().map(ToString::to_string)
+    /// Counters of a model's memory; adapters share those of their base.
+    pub fn memo_stats(&self, model: &str) -> Option<MemoStats> {
+        let model = self.names.get(model)?.model()?;
+        Some(model.memo.stats())
     }
 
     /// The tokens of `request` for its target model. Bodies up to [`INLINE_BODY_BYTES`] of which at
@@ -221,7 +305,10 @@ impl TokenService {
     pub fn tokenize(&self, request: &InferenceRequest) -> Answer {
         match self.start(request) {
             Ok(answer) => answer,
-            Err(error) => Answer::Ready(Err(error)),
+            Err(error) => {
+                self.stats.fell_back(FallbackReason::of(&error));
+                Answer::Ready(Err(error))
+            }
         }
     }
 
@@ -230,26 +317,31 @@ impl TokenService {
             return Ok(Answer::Ready(Ok(tokens)));
         }
         let api = request.payload.api;
-        if !matches!(api, ApiKind::Completions | ApiKind::ChatCompletions) {
+        if !KNOWN_APIS.contains(&api) {
             return Err(TokenizeError::Unsupported("this API"));
         }
         if request.body.len() > MAX_BODY_BYTES {
             return Err(TokenizeError::TooLarge);
         }
-        let models = self.models.load();
-        let model = models
-            .get(&request.target_model)
-            .ok_or_else(|| TokenizeError::UnknownModel(request.target_model.clone()))?;
+        let name = &request.target_model;
+        let slot = self.names.get(name);
+        let slot = slot.ok_or_else(|| TokenizeError::UnknownModel(name.clone()))?;
+        let model = slot.model();
+        let model = model.ok_or_else(|| TokenizeError::NotLoaded(name.clone()))?;
         if request.body.len() <= INLINE_BODY_BYTES {
             let inline = model.tokenize(api, &request.body, INLINE_TOKENIZE_BYTES);
             if let Some(result) = inline.transpose() {
                 return result.map(|tokens| Answer::Ready(Ok(tokens)));
             }
         }
-        let (model, body) = (Arc::clone(model), request.body.clone());
+        let (body, stats) = (request.body.clone(), Arc::clone(&self.stats));
         let work = self.pool.run(move || {
-            let tokens = model.tokenize(api, &body, usize::MAX)?;
-            tokens.ok_or(TokenizeError::Unsupported("this prompt"))
+            let tokens = model.tokenize(api, &body, usize::MAX);
+            let tokens = tokens.and_then(|t| t.ok_or(TokenizeError::Unsupported("this prompt")));
+            if let Err(error) = &tokens {
+                stats.fell_back(FallbackReason::of(error));
+            }
+            tokens
         })?;
         Ok(Answer::Pending(Box::pin(async move { work.await? })))
     }
@@ -269,201 +361,6 @@ pub fn supplied(request: &InferenceRequest) -> Option<Tokenized> {
     });
     let prompts = prompts.collect::<Option<_>>()?;
     Some(Tokenized { prompts })
-}
-
-fn load_models(settings: &Settings) -> Result<HashMap<String, Arc<Model>>, LoadError> {
-    let mut models = HashMap::new();
-    for one in &settings.models {
-        let model = Arc::new(Model::load(one, settings.memo_bytes)?);
-        for name in one.adapters.iter().chain([&one.name]) {
-            if models.insert(name.clone(), Arc::clone(&model)).is_some() {
-                return Err(LoadError::invalid(name, "model is named twice"));
-            }
-        }
-    }
-    Ok(models)
-}
-
-impl Model {
-    fn load(settings: &ModelSettings, memo_bytes: usize) -> Result<Self, LoadError> {
-        const CONFIG: &str = "tokenizer_config.json";
-        let directory = settings.directory.as_path();
-        let config: serde_json::Value = if directory.join(CONFIG).exists() {
-            let bytes = read(directory, CONFIG, MAX_CONFIG_BYTES)?;
-            serde_json::from_slice(&bytes).map_err(|e| LoadError::invalid(CONFIG, e))?
-        } else {
-            serde_json::Value::Null
-        };
-        let templates = match &settings.chat_template {
-            Some(file) => {
-                let name = file.to_string_lossy();
-                let bytes = read(directory, &name, MAX_CONFIG_BYTES)?;
-                let source = String::from_utf8(bytes).map_err(|e| LoadError::invalid(&name, e))?;
-                let special = super::template::special_tokens(directory, &config)?;
-                Some(Templates::new(&source, None, special)?)
-            }
-            None => Templates::load(directory, &config)?,
-        };
-        let tokenizer = ModelTokenizer::load(directory, &config)?;
-        Ok(Self {
-            memo: Memo::new(tokenizer, memo_bytes),
-            templates: templates.filter(|_| !speaks_harmony(directory)),
-        })
-    }
-
-    /// The tokens of a body, or `None` when more than `budget_bytes` would have to be tokenized.
-    fn tokenize(
-        &self,
-        api: ApiKind,
-        body: &Body,
-        budget_bytes: usize,
-    ) -> Result<Option<Tokenized>, TokenizeError> {
-        let body = parse(body)?;
-        if api == ApiKind::Completions {
-            return self.completions(&body, budget_bytes);
-        }
-        let special = flag(&body, "add_special_tokens", false)?;
-        let text = self.render(&body)?;
-        let ids = self.memo.encode_within(&text, special, budget_bytes);
-        Ok(ids.transpose()?.map(|ids| Tokenized {
-            prompts: vec![PromptTokens::text(ids)],
-        }))
-    }
-
-    fn completions(
-        &self,
-        body: &Value,
-        budget_bytes: usize,
-    ) -> Result<Option<Tokenized>, TokenizeError> {
-        for name in ["truncate_prompt_tokens", "prompt_embeds"] {
-            if field(body, name).is_some() {
-                return Err(TokenizeError::Unsupported(
-                    "a prompt that is cut or embedded",
-                ));
-            }
-        }
-        let special = flag(body, "add_special_tokens", true)?;
-        let mut prompts = Vec::new();
-        for prompt in prompts_of(body)? {
-            let ids = match prompt.as_str() {
-                Some(text) => match self.memo.encode_within(text, special, budget_bytes) {
-                    Some(ids) => ids?,
-                    None => return Ok(None),
-                },
-                None => ids_of(&prompt)?.into(),
-            };
-            prompts.push(PromptTokens::text(ids));
-        }
-        Ok(Some(Tokenized { prompts }))
-    }
-
-    /// The text of a chat.
-    fn render(&self, body: &Value) -> Result<String, TokenizeError> {
-        let templates = self
-            .templates
-            .as_ref()
-            .ok_or(TokenizeError::Unsupported("a chat with this model"))?;
-        // Engines refuse both unless told to trust requests, which is not known here.
-        if field(body, "chat_template").is_some() || field(body, "truncate_prompt_tokens").is_some()
-        {
-            return Err(TokenizeError::Unsupported(
-                "a chat with its own template or limit",
-            ));
-        }
-        let tools = field(body, "tools")
-            .map(|tools| messages::tools(&tools))
-            .transpose()?;
-        let template = templates.choose(tools.is_some());
-        let given = field(body, "messages")
-            .ok_or_else(|| TokenizeError::Malformed("no messages".to_owned()))?;
-        let chat = Chat {
-            messages: messages::conversation(&given, template.format())?,
-            tools,
-            documents: field(body, "documents"),
-            variables: variables(templates.special(), body)?,
-            add_generation_prompt: flag(body, "add_generation_prompt", true)?,
-            continue_final_message: flag(body, "continue_final_message", false)?,
-        };
-        if chat.add_generation_prompt && chat.continue_final_message {
-            let both = "continue_final_message with add_generation_prompt";
-            return Err(TokenizeError::Malformed(both.to_owned()));
-        }
-        Ok(template.render(&chat)?)
-    }
-}
-
-/// gpt-oss does not use its template: engines build its prompt in code.
-fn speaks_harmony(directory: &std::path::Path) -> bool {
-    let config = read(directory, "config.json", MAX_CONFIG_BYTES).ok();
-    let config = config.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-    config.is_some_and(|config| config["model_type"] == "gpt_oss")
-}
-
-/// The body as a value whose objects keep their order, as Python's do.
-pub(super) fn parse(body: &Body) -> Result<Value, TokenizeError> {
-    let parsed = match body.pieces() {
-        [piece] => serde_json::from_slice(piece),
-        _ => serde_json::from_slice(&body.copy_range(0..body.len())),
-    };
-    parsed.map_err(|e| TokenizeError::Malformed(e.to_string()))
-}
-
-pub(super) fn flag(body: &Value, name: &str, default: bool) -> Result<bool, TokenizeError> {
-    match field(body, name) {
-        None => Ok(default),
-        Some(value) => bool::try_from(value)
-            .map_err(|_| TokenizeError::Malformed(format!("{name} is not a boolean"))),
-    }
-}
-
-/// Variables of a template: special tokens, `chat_template_kwargs`, then fields of the request.
-fn variables(
-    special: &[(String, Value)],
-    body: &Value,
-) -> Result<Vec<(String, Value)>, TokenizeError> {
-    let mut variables = special.to_vec();
-    if let Some(options) = field(body, "chat_template_kwargs") {
-        for key in keys(&options)? {
-            let name = key.as_str().unwrap_or_default();
-            if ["chat_template", "tokenize"].contains(&name) {
-                return Err(TokenizeError::Malformed(format!(
-                    "{name} in chat_template_kwargs"
-                )));
-            }
-            let value = options.get_item(&key).unwrap_or_default();
-            variables.push((name.to_owned(), value));
-        }
-    }
-    if let Some(effort) = field(body, "reasoning_effort") {
-        variables.push(("reasoning_effort".to_owned(), effort));
-    }
-    Ok(variables)
-}
-
-/// The prompts of a completion: a string, a list of strings, of ids, or of lists of ids.
-pub(super) fn prompts_of(body: &Value) -> Result<Vec<Value>, TokenizeError> {
-    let malformed = |text: &str| TokenizeError::Malformed(text.to_owned());
-    let prompt = field(body, "prompt").ok_or_else(|| malformed("no prompt"))?;
-    if prompt.as_str().is_some() {
-        return Ok(vec![prompt]);
-    }
-    let list = prompt
-        .try_iter()
-        .map_err(|_| malformed("prompt is neither text nor a list"))?;
-    let list: Vec<Value> = list.collect();
-    match list.first() {
-        None => Err(malformed("empty prompt")),
-        Some(first) if first.is_integer() => Ok(vec![prompt]),
-        Some(_) if list.len() > MAX_PROMPTS => Err(malformed("too many prompts")),
-        Some(_) => Ok(list),
-    }
-}
-
-fn ids_of(prompt: &Value) -> Result<Vec<u32>, TokenizeError> {
-    let malformed = || TokenizeError::Malformed("prompt is not a list of token ids".to_owned());
-    let ids = prompt.try_iter().map_err(|_| malformed())?;
-    ids.map(|id| u32::try_from(id).map_err(|_| malformed()))
-        .collect()
 }
 
 #[cfg(test)]

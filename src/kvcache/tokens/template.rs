@@ -13,8 +13,8 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value, escape_
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::Value as Json;
 
-use super::content_format::{self, ContentFormat};
-use super::messages::{field, replace};
+use super::content_format;
+use super::messages::{Wants, field, replace};
 use super::python;
 use super::tokenizer::{LoadError, MAX_CONFIG_BYTES, read};
 
@@ -63,14 +63,15 @@ pub struct Chat {
 /// One compiled template.
 pub struct Template {
     env: Environment<'static>,
-    format: ContentFormat,
+    wants: Wants,
     reads_content: bool,
+    system_first: bool,
 }
 
 impl std::fmt::Debug for Template {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Template")
-            .field("format", &self.format)
+            .field("wants", &self.wants)
             .finish_non_exhaustive()
     }
 }
@@ -82,18 +83,30 @@ impl Template {
         // Jinja's lexer reads every line end as a line feed.
         let source = &source.replace("\r\n", "\n").replace('\r', "\n");
         let runnable = without_generation_tags(source);
+        // Of these tags the engine's test of a template knows nothing, and fails.
+        let system_first = runnable != *source;
         env.add_template_owned(NAME, runnable)
             .map_err(|e| failed(&e))?;
+        let system_first = system_first || refuses_inner_system(env.clone());
         Ok(Self {
             env,
-            format: content_format::detect(source),
+            wants: Wants {
+                format: content_format::detect(source),
+                developer: source.contains("\"developer\"") || source.contains("'developer'"),
+            },
             reads_content: source.contains("content"),
+            system_first,
         })
     }
 
-    /// The form of message content this template wants.
-    pub fn format(&self) -> ContentFormat {
-        self.format
+    /// How this template wants messages.
+    pub fn wants(&self) -> Wants {
+        self.wants
+    }
+
+    /// True when system messages between others have to go to the front.
+    pub fn system_first(&self) -> bool {
+        self.system_first
     }
 
     /// The prompt of `chat`. Cost: about 1 ms per 100 KB.
@@ -211,6 +224,12 @@ impl Templates {
         }
     }
 
+    /// True when one of them wants system messages in front.
+    pub fn system_first(&self) -> bool {
+        let tool_use = self.tool_use.as_ref();
+        self.default.system_first || tool_use.is_some_and(Template::system_first)
+    }
+
     /// Special tokens by name, the variables every rendering starts with.
     pub fn special(&self) -> &[(String, Value)] {
         &self.special
@@ -246,6 +265,23 @@ pub fn special_tokens(directory: &Path, config: &Json) -> Result<Vec<(String, Va
         Some(((*name).to_owned(), token))
     });
     Ok(tokens.collect())
+}
+
+/// As the engine finds out: a conversation with a system message in the middle, in an environment
+/// that has Jinja's own functions only.
+fn refuses_inner_system(mut env: Environment<'static>) -> bool {
+    env.remove_global("strftime_now");
+    let turn = |role: &'static str| {
+        let pairs = [("role", role), ("content", "t")];
+        Value::from_pairs(pairs.map(|(name, value)| (Value::from(name), Value::from(value))))
+    };
+    let messages: Vec<Value> = ["system", "user", "system", "user"].map(turn).into();
+    let context = Value::from_pairs([
+        ("messages", Value::from(messages)),
+        ("add_generation_prompt", Value::from(false)),
+    ]);
+    let template = env.get_template(NAME);
+    template.and_then(|t| t.render(context)).is_err()
 }
 
 /// A writer that refuses more than [`MAX_RENDERED_BYTES`].
@@ -541,6 +577,22 @@ mod tests {
         };
         assert_eq!(templates.choose(false).render(&chat).unwrap(), "D");
         assert_eq!(templates.choose(true).render(&chat).unwrap(), "T<s>");
+    }
+
+    #[test]
+    fn templates_that_refuse_a_system_message_in_the_middle_are_known() {
+        let first = |source: &str| Template::compile(source).unwrap().system_first();
+        let body = "{% for m in messages %}{{ m.role }}{% endfor %}";
+        assert!(!first(body));
+        let guard = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('x') }}{% endif %}{% endfor %}";
+        assert!(first(guard));
+        assert!(first("{{ strftime_now('%Y') }}"));
+        assert!(!first(
+            "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}"
+        ));
+        assert!(first(&format!(
+            "{{% generation %}}x{{% endgeneration %}}{body}"
+        )));
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! `header-profile-handler`
 
-use std::sync::Arc;
-
 use serde::Deserialize;
 use smallvec::SmallVec;
 
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
-use crate::scheduling::{Cycle, ProfileHandler, ProfileRun, ScheduleError, SchedulingResult};
+use crate::scheduling::{
+    ProfileHandler, ProfileRun, Round, ScheduleError, SchedulingResult, Survivors,
+};
 
 /// Runs the one profile that a request header names.
 ///
@@ -59,11 +59,12 @@ impl Plugin for HeaderProfileHandler {
 
 impl HeaderProfileHandler {
     /// Position of the profile this request wants.
-    fn wanted(&self, cycle: &Cycle<'_>, names: &[Arc<str>]) -> Option<usize> {
+    fn wanted(&self, round: &Round<'_>) -> Option<usize> {
+        let names = round.names;
         if names.len() == 1 {
             return Some(0);
         }
-        let named = cycle.request.headers.get_str(&self.header);
+        let named = round.cycle.request.headers.get_str(&self.header);
         let name = named.map(str::trim).filter(|n| !n.is_empty());
         let name = name.unwrap_or(&self.default_profile);
         names.iter().position(|n| **n == *name)
@@ -71,22 +72,16 @@ impl HeaderProfileHandler {
 }
 
 impl ProfileHandler for HeaderProfileHandler {
-    fn next_profiles(
-        &self,
-        cycle: &Cycle<'_>,
-        names: &[Arc<str>],
-        runs: &[ProfileRun],
-        run: &mut Vec<usize>,
-    ) {
+    fn next_profiles(&self, round: &Round<'_>, runs: &[ProfileRun], run: &mut Vec<usize>) {
         if runs.iter().all(|r| *r == ProfileRun::NotRun) {
-            run.extend(self.wanted(cycle, names));
+            run.extend(self.wanted(round));
         }
     }
 
     fn combine(
         &self,
-        _: &Cycle<'_>,
-        _: &[Arc<str>],
+        _: &Round<'_>,
+        _: Survivors<'_>,
         runs: &mut [ProfileRun],
     ) -> Result<SchedulingResult, ScheduleError> {
         let ran = runs.iter_mut().find(|r| **r != ProfileRun::NotRun);
@@ -103,6 +98,8 @@ impl ProfileHandler for HeaderProfileHandler {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::scheduling::ProfilePicks;
     use crate::scheduling::test_support::Pool;
@@ -120,19 +117,19 @@ mod tests {
         }
         let names: Vec<Arc<str>> = profiles.iter().map(|n| Arc::from(*n)).collect();
         let mut runs = vec![ProfileRun::NotRun; names.len()];
-        pool.with_cycle(|cycle, _| {
+        pool.with_round(&names, |round| {
             let mut run = Vec::new();
-            handler.next_profiles(cycle, &names, &runs, &mut run);
+            handler.next_profiles(round, &runs, &mut run);
             for position in run {
                 runs[position] = ProfileRun::Picked(ProfilePicks {
                     profile: Arc::clone(&names[position]),
                     picks: [0].into_iter().collect(),
                 });
                 let mut more = Vec::new();
-                handler.next_profiles(cycle, &names, &runs, &mut more);
+                handler.next_profiles(round, &runs, &mut more);
                 assert!(more.is_empty(), "one profile a request");
             }
-            let result = handler.combine(cycle, &names, &mut runs)?;
+            let result = handler.combine(round, Survivors::new(&[]), &mut runs)?;
             Ok(result.primary.profile.to_string())
         })
     }
@@ -161,7 +158,9 @@ mod tests {
         let handler: HeaderProfileHandler = pool.plugin("{}");
         let names: [Arc<str>; 2] = ["a".into(), "decode".into()];
         let mut runs = [ProfileRun::NotRun, ProfileRun::Failed];
-        let result = pool.with_cycle(|cycle, _| handler.combine(cycle, &names, &mut runs));
+        let result = pool.with_round(&names, |round| {
+            handler.combine(round, Survivors::new(&[]), &mut runs)
+        });
         assert_eq!(result.unwrap_err(), ScheduleError::FiltersLeftNothing);
     }
 }

@@ -1,11 +1,11 @@
 //! `single-profile-handler`
 
-use std::sync::Arc;
-
 use smallvec::SmallVec;
 
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
-use crate::scheduling::{Cycle, ProfileHandler, ProfileRun, ScheduleError, SchedulingResult};
+use crate::scheduling::{
+    ProfileHandler, ProfileRun, Round, ScheduleError, SchedulingResult, Survivors,
+};
 
 /// Runs the only profile; its picks are the result. Ignores parameters.
 #[derive(Debug, Default)]
@@ -24,13 +24,7 @@ impl Plugin for SingleProfileHandler {
 }
 
 impl ProfileHandler for SingleProfileHandler {
-    fn next_profiles(
-        &self,
-        _: &Cycle<'_>,
-        _: &[Arc<str>],
-        runs: &[ProfileRun],
-        run: &mut Vec<usize>,
-    ) {
+    fn next_profiles(&self, _: &Round<'_>, runs: &[ProfileRun], run: &mut Vec<usize>) {
         if runs.first() == Some(&ProfileRun::NotRun) {
             run.push(0);
         }
@@ -38,8 +32,8 @@ impl ProfileHandler for SingleProfileHandler {
 
     fn combine(
         &self,
-        _: &Cycle<'_>,
-        _: &[Arc<str>],
+        _: &Round<'_>,
+        _: Survivors<'_>,
         runs: &mut [ProfileRun],
     ) -> Result<SchedulingResult, ScheduleError> {
         match runs.first_mut().map(std::mem::take) {

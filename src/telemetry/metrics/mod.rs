@@ -2,7 +2,10 @@
 //! except one cached lookup per request.
 
 mod cache;
+mod collect;
+mod disagg;
 mod encoder_cache;
+mod kubernetes;
 mod recorder;
 mod series;
 pub mod table;
@@ -14,7 +17,10 @@ use metrics::{Counter, Gauge, Histogram, Label};
 use tokio::time::Instant;
 
 use cache::{HandleCache, NameCaps};
+pub use collect::{Collect, Follow, register};
+pub use disagg::DecisionSeries;
 pub use encoder_cache::EncoderCacheSeries;
+pub use kubernetes::{LeaseSeries, WatchSeries};
 pub use recorder::Exposition;
 use recorder::Recorder;
 pub use series::{Completion, RequestSeries, RunningGuard};
@@ -191,6 +197,7 @@ struct Inner {
     caps: NameCaps,
     requests: HandleCache<RequestLabels, RequestSeries>,
     attempts: HandleCache<AttemptLabels, Pair<Counter>>,
+    rewrites: HandleCache<[String; 3], Pair<Counter>>,
     decision: Histogram,
     processing: Histogram,
 }
@@ -239,6 +246,7 @@ impl Metrics {
             caps: NameCaps::default(),
             requests: HandleCache::default(),
             attempts: HandleCache::default(),
+            rewrites: HandleCache::default(),
             decision: metrics::histogram!("pinpod_decision_duration_seconds"),
             processing: metrics::histogram!("llm_d_epp_request_processing_duration_seconds"),
         }))
@@ -328,6 +336,32 @@ impl Metrics {
                 },
                 pair,
             )
+        });
+        pair.increment();
+    }
+
+    /// The object `rule` sent a request for `model` to `target`. Names that objects mention are not
+    /// capped; `model` is one of them when the rule is `exact`.
+    pub fn rewritten(&self, rule: &str, model: &str, target: &str, exact: bool) {
+        let probe = [rule, model, target];
+        let same = |key: &[String; 3]| key.each_ref().map(String::as_str) == probe;
+        let pair = self.0.rewrites.get_or_make(cache::hash(&probe), same, || {
+            let model_label = if exact {
+                model.to_owned()
+            } else {
+                self.0.caps.model(model)
+            };
+            let list = labels(&[
+                ("model_rewrite_name", rule),
+                ("model_name", &model_label),
+                ("target_model", target),
+            ]);
+            let pair = Pair::counter(
+                "llm_d_epp_model_rewrite_decisions_total",
+                list.clone(),
+                list,
+            );
+            (probe.map(str::to_owned), pair)
         });
         pair.increment();
     }
@@ -491,6 +525,14 @@ impl StreamGuard {
             .record(self.opened_at.elapsed().as_secs_f64());
         metrics::counter!("llm_d_epp_extproc_streams_total", "code" => code).increment(1);
     }
+}
+
+/// What `record` wrote through handles it made, as text.
+#[cfg(test)]
+pub(crate) fn recorded(record: impl FnOnce()) -> String {
+    let recorder = Recorder::new();
+    metrics::with_local_recorder(&recorder, record);
+    recorder.exposition().render()
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, SharedString, Unit};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 
 use super::table::{Kind, TABLE};
 
@@ -55,8 +56,9 @@ impl Exposition {
         Recorder::new().exposition()
     }
 
-    /// All series in the Prometheus text format.
+    /// All series in the Prometheus text format, those of collectors brought up to date first.
     pub fn render(&self) -> String {
+        super::collect::collect_all();
         let mut text = self.plain.render();
         self.histograms.render(&mut text);
         text
@@ -124,14 +126,15 @@ struct Histograms {
     help: Mutex<BTreeMap<String, SharedString>>,
 }
 
-/// One distribution.
+/// One distribution. A request touches some thirty that nothing else keeps in the cache, so its parts
+/// lie together.
 #[derive(Debug)]
 struct Buckets {
-    bounds: &'static [f64],
-    /// One for each bound and one above them; not cumulative.
-    counts: Box<[AtomicU64]>,
     /// Bits of the sum.
     sum: AtomicU64,
+    bounds: &'static [f64],
+    /// One for each bound and one above them; not cumulative.
+    counts: SmallVec<[AtomicU64; 16]>,
 }
 
 impl Buckets {

@@ -131,6 +131,10 @@ pub const HIT: &[f64] = &[
     0.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0,
     65536.0,
 ];
+/// Seconds: the buckets a Prometheus client library has unless told otherwise.
+pub const DEFAULT: &[f64] = &[
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
 /// Seconds of a decision of ours; the published scheduling buckets start where we end.
 pub const DECISION: &[f64] = &[
     0.000_005, 0.000_01, 0.000_02, 0.000_03, 0.000_04, 0.000_06, 0.000_1, 0.000_2, 0.000_3,
@@ -188,17 +192,80 @@ series! {
     "llm_d_epp_prefix_indexer_hit_bytes" = "inference_extension_prefix_indexer_hit_bytes", Histogram(HIT), "Prompt bytes found on the best endpoint.";
     "llm_d_epp_inflight_requests", Gauge, "Requests booked on an endpoint.";
     "llm_d_epp_inflight_tokens", Gauge, "Uncached prompt tokens booked on an endpoint.";
+    "llm_d_epp_disagg_decision_total" = "llm_d_inference_scheduler_disagg_decision_total", Counter, "Requests by the stages that ran on endpoints of their own.";
+    "llm_d_epp_pd_decision_total" = "llm_d_inference_scheduler_pd_decision_total", Counter, "Requests of the deprecated handler by the stages that ran on endpoints of their own.";
     "llm_d_epp_disaggregatedset_strict_header_no_match_total", Counter, "Requests whose strict header no endpoint matched.";
     "llm_d_epp_disaggregatedset_revision_gating_share", Gauge, "Share of requests that a revision gets, 0 to 1; 0 while a role is missing.";
     "llm_d_epp_encoder_cache_queries_total", Counter, "Media items looked up, by modality.";
     "llm_d_epp_encoder_cache_hits_total", Counter, "Media items that an endpoint was sent before, by endpoint and modality.";
     "llm_d_epp_encoder_cache_hit_ratio", Histogram(RATIO), "Share of a request's media items that a candidate was sent before.";
+    "llm_d_epp_kv_cache_index_admissions_total" = "kvcache_index_admissions_total", Counter, "Blocks that KV events added to the index.";
+    "llm_d_epp_kv_cache_index_evictions_total" = "kvcache_index_evictions_total", Counter, "Blocks that KV events or the memory bound took out of the index.";
+    "llm_d_epp_kv_cache_index_lookup_requests_total" = "kvcache_index_lookup_requests_total", Counter, "Look-ups in the block index, one for each prompt.";
+    "llm_d_epp_kv_cache_index_lookup_hits_total" = "kvcache_index_lookup_hits_total", Counter, "Blocks of the longest match of each look-up.";
+    "llm_d_epp_kv_cache_index_max_pod_hit_count_total" = "kvcache_index_max_pod_hit_count_total", Counter, "Blocks of the best endpoint of each look-up.";
+    "llm_d_epp_kv_cache_index_lookup_latency_seconds" = "kvcache_index_lookup_latency_seconds", Histogram(DEFAULT), "Time of a look-up in the block index in seconds.";
+    "llm_d_epp_kv_cache_events_dedup_removed_hashes_suppressed_total" = "kvcache_kvevents_dedup_removed_hashes_suppressed_total", Counter, "Removed copies of blocks of which another copy stays.";
+    "llm_d_epp_kv_cache_events_dedup_removed_hashes_forwarded_total" = "kvcache_kvevents_dedup_removed_hashes_forwarded_total", Counter, "Removed last copies of blocks.";
+    "llm_d_epp_kv_cache_events_stores_skipped_total", Counter, "Stores that say nothing about prefixes, by kind of cache and reason.";
+    "llm_d_epp_kv_cache_events_removals_skipped_total", Counter, "Removals that say nothing about prefixes, by kind of cache and reason.";
+    "llm_d_epp_kv_cache_events_active_subscribers", Gauge, "KV event subscribers that run.";
+    "llm_d_epp_kv_cache_events_subscriber_reconnections_total", Counter, "Connections to a KV event publisher after the first.";
+    "llm_d_epp_kv_cache_events_messages_received_total", Counter, "Live KV event messages received.";
+    "llm_d_epp_kv_cache_events_zmq_errors_total", Counter, "Failures of the KV event transport, by operation.";
+    "llm_d_epp_kv_cache_events_pool_queue_depth", Gauge, "KV event messages that wait to be applied.";
+    "llm_d_epp_kv_cache_events_pool_capacity", Gauge, "KV event messages that may wait.";
+    "pinpod_kv_subscribers", Gauge, "KV event subscribers by state: down, joining, live, gap.";
+    "pinpod_kv_subscriber_live", Gauge, "1 while every event of the publisher up to now was applied; NaN once its endpoint left the pool.";
+    "pinpod_kv_event_lag_seconds", Gauge, "Arrival of a publisher's newest live message minus its time stamp.";
+    "pinpod_kv_events_total", Counter, "KV events applied.";
+    "pinpod_kv_event_gaps_total", Counter, "Times sequence numbers of a publisher were skipped.";
+    "pinpod_kv_event_losses_total", Counter, "Gaps that no replay could fill: what was known of the endpoint is forgotten.";
+    "pinpod_kv_event_restarts_total", Counter, "Engine restarts that the event stream showed.";
+    "pinpod_kv_event_replays_total", Counter, "Replays asked for.";
+    "pinpod_kv_event_replayed_messages_total", Counter, "Messages that came by replay.";
+    "pinpod_kv_event_dropped_total", Counter, "KV event messages dropped, by reason: duplicate, buffer_full, oversize, bad_frames, unattributed.";
+    "pinpod_kv_event_decode_errors_total", Counter, "What could not be decoded, by reason: payload, malformed_event, unknown_event.";
+    "pinpod_kv_index_endpoints", Gauge, "Publishers with a part in the block index: ranks of endpoints.";
+    "pinpod_kv_index_blocks", Gauge, "Distinct blocks in the index.";
+    "pinpod_kv_index_runs", Gauge, "Runs the blocks lie in.";
+    "pinpod_kv_index_bytes", Gauge, "Estimated memory of the index.";
+    "pinpod_kv_index_max_bytes", Gauge, "Memory the index may use.";
+    "pinpod_kv_index_speculative_entries", Gauge, "Predictions that wait for events or their deadline.";
+    "pinpod_kv_index_evicted_runs_total", Counter, "Runs dropped because the index was full.";
+    "pinpod_kv_index_refused_blocks_total", Counter, "Blocks and predictions not taken in because the index was full, by what.";
+    "pinpod_kv_index_parked_stores_total", Counter, "Stores whose parent block was unknown, by what became of them: parked, dropped.";
+    "pinpod_kv_shared_index_up", Gauge, "1 while the shared index can be reached.";
+    "pinpod_kv_shared_index_connections_total", Counter, "Connections made to the shared index.";
+    "pinpod_kv_shared_index_lookups_total", Counter, "Look-ups in the shared index by result: found, down, late, failed.";
+    "pinpod_kv_shared_index_events_total", Counter, "Events for the shared index by what became of them: written, overflowed, lost, without_model, without_parent.";
+    "pinpod_kv_hit_parity", Gauge, "What index and engine agree on of what either says is cached, over an endpoint's last 32 answers, 0 to 1.";
+    "pinpod_kv_hit_parity_broken", Gauge, "1 after 5 answers in a row whose cached tokens contradict the index, by endpoint, model, kind of prompt and salt; 0 again after 3 that agree.";
+    "pinpod_kv_hit_predicted_tokens_total", Counter, "Prompt tokens that should be in the picked endpoint's cache, over compared answers.";
+    "pinpod_kv_hit_reported_tokens_total", Counter, "Prompt tokens that the engine found in its cache, over compared answers.";
+    "pinpod_kv_hit_compared_total", Counter, "Answers held against the index, by result: agree, engine_misses, engine_hits_more, neutral, unreported.";
     "pinpod_decision_duration_seconds", Histogram(DECISION), "Time from the complete request to its decision in seconds.";
-    "pinpod_precise_prefix_requests_total", Counter, "Requests by how their prefix was matched: exact, mixed (some endpoints publish no KV events), no_tokens, no_events.";
+    "pinpod_precise_prefix_requests_total", Counter, "Requests by how their prefix was matched: exact, mixed (some endpoints publish no KV events), no_tokens, no_events, shared_failed (the shared index gave no answer).";
+    "pinpod_tokenizer_queue_depth", Gauge, "Prompts that wait for a tokenizer worker.";
+    "pinpod_tokenizer_busy_workers", Gauge, "Tokenizer workers at work.";
+    "pinpod_tokenizer_stale_models", Gauge, "Models whose newest files are not in use.";
+    "pinpod_tokenizer_missing_models", Gauge, "Models without a tokenizer.";
+    "pinpod_tokenizer_jobs_total", Counter, "Prompts given to the workers, by result: done, refused (the queue was full), abandoned, panicked.";
+    "pinpod_tokenizer_reloads_total", Counter, "Changed model files, by result.";
+    "pinpod_tokenizer_fallbacks_total", Counter, "Requests that went on without ids, by reason.";
+    "pinpod_tokenizer_job_duration_seconds_bucket", Counter, "Prompts by the time they waited for a worker and kept it, cumulative by upper bound in seconds.";
     "pinpod_token_producer_requests_total", Counter, "Requests by how their prompt became tokens: ready, waited, failed.";
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";
     "pinpod_config_last_reload_success", Gauge, "1 when the configuration file in its present state is in use.";
+    "llm_d_epp_model_rewrite_decisions_total" = "inference_extension_model_rewrite_decisions_total", Counter, "Requests that a rewrite sent to another model name.";
+    "pinpod_leader", Gauge, "1 while this process holds the lease of its pool.";
+    "pinpod_lease_tries_total", Counter, "Tries for the lease: held, taken (by another), error.";
+    "pinpod_kubernetes_watch_connected", Gauge, "1 while a collection of the Kubernetes API is followed, 0 while its last known state stands.";
+    "pinpod_kubernetes_last_contact_timestamp_seconds", Gauge, "When the API server last said something about a collection, in Unix time.";
+    "pinpod_kubernetes_lists_total", Counter, "Complete lists of a collection.";
+    "pinpod_kubernetes_events_total", Counter, "Events of a collection: applied, deleted, stale (repeated or out of order, dropped).";
+    "pinpod_kubernetes_failures_total", Counter, "Requests, events and objects of a collection that failed, by reason.";
     "pinpod_discovery_reload_failures_total", Counter, "Endpoint files that could not be read.";
     "pinpod_sidecar_requests_total", Counter, "Requests of the sidecar, by how they were served: plain, decode_only, prefill_decode, local_prefill, error.";
     "pinpod_sidecar_active_legs", Gauge, "Engine calls in progress, by stage: encode, prefill, decode.";

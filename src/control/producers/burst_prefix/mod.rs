@@ -227,10 +227,13 @@ impl BurstPrefixProducer {
             let spec = &candidate.endpoint.spec;
             let name = endpoint.and_then(|e| e.strip_prefix(spec.namespace.as_str()));
             let placed = name.and_then(|n| n.strip_prefix('/')) == Some(spec.name.as_str());
+            let blocks = if placed { total_blocks } else { 0 };
             PrefixMatch {
-                matched_blocks: if placed { total_blocks } else { 0 },
+                matched_blocks: blocks,
                 total_blocks,
                 block_size_tokens: self.block_tokens,
+                cached_blocks: blocks,
+                host_blocks: None,
             }
         });
         attributes.write(self.matches).extend(matches);
@@ -255,6 +258,11 @@ impl DataProducer for BurstPrefixProducer {
         let blocks = self.chain(request, attributes).len();
         self.publish(blocks, None, candidates, attributes);
         Ok(())
+    }
+
+    /// A request joins the window it is prepared for.
+    fn is_pure(&self) -> bool {
+        false
     }
 
     fn prepare(

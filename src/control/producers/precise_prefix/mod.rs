@@ -1,36 +1,52 @@
 //! `precise-prefix-cache-producer` and the legacy `precise-prefix-cache-scorer`: how much of a prompt
 //! each endpoint holds, by what the engines say they hold.
 
+mod explain;
+mod observe;
+mod parity;
+mod publishers;
 mod settings;
+mod shared;
+mod sink;
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::Counter;
-use tokio::runtime::Handle;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::observe::{LookupSeries, Observer};
+use self::parity::{HitCheck, Parity};
+use self::publishers::{Backend, Publishers};
 use self::settings::{Raw, Settings};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
 use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace, MediaSpan};
-use crate::kvcache::events::pool::{PublisherKey, SubscriberPool};
-use crate::kvcache::events::subscriber::{Source, SubscriberOptions};
-use crate::kvcache::index::{KvIndex, Lookup, Trust};
+use crate::kvcache::index::{CPU, KvIndex, Lookup, Trust};
+use crate::kvcache::redis::SharedIndex;
 use crate::kvcache::tokens::service::PromptTokens;
-use crate::plugin::{Attributes, Build, Column, Maturity, ParamDoc, Plugin, PluginError};
+use crate::plugin::{
+    Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
+};
 use crate::request::InferenceRequest;
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_IDS, TOKEN_PRODUCER,
 };
 use crate::scheduling::{
-    Candidate, Candidates, Cycle, DataProducer, Outcome, PreRequest, ProducerError,
+    Candidate, Candidates, Cycle, DataProducer, Outcome, PreRequest, Preparation, ProducerError,
     SchedulingResult, Scorer,
 };
+use crate::telemetry::metrics::register;
 
 /// Internal column with the request's block keys, for the prediction after the pick.
 const KEYS: &str = "precise-prefix-keys";
+/// Internal column with what each candidate should find in its cache.
+const PREDICTIONS: &str = "precise-prefix-predictions";
+/// Internal column with the keys of each prompt in a shared index.
+const SHARED_KEYS: &str = "precise-prefix-shared-keys";
 /// The pool serves one base model, whatever name a request gives it; adapters have spaces of their own.
 const BASE_MODEL: &str = "";
 /// Labels of an endpoint whose sockets are not where the others' are, such as several engines behind one
@@ -49,18 +65,35 @@ const MAX_BLOCK_SIZES: usize = 4;
 #[derive(Debug)]
 pub struct PrecisePrefixProducer {
     index: KvIndex,
-    subscribers: SubscriberPool,
-    stop: CancellationToken,
-    dial: Option<(u16, u16)>,
+    publishers: Arc<Publishers>,
+    /// Reads the two above; kept, since metrics ask it only as long as it lives.
+    #[cfg_attr(not(test), expect(dead_code, reason = "kept alive"))]
+    observer: Arc<Observer>,
+    lookups: Option<LookupSeries>,
     speculative_ttl: Option<Duration>,
     ids: Column<PromptTokens>,
     approximate: Column<PrefixMatch>,
     matches: Column<PrefixMatch>,
-    keys: Column<Keys>,
+    keys: Column<Arc<Keys>>,
+    /// Of each candidate, for the comparison with what its engine reports.
+    predictions: Column<Prediction>,
+    /// Keys of each prompt in an index that replicas share.
+    shared_keys: Column<Vec<u64>>,
+    shared_failed: Counter,
+    parity: Arc<Parity>,
+    max_bytes: usize,
     exact: Counter,
     mixed: Counter,
     without_tokens: Counter,
     without_events: Counter,
+}
+
+/// What a candidate's cache should yield.
+#[derive(Debug, Clone, Copy, Default)]
+struct Prediction {
+    /// Prompt tokens it can reuse: whole blocks, and never the last token of a prompt.
+    tokens: u64,
+    trust: Trust,
 }
 
 /// Block keys of one request for one block size, prompt after prompt.
@@ -87,7 +120,9 @@ struct Scratch {
     candidates: Vec<EndpointIndex>,
     sizes: Vec<Option<u32>>,
     scores: Vec<f64>,
-    trust: Vec<Trust>,
+    /// Leading blocks in any tier, and in host memory.
+    held: Vec<(u32, u32)>,
+    predictions: Vec<Prediction>,
 }
 
 thread_local! {
@@ -99,19 +134,19 @@ const PARAMETERS: &[ParamDoc] = &[
         name: "tokenProcessorConfig",
         kind: "object",
         default: "",
-        help: "Accepted and checked: block sizes are learned from each engine, and keys are the process's own, so `blockSizeTokens`, `hashSeed` and `hashAlgorithm` change nothing.",
+        help: "`blockSizeTokens` (16), `hashSeed` and `hashAlgorithm` (cbor-fnv or xxh64) make the keys of an index in Redis. Without one they change nothing: block sizes are learned from each engine, and keys are the process's own.",
     },
     ParamDoc {
         name: "indexerConfig",
         kind: "object",
         default: "",
-        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted; `redisConfig` is not yet available.",
+        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
     },
     ParamDoc {
         name: "kvEventsConfig",
         kind: "object",
         default: "",
-        help: "`discoverPods` (true) dials every endpoint at `podDiscoveryConfig.socketPort` (5557) and `replaySocketPort` (0, none), each plus the rank, unless the endpoint's labels `pinpod.dev/kv-events-port` and `pinpod.dev/kv-events-replay-port` say otherwise; `engineType` vllm or sglang. Every topic is read, whatever `topicFilter` says. `zmqEndpoint` is not yet available.",
+        help: "`discoverPods` (true, but false with `zmqEndpoint`) dials every endpoint at `podDiscoveryConfig.socketPort` (5557) and `replaySocketPort` (0, none), each plus the rank, unless the endpoint's labels `pinpod.dev/kv-events-port` and `pinpod.dev/kv-events-replay-port` say otherwise; `engineType` vllm or sglang. Every topic is read, whatever `topicFilter` says. `zmqEndpoint` (`tcp://*:5557`) is where engines connect to the picker; the topic `kv@<ip:port>@<model>` says whose events they are.",
     },
     ParamDoc {
         name: "speculativeIndexing",
@@ -135,23 +170,43 @@ impl Plugin for PrecisePrefixProducer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let raw: Raw = build.read::<Self, _>()?;
-        Ok(Self::new(&raw.resolve()?, build))
+        Self::new(&raw.resolve()?, build)
     }
 }
 
 impl PrecisePrefixProducer {
-    fn new(settings: &Settings, build: &mut Build<'_>) -> Self {
+    fn new(settings: &Settings, build: &mut Build<'_>) -> Result<Self, PluginError> {
         let name = build.name.to_owned();
         let requests = |result: &'static str| {
             metrics::counter!("pinpod_precise_prefix_requests_total",
                 "plugin_name" => name.clone(), "result" => result)
         };
-        let stop = CancellationToken::new();
-        Self {
-            index: KvIndex::new(&settings.index, BlockHasher::default()),
-            subscribers: SubscriberPool::new(SubscriberOptions::default(), stop.clone()),
-            stop,
-            dial: settings.dial,
+        let index = KvIndex::new(&settings.index, BlockHasher::default());
+        let backend = match settings.shared.as_ref().map(SharedIndex::new) {
+            None => Backend::Local(index.clone()),
+            Some(shared) => {
+                let (shared, queue) = shared.map_err(ParamError)?;
+                Backend::Remote(shared, Mutex::new(Some(queue)))
+            }
+        };
+        let publishers = Arc::new(Publishers::new(
+            backend,
+            settings.dial,
+            settings.listen,
+            CancellationToken::new(),
+        ));
+        let observer = Arc::new(Observer::new(
+            index.clone(),
+            settings.index.max_bytes,
+            Arc::clone(&publishers),
+            settings.enable_metrics,
+        ));
+        register(&observer);
+        Ok(Self {
+            index,
+            publishers,
+            observer,
+            lookups: settings.enable_metrics.then(LookupSeries::new),
             speculative_ttl: settings.speculative_ttl,
             exact: requests("exact"),
             mixed: requests("mixed"),
@@ -161,7 +216,12 @@ impl PrecisePrefixProducer {
             approximate: build.keys.require(PREFIX_MATCH, APPROX_PREFIX_PRODUCER),
             matches: build.keys.produce(PREFIX_MATCH),
             keys: build.keys.produce(KEYS),
-        }
+            predictions: build.keys.produce(PREDICTIONS),
+            shared_keys: build.keys.produce(SHARED_KEYS),
+            shared_failed: requests("shared_failed"),
+            parity: Arc::default(),
+            max_bytes: settings.index.max_bytes,
+        })
     }
 
     /// Keys of the request's prompts for blocks of `block_size` tokens.
@@ -233,7 +293,7 @@ impl PrecisePrefixProducer {
         prompts: &[PromptTokens],
         candidates: &[Candidate],
         scratch: &mut Scratch,
-        keys: &mut Vec<Keys>,
+        keys: &mut Vec<Arc<Keys>>,
     ) -> usize {
         let lora = self.adapter(request, candidates);
         let sizes = candidates.iter();
@@ -244,35 +304,49 @@ impl PrecisePrefixProducer {
         for size in scratch.sizes.iter().flatten() {
             let known = keys.iter().any(|k| k.block_size == *size);
             if !known && keys.len() < MAX_BLOCK_SIZES {
-                keys.push(self.hash(request, prompts, *size, lora));
+                keys.push(Arc::new(self.hash(request, prompts, *size, lora)));
             }
         }
         scratch.scores.clear();
         scratch.scores.resize(candidates.len(), 0.0);
-        scratch.trust.clear();
-        scratch.trust.resize(candidates.len(), Trust::Unknown);
+        scratch.held.clear();
+        scratch.held.resize(candidates.len(), (0, 0));
+        scratch.predictions.clear();
+        let unknown = Prediction::default();
+        scratch.predictions.resize(candidates.len(), unknown);
         let now = Instant::now();
         let all = candidates.iter().map(|c| c.endpoint.index);
         scratch.candidates.clear();
         scratch.candidates.extend(all);
         for of_size in keys.iter() {
-            for prompt in of_size.prompts() {
+            for (prompt, tokens) in of_size.prompts().zip(prompts) {
+                let usable = usable_blocks(tokens.ids.len(), of_size.block_size);
                 let Scratch {
                     lookup, candidates, ..
                 } = scratch;
+                let started = Instant::now();
                 self.index.lookup(prompt, candidates, now, lookup);
+                if let Some(series) = &self.lookups {
+                    let best = lookup.matches().iter().map(|found| found.blocks).max();
+                    series.record(started, best.unwrap_or(0));
+                }
                 let places = scratch.sizes.iter().zip(&mut scratch.scores);
-                let results = places.zip(&mut scratch.trust).zip(lookup.matches());
-                for (((size, score), trust), found) in results {
+                let places = places.zip(&mut scratch.held).zip(&mut scratch.predictions);
+                for ((((size, score), held), prediction), found) in places.zip(lookup.matches()) {
                     if *size == Some(of_size.block_size) {
+                        let in_host = found.by_tier.get(usize::from(CPU));
                         *score += found.score;
-                        *trust = found.trust;
+                        held.0 += found.blocks;
+                        held.1 += in_host.copied().unwrap_or(0);
+                        let blocks = u64::from(found.blocks).min(usable);
+                        prediction.tokens += blocks * u64::from(of_size.block_size);
+                        prediction.trust = found.trust;
                     }
                 }
             }
         }
-        let known = scratch.trust.iter().filter(|t| **t != Trust::Unknown);
-        known.count()
+        let known = scratch.predictions.iter();
+        known.filter(|p| p.trust != Trust::Unknown).count()
     }
 }
 
@@ -288,7 +362,7 @@ impl DataProducer for PrecisePrefixProducer {
             let prompts = attributes.get(self.ids).unwrap_or_default();
             let known = if prompts.is_empty() {
                 self.without_tokens.increment(1);
-                scratch.trust.clear();
+                scratch.predictions.clear();
                 0
             } else {
                 let known = self.look_up(request, prompts, candidates, scratch, &mut keys);
@@ -302,24 +376,78 @@ impl DataProducer for PrecisePrefixProducer {
             };
             let guesses = attributes.get(self.approximate).unwrap_or_default();
             let matches = (0..candidates.len()).map(|at| {
-                let trust = scratch.trust.get(at).copied().unwrap_or_default();
+                let prediction = scratch.predictions.get(at).copied();
+                let trust = prediction.unwrap_or_default().trust;
                 let size = scratch.sizes.get(at).copied().flatten();
                 let of_size = size.and_then(|size| keys.iter().find(|k| k.block_size == size));
                 match of_size.filter(|_| known > 0 && trust != Trust::Unknown) {
-                    Some(of_size) => exact_match(of_size, scratch.scores.get(at).copied()),
+                    Some(of_size) => exact_match(
+                        of_size,
+                        scratch.scores.get(at).copied(),
+                        scratch.held.get(at).copied(),
+                    ),
                     None => guesses.get(at).copied().unwrap_or_default(),
                 }
             });
-            matches.collect::<Vec<_>>()
+            let matches = matches.collect::<Vec<_>>();
+            let predictions = attributes.write(self.predictions);
+            predictions.extend_from_slice(&scratch.predictions);
+            matches
         });
         attributes.write(self.matches).extend(found);
         attributes.write(self.keys).append(&mut keys);
         Ok(())
     }
+
+    fn prepare(
+        &self,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &Attributes,
+    ) -> Option<Preparation> {
+        let index = self.publishers.remote()?;
+        self.prepare_shared(index, request, candidates, attributes)
+    }
+
+    fn produce_prepared(
+        &self,
+        prepared: Box<dyn Any + Send>,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &mut Attributes,
+    ) -> Result<(), ProducerError> {
+        match self.publishers.remote() {
+            Some(index) => self.produce_shared(index, prepared, candidates, attributes),
+            None => self.produce(request, candidates, attributes),
+        }
+    }
+
+    fn explain(
+        &self,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &Attributes,
+    ) -> Option<serde_json::Value> {
+        if let Some(index) = self.publishers.remote() {
+            return self.explain_shared(index, candidates, attributes);
+        }
+        let prompts = attributes.get(self.ids)?;
+        let keys = attributes.get(self.keys).unwrap_or_default();
+        Some(self.explain_request(request, prompts, keys, candidates))
+    }
+
+    fn overview(&self, pool: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
+        Some(self.overview_of(pool))
+    }
 }
 
-/// As the contract publishes it: the weighted sum, cut to whole blocks.
-fn exact_match(keys: &Keys, score: Option<f64>) -> PrefixMatch {
+/// Full blocks of a prompt that an engine can reuse: it computes the last token in any case.
+fn usable_blocks(tokens: usize, block_size: u32) -> u64 {
+    tokens.saturating_sub(1) as u64 / u64::from(block_size.max(1))
+}
+
+/// As the contract publishes it: the weighted sum, cut to whole blocks, beside the blocks as they are.
+fn exact_match(keys: &Keys, score: Option<f64>, held: Option<(u32, u32)>) -> PrefixMatch {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
@@ -330,21 +458,50 @@ fn exact_match(keys: &Keys, score: Option<f64>) -> PrefixMatch {
         matched_blocks,
         total_blocks: u32::try_from(keys.blocks.len()).unwrap_or(u32::MAX),
         block_size_tokens: keys.block_size,
+        cached_blocks: held.map_or(0, |(any, _)| any),
+        host_blocks: held.map(|(_, host)| host),
+    }
+}
+
+impl PrecisePrefixProducer {
+    /// Logs what the first pick is credited with, to be held against the engine's own count.
+    fn tell(&self, cycle: &Cycle<'_>, result: &SchedulingResult) {
+        let picked = result.primary.picks.first();
+        let matches = cycle.attributes.get(self.matches).unwrap_or_default();
+        if let Some(found) = picked.and_then(|&pick| matches.get(pick as usize)) {
+            tracing::debug!(
+                request_id = cycle.request.id,
+                matched_blocks = found.matched_blocks,
+                total_blocks = found.total_blocks,
+                block_size_tokens = found.block_size_tokens,
+                "exact prefix"
+            );
+        }
     }
 }
 
 impl PreRequest for PrecisePrefixProducer {
-    /// Predicts that the primary and the `prefill` pick will hold the prompt.
+    /// Predicts that the primary and the `prefill` pick will hold the prompt, and remembers what the
+    /// primary should find in its cache.
     fn on_pick(
         &self,
         cycle: &Cycle<'_>,
         candidates: &[Candidate],
         result: &SchedulingResult,
-        _: &mut Outcome,
+        outcome: &mut Outcome,
     ) {
+        if let Some(check) = self.hit_check(cycle, candidates, result) {
+            outcome.leases.push(Box::new(check));
+        }
+        self.tell(cycle, result);
         let Some(ttl) = self.speculative_ttl else {
             return;
         };
+        if let Some(index) = self.publishers.remote() {
+            let keys = cycle.attributes.get(self.shared_keys).unwrap_or_default();
+            Self::expect_shared(index, keys, candidates, result, ttl);
+            return;
+        }
         let keys = cycle.attributes.get(self.keys).unwrap_or_default();
         let now = Instant::now();
         let prefill = result.others.iter().filter(|p| &*p.profile == "prefill");
@@ -356,55 +513,81 @@ impl PreRequest for PrecisePrefixProducer {
             let endpoint = candidate.endpoint.index;
             let size = self.index.block_size(endpoint);
             let own = keys.iter().filter(|k| Some(k.block_size) == size);
-            for prompt in own.flat_map(Keys::prompts) {
+            for prompt in own.flat_map(|keys| keys.prompts()) {
                 self.index.expect(endpoint, prompt, now, ttl);
             }
         }
     }
 }
 
+impl PrecisePrefixProducer {
+    /// What to hold the picked engine's answer against; `None` when there is nothing to compare: the
+    /// engine's events are not all there, or another endpoint computes the prompt.
+    fn hit_check(
+        &self,
+        cycle: &Cycle<'_>,
+        candidates: &[Candidate],
+        result: &SchedulingResult,
+    ) -> Option<HitCheck> {
+        let Cycle {
+            request,
+            attributes,
+            ..
+        } = cycle;
+        let prompts = attributes.get(self.ids).filter(|ids| !ids.is_empty())?;
+        if !result.others.is_empty() {
+            return None;
+        }
+        let pick = *result.primary.picks.first()? as usize;
+        let endpoint = &candidates.get(pick)?.endpoint;
+        let size = self.index.block_size(endpoint.index);
+        let mut keys = attributes.get(self.keys).unwrap_or_default().iter();
+        let keys = keys.find(|keys| Some(keys.block_size) == size).cloned();
+        let mut prediction = attributes.get(self.predictions)?.get(pick).copied()?;
+        if keys.is_none() {
+            // It never stored anything, which is all there is to predict from.
+            prediction.trust = self.trust(endpoint.index);
+        } else if let Some(keys) = keys.as_ref().filter(|_| self.speculative_ttl.is_some()) {
+            // What is only expected of the endpoint by routing is no claim about its cache.
+            let stored = parity::stored_tokens(&self.index, endpoint.index, keys);
+            prediction.tokens = prediction.tokens.min(stored);
+        }
+        if prediction.trust != Trust::Exact {
+            return None;
+        }
+        let salt = request.payload.cache_salt.as_deref();
+        Some(HitCheck {
+            parity: Arc::clone(&self.parity),
+            index: self.index.clone(),
+            endpoint: Arc::clone(endpoint),
+            keys,
+            predicted_tokens: prediction.tokens,
+            own_prompt_tokens: prompts.iter().map(|prompt| prompt.ids.len() as u64).sum(),
+            model: request.target_model.clone(),
+            prompt: parity::prompt_kind(request),
+            salted: salt.is_some_and(|salt| !salt.is_empty()),
+        })
+    }
+}
+
 impl EndpointListener for PrecisePrefixProducer {
     fn added(&self, endpoint: &Arc<Endpoint>) {
-        let Some((live, replay)) = self.dial else {
-            return;
+        self.publishers.added(endpoint);
+    }
+
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        let ports = |e: &Endpoint| {
+            [EVENTS_PORT, REPLAY_PORT].map(|label| e.spec.labels.get(label).cloned())
         };
-        let spec = &endpoint.spec;
-        let port = |label: &str, default| {
-            let own = spec.labels.get(label).and_then(|port| port.parse().ok());
-            own.unwrap_or(default)
-        };
-        let (live, replay) = (port(EVENTS_PORT, live), port(REPLAY_PORT, replay));
-        let source = Source::of_rank(spec.address.ip(), live, replay, spec.rank);
-        let (Some(source), Ok(runtime)) = (source, Handle::try_current()) else {
-            tracing::warn!(
-                endpoint = spec.name,
-                "no KV events: no such port or no runtime"
-            );
-            return;
-        };
-        let key = PublisherKey {
-            endpoint: endpoint.index,
-            rank: spec.rank,
-        };
-        let sink = Box::new(self.index.writer(endpoint.index, BASE_MODEL));
-        let _entered = runtime.enter();
-        if let Err(error) = self.subscribers.add(key, source, sink) {
-            tracing::warn!(endpoint = spec.name, %error, "no KV events");
+        if ports(former) != ports(endpoint) {
+            self.removed(former);
+            self.added(endpoint);
         }
     }
 
     fn removed(&self, endpoint: &Arc<Endpoint>) {
-        // Its part of the index goes with the task, which ends on its own.
-        self.subscribers
-            .remove_endpoint(endpoint.index)
-            .into_iter()
-            .for_each(drop);
-    }
-}
-
-impl Drop for PrecisePrefixProducer {
-    fn drop(&mut self) {
-        self.stop.cancel();
+        self.publishers.removed(endpoint);
+        self.parity.forget(endpoint.index);
     }
 }
 
@@ -420,7 +603,7 @@ impl Plugin for PrecisePrefixScorer {
 
     fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
         let raw: Raw = build.read::<Self, _>()?;
-        Ok(Self(PrecisePrefixProducer::new(&raw.resolve()?, build)))
+        PrecisePrefixProducer::new(&raw.resolve()?, build).map(Self)
     }
 }
 
@@ -444,6 +627,39 @@ impl DataProducer for PrecisePrefixScorer {
     ) -> Result<(), ProducerError> {
         self.0.produce(request, candidates, attributes)
     }
+
+    fn prepare(
+        &self,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &Attributes,
+    ) -> Option<Preparation> {
+        self.0.prepare(request, candidates, attributes)
+    }
+
+    fn produce_prepared(
+        &self,
+        prepared: Box<dyn Any + Send>,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &mut Attributes,
+    ) -> Result<(), ProducerError> {
+        self.0
+            .produce_prepared(prepared, request, candidates, attributes)
+    }
+
+    fn explain(
+        &self,
+        request: &InferenceRequest,
+        candidates: &[Candidate],
+        attributes: &Attributes,
+    ) -> Option<serde_json::Value> {
+        self.0.explain(request, candidates, attributes)
+    }
+
+    fn overview(&self, pool: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
+        self.0.overview(pool)
+    }
 }
 
 impl PreRequest for PrecisePrefixScorer {
@@ -463,161 +679,14 @@ impl EndpointListener for PrecisePrefixScorer {
         self.0.added(endpoint);
     }
 
+    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
+        self.0.relabelled(former, endpoint);
+    }
+
     fn removed(&self, endpoint: &Arc<Endpoint>) {
         self.0.removed(endpoint);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::control::producers::token::TokenProducer;
-    use crate::kvcache::events::{Batch, Event, EventSink, Stored, StreamState};
-    use crate::request::openai::OpenAiParser;
-    use crate::request::{Body, Parser};
-    use crate::scheduling::attributes::PREFIX_MATCH;
-    use crate::scheduling::test_support::{Pool, endpoint};
-
-    /// An engine that stored `tokens` in blocks of four.
-    fn engine(
-        producer: &PrecisePrefixProducer,
-        number: u32,
-        tokens: &[u32],
-        lora_name: Option<&str>,
-    ) -> Box<dyn EventSink> {
-        let mut writer = producer.index.writer(EndpointIndex(number), BASE_MODEL);
-        let hashes: Vec<u64> = (1..).take(tokens.len() / 4).collect();
-        let stored = Stored {
-            hashes: &hashes,
-            parent: None,
-            tokens,
-            block_size: 4,
-            lora_name,
-            medium: "GPU",
-            extra_keys: None,
-            cache_salt: None,
-            group: Some(0),
-            kind: Some("full_attention"),
-        };
-        writer.apply(&Batch {
-            ts: 1.0,
-            data_parallel_rank: Some(0),
-            events: &[Event::Stored(stored)],
-        });
-        writer.set_state(StreamState::Live);
-        Box::new(writer)
-    }
-
-    /// (matched, total, block size) of each endpoint for a request of `ids`.
-    fn ask(
-        pool: &mut Pool,
-        tokens: &TokenProducer,
-        producer: &PrecisePrefixProducer,
-        ids: &[u32],
-        model: &str,
-    ) -> Vec<(u32, u32, u32)> {
-        let body = serde_json::json!({"model": model, "prompt": ids}).to_string();
-        let body = Body::from(body.as_str());
-        let payload = OpenAiParser.parse("/v1/completions", &body).unwrap();
-        pool.request = InferenceRequest::new("r", payload, body);
-        let mut attributes = pool.keys.new_attributes();
-        let guess = pool
-            .keys
-            .optional::<PrefixMatch>(PREFIX_MATCH, APPROX_PREFIX_PRODUCER);
-        attributes.write(guess).extend([
-            PrefixMatch {
-                matched_blocks: 1,
-                total_blocks: 2,
-                block_size_tokens: 64,
-            },
-            PrefixMatch {
-                matched_blocks: 1,
-                total_blocks: 2,
-                block_size_tokens: 64,
-            },
-            PrefixMatch {
-                matched_blocks: 2,
-                total_blocks: 2,
-                block_size_tokens: 64,
-            },
-        ]);
-        for step in [tokens as &dyn DataProducer, producer] {
-            step.produce(&pool.request, &pool.candidates, &mut attributes)
-                .unwrap();
-        }
-        let found = attributes.get(producer.matches).unwrap().iter();
-        found
-            .map(|m| (m.matched_blocks, m.total_blocks, m.block_size_tokens))
-            .collect()
-    }
-
-    fn setting(parameters: &str) -> (Pool, TokenProducer, PrecisePrefixProducer) {
-        let mut pool = Pool::new(["a", "b", "c"].map(endpoint));
-        let tokens = pool.plugin("{}");
-        let producer = pool.plugin(parameters);
-        (pool, tokens, producer)
-    }
-
-    const PROMPT: [u32; 14] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14];
-
-    #[test]
-    fn events_decide_and_silent_endpoints_are_guessed() {
-        let (mut pool, tokens, producer) = setting("{}");
-        let _a = engine(&producer, 0, &PROMPT[..12], None);
-        // The first block is another one.
-        let _b = engine(&producer, 1, &[9, 2, 3, 4, 5, 6, 7, 8], None);
-        // 14 ids are three full blocks; c publishes nothing, so its guess stays.
-        assert_eq!(
-            ask(&mut pool, &tokens, &producer, &PROMPT, "m"),
-            [(3, 3, 4), (0, 3, 4), (2, 2, 64)]
-        );
-        // Two blocks are the same, then the prompts part.
-        let other = [1, 2, 3, 4, 5, 6, 7, 8, 0, 10, 11, 12];
-        let found = ask(&mut pool, &tokens, &producer, &other, "m");
-        assert_eq!(found[..2], [(2, 3, 4), (0, 3, 4)]);
-    }
-
-    #[test]
-    fn a_request_without_ids_is_guessed() {
-        let (mut pool, tokens, producer) = setting("{}");
-        let _a = engine(&producer, 0, &PROMPT[..12], None);
-        let body = Body::from(r#"{"prompt": "text"}"#);
-        let payload = OpenAiParser.parse("/v1/completions", &body).unwrap();
-        pool.request = InferenceRequest::new("r", payload, body);
-        let mut attributes = pool.keys.new_attributes();
-        tokens
-            .produce(&pool.request, &pool.candidates, &mut attributes)
-            .unwrap();
-        producer
-            .produce(&pool.request, &pool.candidates, &mut attributes)
-            .unwrap();
-        let found = attributes.get(producer.matches).unwrap();
-        assert_eq!(found, [PrefixMatch::default(); 3]);
-    }
-
-    #[test]
-    fn adapters_share_nothing_with_their_base() {
-        let (mut pool, tokens, producer) = setting("{}");
-        let _a = engine(&producer, 0, &PROMPT[..12], Some("poet"));
-        let _b = engine(&producer, 1, &PROMPT[..8], None);
-        let mut matched = |model| {
-            let found = ask(&mut pool, &tokens, &producer, &PROMPT, model);
-            [found[0].0, found[1].0]
-        };
-        assert_eq!(matched("poet"), [3, 0]);
-        assert_eq!(matched("base"), [0, 2]);
-    }
-
-    #[test]
-    fn host_memory_counts_by_its_weight() {
-        let (mut pool, tokens, producer) = setting(
-            r#"{"indexerConfig": {"kvCacheBackendConfigs": [{"name": "gpu", "weight": 0.5}]}}"#,
-        );
-        let _a = engine(&producer, 0, &PROMPT[..12], None);
-        // Three blocks at 0.5 are 1.5, cut to whole blocks.
-        assert_eq!(
-            ask(&mut pool, &tokens, &producer, &PROMPT, "m")[0],
-            (1, 3, 4)
-        );
-    }
-}
+mod tests;

@@ -1,15 +1,21 @@
 //! Parameters of `precise-prefix-cache-producer`.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::Deserialize;
 
 use crate::kvcache::index::IndexSettings;
+use crate::kvcache::redis::{Algorithm, KeyScheme, SharedIndex, SharedSettings};
 use crate::plugin::duration::GoDuration;
 use crate::plugin::{ParamError, PluginError};
 
 /// Port of an engine's event socket unless configured.
 const DEFAULT_SOCKET_PORT: u16 = 5557;
+/// Server of the shared index unless configured.
+const DEFAULT_REDIS: &str = "redis://127.0.0.1:6379";
+/// Tokens of a block of the shared index unless configured.
+const DEFAULT_BLOCK_TOKENS: i64 = 16;
 /// How long a prediction counts unless configured.
 const DEFAULT_TTL: Duration = Duration::from_secs(2);
 
@@ -47,7 +53,7 @@ struct Indexer {
 struct BlockIndex {
     in_memory_config: Option<InMemory>,
     cost_aware_memory_config: Option<CostAware>,
-    redis_config: Option<serde_json::Value>,
+    redis_config: Option<Redis>,
     enable_metrics: bool,
     metrics_logging_interval: i64,
 }
@@ -65,6 +71,15 @@ struct CostAware {
     size: String,
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+struct Redis {
+    address: String,
+    backend_type: String,
+    #[serde(rename = "enableRDMA")]
+    enable_rdma: bool,
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Backend {
@@ -79,7 +94,7 @@ struct KvEvents {
     topic_filter: String,
     concurrency: i64,
     engine_type: String,
-    discover_pods: bool,
+    discover_pods: Option<bool>,
     pod_discovery_config: PodDiscovery,
 }
 
@@ -90,7 +105,7 @@ impl Default for KvEvents {
             topic_filter: String::new(),
             concurrency: 0,
             engine_type: "vllm".into(),
-            discover_pods: true,
+            discover_pods: None,
             pod_discovery_config: PodDiscovery::default(),
         }
     }
@@ -122,6 +137,12 @@ pub(super) struct Settings {
     pub(super) index: IndexSettings,
     /// Event and replay port of rank 0, where every endpoint is dialled; 0 means no replay.
     pub(super) dial: Option<(u16, u16)>,
+    /// The index that replicas share, instead of one of our own.
+    pub(super) shared: Option<SharedSettings>,
+    /// Where engines connect to us.
+    pub(super) listen: Option<SocketAddr>,
+    /// Count look-ups, admissions and evictions.
+    pub(super) enable_metrics: bool,
     /// How long a pick counts before events confirm it; `None` when it does not.
     pub(super) speculative_ttl: Option<Duration>,
 }
@@ -145,15 +166,8 @@ impl Raw {
             );
         }
         let block_index = indexer.kv_block_index_config;
-        if block_index.redis_config.is_some() && block_index.cost_aware_memory_config.is_none() {
-            return Err(PluginError::Invalid(
-                "indexerConfig.kvBlockIndexConfig.redisConfig is known but not yet available in \
-                 this version"
-                    .to_owned(),
-            ));
-        }
         let mut index = IndexSettings::default();
-        if let Some(cost_aware) = block_index.cost_aware_memory_config
+        if let Some(cost_aware) = &block_index.cost_aware_memory_config
             && !cost_aware.size.is_empty()
         {
             index.max_bytes = bytes(&cost_aware.size).ok_or_else(|| {
@@ -170,6 +184,12 @@ impl Raw {
                 .map(|backend| (backend.name.to_lowercase(), backend.weight))
                 .collect();
         }
+        // A configured size wins over a server, as the contract has it.
+        let redis = block_index.redis_config.as_ref();
+        let redis = redis.filter(|_| block_index.cost_aware_memory_config.is_none());
+        let shared = redis
+            .map(|redis| shared(redis, processor, &index.tier_weights))
+            .transpose()?;
         let events = self.kv_events_config;
         if !matches!(events.engine_type.as_str(), "" | "vllm" | "sglang") {
             return invalid(format!(
@@ -177,13 +197,15 @@ impl Raw {
                 events.engine_type
             ));
         }
-        if !events.zmq_endpoint.is_empty() {
-            return Err(PluginError::Invalid(
-                "kvEventsConfig.zmqEndpoint (engines connect to the picker) is known but not yet \
-                 available in this version"
-                    .to_owned(),
-            ));
-        }
+        let listen = match events.zmq_endpoint.as_str() {
+            "" => None,
+            text => Some(listen_address(text).ok_or_else(|| {
+                ParamError(format!(
+                    "kvEventsConfig.zmqEndpoint: {text:?} is no address to listen on such as \
+                     tcp://*:5557"
+                ))
+            })?),
+        };
         let pods = events.pod_discovery_config;
         let port = |name: &str, value: i64| {
             u16::try_from(value).map_err(|_| {
@@ -209,10 +231,72 @@ impl Raw {
         let ttl = if ttl.is_zero() { DEFAULT_TTL } else { ttl };
         Ok(Settings {
             index,
-            dial: events.discover_pods.then_some((live, replay)),
+            // Engines that connect to us do not listen, so both ways are used only when both are asked for.
+            dial: events
+                .discover_pods
+                .unwrap_or(listen.is_none())
+                .then_some((live, replay)),
+            shared,
+            listen,
+            enable_metrics: block_index.enable_metrics,
             speculative_ttl: self.speculative_indexing.then_some(ttl),
         })
     }
+}
+
+/// Where the shared index is, and how its keys are made.
+fn shared(
+    redis: &Redis,
+    processor: &TokenProcessor,
+    tier_weights: &[(String, f64)],
+) -> Result<SharedSettings, ParamError> {
+    const FIELD: &str = "indexerConfig.kvBlockIndexConfig.redisConfig";
+    if !matches!(redis.backend_type.as_str(), "" | "redis" | "valkey") || redis.enable_rdma {
+        return Err(ParamError(format!(
+            "{FIELD}: backendType is redis or valkey, and RDMA is not available"
+        )));
+    }
+    let address = match redis.address.as_str() {
+        "" => DEFAULT_REDIS,
+        address => address,
+    };
+    let algorithm = match processor.hash_algorithm.as_str() {
+        "xxh64" => Algorithm::Xxh64,
+        _ => Algorithm::CborFnv,
+    };
+    let sizes = [processor.block_size_tokens, processor.block_size];
+    let size = sizes.into_iter().find(|size| *size != 0);
+    let size = size.unwrap_or(DEFAULT_BLOCK_TOKENS);
+    let block_tokens = usize::try_from(size).map_err(|_| {
+        ParamError(format!(
+            "tokenProcessorConfig.blockSizeTokens: {size} is below 0"
+        ))
+    })?;
+    let settings = SharedSettings {
+        address: address.to_owned(),
+        scheme: KeyScheme::new(algorithm, &processor.hash_seed, block_tokens),
+        tier_weights: tier_weights.to_vec(),
+    };
+    match SharedIndex::new(&settings) {
+        Ok(_) => Ok(settings),
+        Err(error) => Err(ParamError(format!("{FIELD}.address: {error}"))),
+    }
+}
+
+/// `tcp://` with an address of this machine, `*` for all of them, and a port.
+fn listen_address(text: &str) -> Option<SocketAddr> {
+    let (host, port) = text.strip_prefix("tcp://")?.rsplit_once(':')?;
+    let port = port.parse().ok()?;
+    let ip = match host {
+        "*" => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        host => host
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .parse()
+            .ok()?,
+    };
+    Some(SocketAddr::new(ip, port))
 }
 
 /// A size as `2GiB`, `500MB` or `1048576`.
@@ -264,8 +348,37 @@ mod tests {
     }
 
     #[test]
+    fn engines_connect_to_us_or_are_dialled_or_both() {
+        let ways = |text: &str| {
+            let events = format!(r#"{{"kvEventsConfig": {text}}}"#);
+            let settings = read(&events).unwrap();
+            (
+                settings.listen.map(|address| address.to_string()),
+                settings.dial,
+            )
+        };
+        let at = |address: &str| Some(address.to_owned());
+        assert_eq!(
+            ways(r#"{"zmqEndpoint": "tcp://*:5557"}"#),
+            (at("0.0.0.0:5557"), None)
+        );
+        assert_eq!(
+            ways(r#"{"zmqEndpoint": "tcp://[::]:6000", "discoverPods": false}"#),
+            (at("[::]:6000"), None)
+        );
+        assert_eq!(
+            ways(r#"{"zmqEndpoint": "tcp://127.0.0.1:1", "discoverPods": true}"#),
+            (at("127.0.0.1:1"), Some((5557, 0)))
+        );
+    }
+
+    #[test]
     fn errors_name_the_parameter() {
         for (text, error) in [
+            (
+                r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"address": "rediss://h"}}}}"#,
+                "redisConfig.address: TLS to the shared index is not available",
+            ),
             (
                 r#"{"tokenProcessorConfig": {"hashAlgorithm": "md5"}}"#,
                 "tokenProcessorConfig.hashAlgorithm: \"md5\" is neither cbor-fnv nor xxh64",
@@ -281,6 +394,10 @@ mod tests {
             (
                 r#"{"kvEventsConfig": {"podDiscoveryConfig": {"socketPort": 70000}}}"#,
                 "kvEventsConfig.podDiscoveryConfig.socketPort: 70000 is no port",
+            ),
+            (
+                r#"{"kvEventsConfig": {"zmqEndpoint": "ipc:///run/events"}}"#,
+                "kvEventsConfig.zmqEndpoint: \"ipc:///run/events\" is no address to listen on such as tcp://*:5557",
             ),
             (
                 r#"{"indexerConfig": {"kvBlockIndexConfig": {"costAwareMemoryConfig": {"size": "2 apples"}}}}"#,

@@ -1,9 +1,11 @@
 use bytes::Bytes;
 use serde_json::json;
 
+use super::super::model::variables;
 use super::super::tokenizer::tests::directory;
 use super::*;
-use crate::request::Payload;
+use crate::request::{Body, Payload};
+use minijinja::Value;
 
 fn settings() -> Settings {
     Settings {
@@ -249,7 +251,18 @@ fn fields_of_a_request_win_over_template_options() {
     let json = serde_json::to_string(&context).unwrap();
     assert_eq!(
         json,
-        r#"{"eos_token":"</s>","reasoning_effort":"high","thinking":true}"#
+        r#"{"eos_token":"</s>","reasoning_effort":"high","thinking":true,"enable_thinking":true}"#
+    );
+    // As vLLM 0.32 does, unless the request says otherwise.
+    let body: Value = serde_json::from_str(
+        r#"{"chat_template_kwargs":{"enable_thinking":true},"reasoning_effort":"none"}"#,
+    )
+    .unwrap();
+    let context = Value::from_pairs(variables(&[], &body).unwrap());
+    let json = serde_json::to_string(&context).unwrap();
+    assert_eq!(
+        json,
+        r#"{"enable_thinking":true,"reasoning_effort":"none"}"#
     );
 }
 
@@ -272,6 +285,88 @@ async fn reload_keeps_the_old_models_when_the_new_ones_are_broken() {
         ids(&service, ApiKind::Completions, body).await.unwrap(),
         [[591, 3105]]
     );
+}
+
+/// Waits for what a watcher does, at most ten seconds.
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    for _ in 0..1000 {
+        if done() {
+            return;
+        }
+        #[expect(clippy::disallowed_methods, reason = "the watcher has a real clock")]
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{what} did not happen");
+}
+
+#[tokio::test]
+async fn changed_files_are_taken_into_use_and_broken_ones_are_not() {
+    let copy = tempfile::tempdir().unwrap();
+    let path = |name: &str| copy.path().join(name);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(directory().join(name), path(name)).unwrap();
+    }
+    let mut settings = settings();
+    settings.models[0].directory = copy.path().to_owned();
+    settings.poll = Some(Duration::from_millis(5));
+    let service = TokenService::load(settings).unwrap();
+    let chat = json!({"messages": [{"role": "user", "content": "The port"}]});
+    let before = ids(&service, ApiKind::ChatCompletions, &chat)
+        .await
+        .unwrap();
+    let count =
+        |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+    let stale = || {
+        let gauge = &service.stats().stale_models;
+        gauge.load(std::sync::atomic::Ordering::Relaxed)
+    };
+
+    // A template that appears is a change, replaced whole by a rename as deployments do.
+    std::fs::write(path("new"), "{{ messages[0].content }}").unwrap();
+    std::fs::rename(path("new"), path("chat_template.jinja")).unwrap();
+    wait_for("the reload", || count(&service.stats().reloads) == 1);
+    let after = ids(&service, ApiKind::ChatCompletions, &chat)
+        .await
+        .unwrap();
+    assert_eq!(after, [[591, 3105]]);
+    assert_ne!(before, after);
+
+    std::fs::write(path("chat_template.jinja"), "{% broken").unwrap();
+    wait_for("the failure", || {
+        count(&service.stats().reload_failures) == 1
+    });
+    assert_eq!(stale(), 1);
+    let state = &service.models()[0];
+    assert!(state.loaded);
+    let error = state.error.clone().unwrap();
+    assert!(error.starts_with("chat template:"), "{error}");
+    let kept = ids(&service, ApiKind::ChatCompletions, &chat)
+        .await
+        .unwrap();
+    assert_eq!(kept, [[591, 3105]]);
+
+    std::fs::remove_file(path("chat_template.jinja")).unwrap();
+    wait_for("the return", || count(&service.stats().reloads) == 2);
+    assert_eq!(stale(), 0);
+    assert_eq!(service.models()[0].error, None);
+    let back = ids(&service, ApiKind::ChatCompletions, &chat)
+        .await
+        .unwrap();
+    assert_eq!(back, before);
+}
+
+#[test]
+fn a_running_service_can_be_found_by_its_name() {
+    let service = Arc::new(service());
+    service.publish("found by its name");
+    let found = || {
+        let list = published();
+        list.into_iter()
+            .find(|(name, _)| name == "found by its name")
+    };
+    assert!(found().is_some_and(|(_, found)| Arc::ptr_eq(&found, &service)));
+    drop(service);
+    assert!(found().is_none());
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 /// A conjunction of requirements; empty matches everything.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Selector(Vec<Requirement>);
+pub struct Selector(Vec<Requirement>);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Requirement {
@@ -25,14 +25,14 @@ enum Test {
 
 impl Selector {
     /// Reads the text form; an error says which requirement it is about.
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
+    pub fn parse(text: &str) -> Result<Self, String> {
         let parts = split_outside_parentheses(text);
         let requirements = parts.into_iter().map(Requirement::parse);
         requirements.collect::<Result<_, _>>().map(Self)
     }
 
     /// True when all requirements hold.
-    pub(super) fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
+    pub fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
         self.0.iter().all(|requirement| requirement.holds(labels))
     }
 }

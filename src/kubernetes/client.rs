@@ -1,0 +1,169 @@
+//! The connection to the API server: where it is, who we are, and its patience.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+
+/// How long connecting to the API server may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Set in every pod; tells that the service account's files are there.
+const IN_CLUSTER: &str = "KUBERNETES_SERVICE_HOST";
+/// Namespace of a process that was told none.
+pub const DEFAULT_NAMESPACE: &str = "default";
+
+/// Where to find the API server, when not where Kubernetes says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClientOptions {
+    /// A kubeconfig file, before anything else.
+    pub kubeconfig: Option<PathBuf>,
+    /// Its context, instead of the current one.
+    pub context: Option<String>,
+}
+
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Neither a kubeconfig nor a service account.
+    #[error(
+        "no Kubernetes API server: not in a pod ({IN_CLUSTER} is not set), KUBECONFIG is not set and there is no ~/.kube/config"
+    )]
+    NotFound,
+    /// A kubeconfig that cannot be used.
+    #[error("kubeconfig {path}: {error}")]
+    Kubeconfig {
+        /// Where it was read from.
+        path: String,
+        /// What is wrong with it.
+        error: kube::config::KubeconfigError,
+    },
+    /// The files of the service account cannot be used.
+    #[error("service account: {0}")]
+    InCluster(#[from] kube::config::InClusterError),
+    /// The configuration was read, but no client can be made of it.
+    #[error("Kubernetes client: {0}")]
+    Client(#[from] kube::Error),
+}
+
+/// A client of the API server, in the order of the reference's library: the given kubeconfig, the one
+/// named by `KUBECONFIG`, the service account of a pod, `~/.kube/config`. Nothing is sent yet. The
+/// service account's token and CA are read again as they are rotated.
+pub async fn client(options: &ClientOptions) -> Result<Client, ClientError> {
+    connect(config(options).await?)
+}
+
+/// What [`client`] would use.
+pub async fn config(options: &ClientOptions) -> Result<Config, ClientError> {
+    if let Some(path) = &options.kubeconfig {
+        return from_file(path, options).await;
+    }
+    if let Some(paths) = variable("KUBECONFIG") {
+        let refuse = |error| ClientError::Kubeconfig {
+            path: paths.clone(),
+            error,
+        };
+        // May be a list of files, which are merged.
+        if let Some(merged) = Kubeconfig::from_env().map_err(refuse)? {
+            return chosen(merged, options).await.map_err(refuse);
+        }
+    }
+    if variable(IN_CLUSTER).is_some() {
+        return Ok(Config::incluster()?);
+    }
+    let home = variable("HOME").map(|home| Path::new(&home).join(".kube/config"));
+    match home.filter(|path| path.exists()) {
+        Some(path) => from_file(&path, options).await,
+        None => Err(ClientError::NotFound),
+    }
+}
+
+/// A client for `config`. It does not retry by itself: whoever asks knows whether and when to ask
+/// again, and counts the failures.
+pub fn connect(mut config: Config) -> Result<Client, ClientError> {
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    config.default_retry = false;
+    Ok(Client::try_from(config)?)
+}
+
+async fn from_file(path: &Path, options: &ClientOptions) -> Result<Config, ClientError> {
+    let refuse = |error| ClientError::Kubeconfig {
+        path: path.display().to_string(),
+        error,
+    };
+    let read = Kubeconfig::read_from(path).map_err(refuse)?;
+    chosen(read, options).await.map_err(refuse)
+}
+
+async fn chosen(
+    read: Kubeconfig,
+    options: &ClientOptions,
+) -> Result<Config, kube::config::KubeconfigError> {
+    let choice = KubeConfigOptions {
+        context: options.context.clone(),
+        ..KubeConfigOptions::default()
+    };
+    Config::from_custom_kubeconfig(read, &choice).await
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// True for a name that Kubernetes gives to namespaces and to most objects: an RFC 1123 label, dots
+/// between labels allowed when `dotted`.
+pub fn is_object_name(text: &str, dotted: bool) -> bool {
+    let is_label = |label: &str| {
+        let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        !label.is_empty()
+            && label.bytes().all(inner)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if dotted {
+        text.len() <= 253 && text.split('.').all(is_label)
+    } else {
+        text.len() <= 63 && is_label(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_given_kubeconfig_is_read_and_a_broken_one_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config");
+        let text = "apiVersion: v1\nkind: Config\ncurrent-context: a\ncontexts:\n- {name: a, context: {cluster: c, user: u, namespace: models}}\n- {name: b, context: {cluster: d, user: u}}\nclusters:\n- {name: c, cluster: {server: \"http://127.0.0.1:1\"}}\n- {name: d, cluster: {server: \"http://127.0.0.1:2\"}}\nusers:\n- {name: u, user: {token: t}}\n";
+        std::fs::write(&path, text).unwrap();
+        let mut options = ClientOptions {
+            kubeconfig: Some(path.clone()),
+            context: None,
+        };
+        let current = config(&options).await.unwrap();
+        assert_eq!(current.cluster_url, "http://127.0.0.1:1/");
+        assert_eq!(current.default_namespace, "models");
+        options.context = Some("b".to_owned());
+        let other = config(&options).await.unwrap();
+        assert_eq!(other.cluster_url, "http://127.0.0.1:2/");
+        assert!(client(&options).await.is_ok());
+        std::fs::write(&path, "contexts: [").unwrap();
+        let error = client(&options).await.err().unwrap().to_string();
+        assert!(error.contains(path.to_str().unwrap()), "{error}");
+    }
+
+    #[test]
+    fn names_follow_the_kubernetes_rules() {
+        for good in ["a", "vllm-pool", "0", &"a".repeat(63)] {
+            assert!(is_object_name(good, false), "{good}");
+        }
+        for bad in ["", "A", "a.b", "-a", "a-", "a_b", "a/b", &"a".repeat(64)] {
+            assert!(!is_object_name(bad, false), "{bad}");
+        }
+        assert!(is_object_name("a.b-c", true) && is_object_name(&"a".repeat(64), true));
+        for bad in ["a..b", ".a", "a.", &"a.".repeat(127)] {
+            assert!(!is_object_name(bad, true), "{bad}");
+        }
+    }
+}
