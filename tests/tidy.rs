@@ -58,12 +58,19 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "doctor",
-        &["extproc", "kvcache", "kubernetes", "datalayer", "telemetry"],
+        "sidecar",
+        &[
+            "epp",
+            "kubernetes",
+            "request",
+            "datalayer",
+            "plugin",
+            "telemetry",
+        ],
     ),
     (
-        "sidecar",
-        &["epp", "request", "datalayer", "plugin", "telemetry"],
+        "doctor",
+        &["extproc", "kvcache", "kubernetes", "datalayer", "telemetry"],
     ),
     ("sim", &["telemetry"]),
     ("demo", &["telemetry"]),

@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
-use arc_swap::ArcSwap;
 use hashbrown::HashMap;
 
 use super::host_port::{HostPort, usual_spelling};
@@ -113,29 +112,43 @@ fn within(address: IpAddr, network: IpAddr, bits: u8) -> bool {
     }
 }
 
-/// The list that requests ask. Whoever follows the pool replaces it whole, so no request meets one
-/// that is still being filled.
+/// Somebody who knows at any moment which endpoints a pool has.
+pub trait Pool: std::fmt::Debug + Send + Sync {
+    /// Whether `target` is one of them.
+    fn has(&self, target: &HostPort) -> bool;
+}
+
+impl Pool for crate::kubernetes::AllowList {
+    /// The pool knows addresses; a name is not one of them.
+    fn has(&self, target: &HostPort) -> bool {
+        let address = target.host().parse::<IpAddr>();
+        address.is_ok_and(|address| self.contains((address, target.port()).into()))
+    }
+}
+
+/// Who may be called: those of a list, and those of a pool.
 #[derive(Debug)]
 pub struct AllowList {
-    current: ArcSwap<Targets>,
+    listed: Targets,
+    pool: Option<Box<dyn Pool>>,
 }
 
 impl AllowList {
-    /// A list that starts with `targets`.
-    pub fn new(targets: Targets) -> Self {
-        Self {
-            current: ArcSwap::from_pointee(targets),
-        }
+    /// Those of `listed` alone.
+    pub fn new(listed: Targets) -> Self {
+        Self { listed, pool: None }
     }
 
-    /// Replaces the list.
-    pub fn replace(&self, targets: Targets) {
-        self.current.store(targets.into());
+    /// And those of `pool`.
+    #[must_use]
+    pub fn with_pool(mut self, pool: Box<dyn Pool>) -> Self {
+        self.pool = Some(pool);
+        self
     }
 
     /// Whether a call may go to `target`.
     pub fn allows(&self, target: &HostPort) -> bool {
-        self.current.load().allows(target)
+        self.listed.allows(target) || self.pool.as_ref().is_some_and(|pool| pool.has(target))
     }
 }
 
@@ -180,10 +193,26 @@ mod tests {
         ] {
             assert!(!allows(bad), "{bad}");
         }
-        list.replace(Targets::default());
-        assert!(!allows("10.0.0.1:8000"), "an empty list allows nothing");
-        list.replace(Targets::anything());
-        assert!(allows("192.0.2.1:1"));
+        let none = AllowList::new(Targets::default());
+        assert!(!none.allows(&"10.0.0.1:8000".parse().unwrap()));
+        let all = AllowList::new(Targets::anything());
+        assert!(all.allows(&"192.0.2.1:1".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_pool_adds_to_the_list() {
+        #[derive(Debug)]
+        struct Fixed;
+        impl Pool for Fixed {
+            fn has(&self, target: &HostPort) -> bool {
+                target.to_string() == "10.9.0.1:8000"
+            }
+        }
+        let list = AllowList::new(Targets::listed(["10.0.0.1:8000"]).unwrap());
+        let list = list.with_pool(Box::new(Fixed));
+        let allows = |text: &str| list.allows(&text.parse().unwrap());
+        assert!(allows("10.0.0.1:8000") && allows("10.9.0.1:8000"));
+        assert!(!allows("10.9.0.1:8001"));
     }
 
     #[test]

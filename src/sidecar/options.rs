@@ -78,8 +78,6 @@ pub struct Pool {
     pub namespace: String,
     /// Its name.
     pub name: String,
-    /// API group.
-    pub group: String,
 }
 
 /// The routing proxy of a decode pod.
@@ -242,7 +240,7 @@ struct Flags {
         help_heading = "Protection"
     )]
     inference_pool: String,
-    /// API group of the pool
+    /// API group of the pool; while there is none in v1, one of the older group counts too
     #[arg(
         long,
         default_value = "inference.networking.k8s.io",
@@ -643,7 +641,6 @@ fn pool(text: &str, group: &str) -> Result<Option<Pool>, OptionsError> {
     Ok(Some(Pool {
         namespace: namespace.to_owned(),
         name: name.to_owned(),
-        group: group.to_owned(),
     }))
 }
 

@@ -20,6 +20,8 @@ use crate::datalayer::scrape::tls::client_config;
 use crate::datalayer::sources::HttpSource;
 use crate::epp::run::wait_for_signal;
 use crate::epp::tls;
+use crate::kubernetes;
+use crate::telemetry::server::{Explained, IndexView, Pages, Refusal};
 use crate::telemetry::{self, log};
 
 /// Runs the sidecar until SIGTERM or Ctrl-C.
@@ -48,7 +50,7 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
         max_idle_per_host: options.max_idle_per_host,
         tls: engine_tls(&options)?,
     };
-    let allowed = Arc::new(AllowList::new(targets(&options)?));
+    let allowed = Arc::new(allow_list(&options, &tasks, &stop).await?);
     let sidecar = Arc::new(Sidecar::new(
         options.settings.clone(),
         engines,
@@ -61,10 +63,11 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
             .await
             .with_context(|| format!("--metrics-port {port}"))?;
         let state: telemetry::server::PluginState = Arc::new(|| serde_json::json!({}));
+        let pages = Pages::new(exposition, state, Arc::new(NoIndex));
         tasks.spawn(telemetry::server::serve(
             listener,
-            exposition,
-            state,
+            None,
+            pages,
             stop.clone(),
         ));
     }
@@ -108,23 +111,38 @@ fn any(port: u16) -> SocketAddr {
     (Ipv4Addr::UNSPECIFIED, port).into()
 }
 
-fn targets(options: &SidecarOptions) -> anyhow::Result<Targets> {
+async fn allow_list(
+    options: &SidecarOptions,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) -> anyhow::Result<AllowList> {
     if !options.protect {
         tracing::warn!("SSRF protection is off: any host that a header names is called");
-        return Ok(Targets::anything());
+        return Ok(AllowList::new(Targets::anything()));
     }
-    match (&options.allowed_targets, &options.inference_pool) {
-        (Some(entries), _) => {
-            Targets::listed(entries.iter().map(String::as_str)).context("--allowed-targets")
-        }
-        (None, Some(_)) => {
-            bail!("--inference-pool is not yet available in this version: give --allowed-targets")
-        }
-        (None, None) => bail!(
-            "nothing says which endpoints may be called: give --allowed-targets, or \
-             --enable-ssrf-protection=false to believe every header"
-        ),
+    if options.allowed_targets.is_none() && options.inference_pool.is_none() {
+        bail!(
+            "nothing says which endpoints may be called: give --allowed-targets or \
+             --inference-pool, or --enable-ssrf-protection=false to believe every header"
+        );
     }
+    let entries = options.allowed_targets.iter().flatten();
+    let listed = Targets::listed(entries.map(String::as_str)).context("--allowed-targets")?;
+    let list = AllowList::new(listed);
+    let Some(pool) = &options.inference_pool else {
+        return Ok(list);
+    };
+    let client = kubernetes::client(&kubernetes::ClientOptions::default())
+        .await
+        .context("--inference-pool needs Kubernetes")?;
+    let members = kubernetes::AllowList::start(
+        client,
+        pool.namespace.clone(),
+        pool.name.clone(),
+        tasks,
+        stop.clone(),
+    );
+    Ok(list.with_pool(Box::new(members)))
 }
 
 fn listener_tls(
@@ -149,18 +167,42 @@ fn listener_tls(
 fn engine_tls(options: &SidecarOptions) -> anyhow::Result<[Option<Arc<ClientConfig>>; 3]> {
     let mut out = [None, None, None];
     let wanted = options.engine_tls.iter().zip(options.skip_verify);
-    for (slot, (wanted, insecure_skip_verify)) in out.iter_mut().zip(wanted) {
-        let source = HttpSource {
-            tls: *wanted,
-            insecure_skip_verify,
-            path: String::new(),
-            port: None,
-            use_node_address: false,
-            ca_cert_path: None,
-            client_pair: None,
-            interval: None,
-        };
-        *slot = client_config(&source).context("TLS towards engines")?;
+    for (slot, (wanted, skip_verify)) in out.iter_mut().zip(wanted) {
+        *slot = client_tls(*wanted, skip_verify)?;
     }
     Ok(out)
+}
+
+/// TLS towards engines of one stage, as towards their metrics.
+pub(super) fn client_tls(
+    wanted: bool,
+    insecure_skip_verify: bool,
+) -> anyhow::Result<Option<Arc<ClientConfig>>> {
+    let source = HttpSource {
+        tls: wanted,
+        insecure_skip_verify,
+        path: String::new(),
+        port: None,
+        use_node_address: false,
+        ca_cert_path: None,
+        client_pair: None,
+        interval: None,
+    };
+    client_config(&source).context("TLS towards engines")
+}
+
+/// The metrics port has a page about the block index, which is the picker's.
+struct NoIndex;
+
+impl IndexView for NoIndex {
+    fn totals(&self) -> serde_json::Value {
+        serde_json::json!({})
+    }
+
+    fn explain(&self, _: String, _: bytes::Bytes) -> Explained {
+        Box::pin(std::future::ready(Err(Refusal {
+            status: 404,
+            text: "a sidecar has no block index".to_owned(),
+        })))
+    }
 }

@@ -20,6 +20,7 @@ use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use tokio_rustls::rustls::ClientConfig;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -27,7 +28,7 @@ use super::allow_list::{AllowList, Targets};
 use super::engines::EngineSettings;
 use super::metrics::{SidecarMetrics, Stage};
 use super::proxy::Sidecar;
-use super::server::RankServer;
+use super::server::{ListenerTls, RankServer};
 use super::settings::Settings;
 
 /// Longest wait for a condition.
@@ -230,6 +231,17 @@ impl Running {
         settings: Settings,
         targets: Targets,
     ) -> Self {
+        Self::launch(model_server_port, settings, targets, None, None).await
+    }
+
+    /// With TLS on the listener, or towards the decode engine.
+    pub(super) async fn launch(
+        model_server_port: u16,
+        settings: Settings,
+        targets: Targets,
+        tls: ListenerTls,
+        decode_tls: Option<Arc<ClientConfig>>,
+    ) -> Self {
         let settings = Settings {
             model_server_port,
             model_server_host: "127.0.0.1".to_owned(),
@@ -239,14 +251,14 @@ impl Running {
         let engines = EngineSettings {
             connect_timeout: Duration::from_secs(5),
             max_idle_per_host: 16,
-            tls: [None, None, None],
+            tls: [None, None, decode_tls],
         };
         let allowed = Arc::new(AllowList::new(targets));
         let sidecar = Sidecar::new(settings, engines, allowed, metrics.clone());
         let server = Arc::new(RankServer {
             rank: 0,
             sidecar: Arc::new(sidecar),
-            tls: None,
+            tls,
             connections: TaskTracker::new(),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,6 +1,8 @@
-//! Routes, limits, headers and health.
+//! Routes, limits, headers, TLS and health.
 
+use super::super::run::client_tls;
 use super::*;
+use crate::epp::tls::{self, TlsOptions};
 
 #[tokio::test]
 async fn other_routes_pass_through() {
@@ -145,4 +147,38 @@ async fn http2_without_tls_is_understood() {
     let response = sender.send_request(request).await.unwrap();
     assert_eq!(response.status(), 200);
     assert_eq!(decode.only().path, CHAT);
+}
+
+#[tokio::test]
+async fn tls_is_spoken_on_both_sides() {
+    // A sidecar that reaches its engine over TLS, and an engine that is a sidecar with TLS.
+    let engine = Engine::start([Act::json(r#"{"a":1}"#)]).await;
+    let options = TlsOptions {
+        alpn: &[b"h2", b"http/1.1"],
+        ..TlsOptions::default()
+    };
+    let certificate = Arc::new(arc_swap::ArcSwap::from_pointee(
+        tls::load(&options).unwrap(),
+    ));
+    let behind = Running::launch(
+        engine.address.port(),
+        Settings::default(),
+        Targets::default(),
+        Some(certificate),
+        None,
+    )
+    .await;
+    let front = async |skip_verify| {
+        let decode = client_tls(true, skip_verify).unwrap();
+        let port = behind.address.port();
+        Running::launch(port, Settings::default(), Targets::default(), None, decode).await
+    };
+    let answer = front(true).await.ask(CHAT, &[], "{}").await;
+    assert_eq!(
+        (answer.status.as_u16(), answer.body.as_str()),
+        (200, r#"{"a":1}"#)
+    );
+    let answer = front(false).await.ask(CHAT, &[], "{}").await;
+    assert_eq!(answer.status, 503, "an unknown certificate is not believed");
+    assert_eq!(engine.seen().len(), 1);
 }
