@@ -53,6 +53,19 @@ impl CandidatePool {
             for candidate in &mut self.candidates {
                 candidate.refresh();
             }
+        } else if whole && self.whole {
+            // Of a large pool little changes at once: what stayed in its place costs no more than ever.
+            self.candidates.truncate(self.pool.len());
+            for (candidate, endpoint) in self.candidates.iter_mut().zip(self.pool.iter()) {
+                if Arc::ptr_eq(&candidate.endpoint, endpoint) {
+                    candidate.refresh();
+                } else {
+                    *candidate = Candidate::new(Arc::clone(endpoint));
+                }
+            }
+            let further = self.pool.iter().skip(self.candidates.len());
+            self.candidates
+                .extend(further.map(|endpoint| Candidate::new(Arc::clone(endpoint))));
         } else {
             self.candidates.clear();
             let admitted = self.pool.iter().filter(|endpoint| subset.admits(endpoint));
@@ -160,6 +173,19 @@ mod tests {
             names(kept.collect(&store, &Subset::Any)),
             ["10.0.0.2:1", "10.0.0.3:1"]
         );
+        // A list kept from one pool to the next follows it in order and length.
+        for pool in [
+            &["10.0.0.3:1", "10.0.0.2:1"][..],
+            &["10.0.0.3:1"],
+            &["10.0.0.3:1", "10.0.0.4:1", "10.0.0.2:1"],
+            &[],
+            &["10.0.0.2:1", "10.0.0.3:1"],
+        ] {
+            let lent = kept.take();
+            kept.put_back(lent);
+            replace(&store, pool);
+            assert_eq!(names(kept.collect(&store, &Subset::Any)), pool);
+        }
         // What a screener cut, or an overlapping request took, is collected anew.
         let mut lent = kept.take();
         lent.list.pop();

@@ -224,3 +224,82 @@ pub(super) fn headers_to_remove(
     }
     remove
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::rules::parse_file;
+    use crate::request::openai::OpenAiParser;
+    use std::sync::Arc;
+
+    const RULES: &str = "\
+kind: InferenceObjective
+metadata: {name: batch}
+spec: {priority: -3}
+---
+kind: InferenceModelRewrite
+metadata: {name: canary}
+spec: {rules: [{matches: [{model: {value: food}}], targets: [{modelRewrite: food-v2}]}]}
+";
+    const GENERIC: &str = "\
+kind: InferenceModelRewrite
+metadata: {name: any}
+spec: {rules: [{targets: [{modelRewrite: house}]}]}
+";
+
+    fn read(
+        rules: &str,
+        body: &'static str,
+        headers: &[(&str, &str)],
+    ) -> Result<Read, RequestError> {
+        let parsers = ParserSet::new([Arc::new(OpenAiParser) as Arc<dyn crate::request::Parser>]);
+        let mut lines = Headers::default();
+        lines.push(":path".to_owned(), Bytes::from_static(b"/v1/completions"));
+        for (name, value) in headers {
+            lines.push((*name).to_owned(), Bytes::copy_from_slice(value.as_bytes()));
+        }
+        let body: Body = [Bytes::from_static(body.as_bytes())].into_iter().collect();
+        let rules = parse_file(rules).unwrap();
+        let with = (&rules, &RefCell::default());
+        read_request(&parsers, lines, body, None, BodyKnowledge::Complete, with)
+    }
+
+    fn target(rules: &str, body: &'static str, headers: &[(&str, &str)]) -> String {
+        read(rules, body, headers).unwrap().request.target_model
+    }
+
+    #[test]
+    fn a_rewrite_for_the_incoming_model_comes_before_the_header() {
+        let food = r#"{"model":"food","prompt":"p"}"#;
+        let other = r#"{"model":"other","prompt":"p"}"#;
+        let header = [("x-llm-d-model-name-rewrite", "named")];
+        assert_eq!(target(RULES, food, &header), "food-v2");
+        assert_eq!(target(RULES, other, &header), "named");
+        assert_eq!(target(RULES, other, &[]), "other");
+        let read = read(RULES, food, &header).unwrap();
+        assert_eq!(read.rewritten_by, Some(("canary".to_owned(), true)));
+        assert_eq!(read.request.model, "food");
+    }
+
+    #[test]
+    fn a_generic_rewrite_gives_a_model_to_requests_without_one() {
+        let body = r#"{"prompt":"p"}"#;
+        assert_eq!(target(GENERIC, body, &[]), "house");
+        assert!(matches!(read(RULES, body, &[]), Err(RequestError::NoModel)));
+    }
+
+    #[test]
+    fn an_objective_gives_its_priority() {
+        let body = r#"{"model":"m","prompt":"p"}"#;
+        let priority = |name: &str, value: &str| {
+            read(RULES, body, &[(name, value)])
+                .unwrap()
+                .request
+                .priority
+        };
+        assert_eq!(priority("x-llm-d-inference-objective", "batch"), -3);
+        assert_eq!(priority("x-gateway-inference-objective", "batch"), -3);
+        assert_eq!(priority("x-llm-d-inference-objective", "unknown"), 0);
+        assert_eq!(priority("x-other", "batch"), 0);
+    }
+}

@@ -166,4 +166,80 @@ mod tests {
             assert!(!is_object_name(bad, true), "{bad}");
         }
     }
+
+    /// An API server that shows a certificate and wants a token, as genuine ones do.
+    #[tokio::test]
+    async fn the_servers_certificate_is_checked_and_the_token_sent() {
+        use base64::Engine;
+        use http_body_util::Full;
+        use hyper::service::service_fn;
+        use tokio_rustls::rustls::ServerConfig;
+        use tokio_rustls::rustls::crypto::ring;
+        use tokio_rustls::rustls::pki_types::PrivatePkcs8KeyDer;
+
+        let key = rcgen::KeyPair::generate().unwrap();
+        let names = vec!["127.0.0.1".to_owned()];
+        let certificate = rcgen::CertificateParams::new(names).unwrap();
+        let certificate = certificate.self_signed(&key).unwrap();
+        let config = ServerConfig::builder_with_provider(ring::default_provider().into())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![certificate.der().clone()],
+                PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
+            )
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let Ok(stream) = acceptor.accept(stream).await else {
+                    continue;
+                };
+                let service =
+                    service_fn(|request: http::Request<hyper::body::Incoming>| async move {
+                        let token = request.headers()[http::header::AUTHORIZATION].clone();
+                        let body = token.as_bytes().to_vec();
+                        Ok::<_, std::convert::Infallible>(http::Response::new(Full::new(
+                            bytes::Bytes::from(body),
+                        )))
+                    });
+                let io = hyper_util::rt::TokioIo::new(stream);
+                tokio::spawn(
+                    hyper::server::conn::http1::Builder::new().serve_connection(io, service),
+                );
+            }
+        });
+        let encode = |der: &[u8]| {
+            let base64 = base64::engine::general_purpose::STANDARD;
+            let text = base64.encode(der);
+            let pem = format!("-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n");
+            base64.encode(pem)
+        };
+        let stranger = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        let stranger = stranger
+            .self_signed(&rcgen::KeyPair::generate().unwrap())
+            .unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config");
+        for (ca, trusted) in [
+            (encode(certificate.der()), true),
+            (encode(stranger.der()), false),
+        ] {
+            let text = format!(
+                "apiVersion: v1\nkind: Config\ncurrent-context: a\ncontexts:\n- {{name: a, context: {{cluster: c, user: u}}}}\nclusters:\n- {{name: c, cluster: {{server: \"https://{address}\", certificate-authority-data: {ca}}}}}\nusers:\n- {{name: u, user: {{token: secret}}}}\n"
+            );
+            std::fs::write(&path, text).unwrap();
+            let options = ClientOptions {
+                kubeconfig: Some(path.clone()),
+                context: None,
+            };
+            let client = client(&options).await.unwrap();
+            let request = http::Request::get("/version").body(Vec::new()).unwrap();
+            let answer = client.request_text(request).await.ok();
+            assert_eq!(answer, trusted.then(|| "Bearer secret".to_owned()));
+        }
+    }
 }
