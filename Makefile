@@ -8,7 +8,7 @@ BIN := target/release/pinpod
 HELM_VERSION := v3.18.6
 HELM := .tools/helm
 
-.PHONY: build test test-real-vllm test-real-pd test-compose chart lint docs demo demo-full bench clean
+.PHONY: build test test-real-vllm test-real-pd test-compose chart lint docs demo demo-full bench bench-index clean
 
 build: ## the release binary
 	$(CARGO) build --release --locked
@@ -94,6 +94,11 @@ bench: build ## a cycle, a decision, a request against a no-op picker, idle scra
 	$(CARGO) bench --locked --bench decision
 	$(CARGO) bench --locked --bench extproc_stream
 	$(CARGO) bench --locked --bench extproc_stream -- --idle
+
+# A package of its own, whose peers need another tokio.
+bench-index: ## the exact index alone, then beside published ones; five minutes
+	$(CARGO) bench --locked --bench kv_index
+	$(CARGO) run --release --locked --manifest-path benches/peers/Cargo.toml --target-dir target/peers
 
 clean:
 	$(CARGO) clean

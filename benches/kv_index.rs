@@ -1,34 +1,43 @@
-//! The exact block index: events in, look-ups out, and what a million entries weigh.
+//! The exact block index alone: keys, wire bytes to index, and look-ups while writers work. `make
+//! bench-index` compares it with published ones.
 //!
 //! `cargo bench --bench kv_index`
-//!
-//! 64 endpoints hold 35 of 150 conversations each: 375 blocks they share, 75 of their own. Stores
-//! include hashing the tokens; removals come one block an event, as engines send them.
+
+#[path = "kv_index/messages.rs"]
+mod messages;
+#[allow(dead_code, reason = "the peers' bench uses all of it")]
+#[path = "kv_index/workload.rs"]
+mod workload;
+
+use std::fs::File;
+use std::hint::black_box;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use pinpod::datalayer::EndpointIndex;
 use pinpod::kvcache::block::{BlockHasher, BlockKey, KeySpace};
-use pinpod::kvcache::events::{Batch, Event, EventSink, Removed, Stored, StreamState};
+use pinpod::kvcache::events::wire::Scratch;
+use pinpod::kvcache::events::{EventSink, StreamState};
 use pinpod::kvcache::index::{EndpointWriter, IndexSettings, KvIndex, Lookup};
 use tokio::time::{Duration, Instant};
 
-const ENDPOINTS: u32 = 64;
-const GROUPS: u32 = 150;
-const GROUPS_EACH: u32 = 35;
-const SHARED: u32 = 375;
-const PRIVATE: u32 = 75;
-const BLOCK: u32 = 16;
-const LOOKUPS: u32 = 20_000;
-const LONG: u32 = 7500;
+use messages::{removals, store};
+use workload::{BLOCK, ENDPOINTS, GROUPS_EACH, Hashes, PRIVATE, SHARED, conversation, group_of};
+
 const SPACE: KeySpace<'static> = KeySpace {
     model: "m",
     lora: None,
     block_size: BLOCK,
 };
+const LOOKUPS: usize = 50_000;
+const WRITERS: usize = 8;
+/// Prompts that measurements go through in turn.
+const ASKED: u32 = 128;
 
 fn main() {
-    for same_hashes in [true, false] {
-        measure(same_hashes);
-    }
+    keys();
+    wire();
+    beside_writers();
 }
 
 #[expect(clippy::print_stdout, reason = "a bench reports on stdout")]
@@ -36,188 +45,236 @@ fn show(text: &str) {
     println!("{text}");
 }
 
-fn measure(same_hashes: bool) {
-    let before = resident_bytes();
-    let index = KvIndex::new(&IndexSettings::default(), BlockHasher::default());
-    let mut writers: Vec<_> = (0..ENDPOINTS)
-        .map(|e| index.writer(EndpointIndex(e), "m"))
-        .collect();
-    let entries = ENDPOINTS * GROUPS_EACH * (SHARED + PRIVATE);
-    let hashes = if same_hashes {
-        "same hashes everywhere"
-    } else {
-        "hashes of its own each"
-    };
-    show(&format!(
-        "{entries} entries, {ENDPOINTS} endpoints, {hashes}"
-    ));
-
-    let mut spent = Duration::ZERO;
-    for g in 0..GROUPS_EACH {
-        for (e, writer) in (0..).zip(&mut writers) {
-            writer.set_state(StreamState::Live);
-            spent += store(writer, e, group_of(e, g), SHARED + PRIVATE, same_hashes);
-        }
-    }
-    show(&format!("store: {:.0} ns a block", ns(spent, entries)));
-    let used = index.stats().used_bytes;
-    let grown = resident_bytes().saturating_sub(before);
-    let each = |bytes: usize| bytes as f64 / f64::from(entries);
-    show(&format!(
-        "memory: {:.1} bytes an entry estimated, {:.1} resident",
-        each(used),
-        each(grown)
-    ));
-
+/// Hashing prompts of 7,200 tokens.
+fn keys() {
+    let hasher = BlockHasher::default();
+    let prompts: Vec<_> = asked().map(|prompt| prompt.tokens).collect();
     let mut keys = Vec::new();
-    let (tokens, _) = prompt(0, group_of(0, 0), SHARED + PRIVATE, same_hashes);
-    index
-        .hasher()
-        .request_keys(&SPACE, &tokens, None, &[], &mut keys);
-    look(&index, &keys);
+    let mut times = Vec::new();
+    for tokens in prompts.iter().cycle().take(LOOKUPS) {
+        let start = Instant::now();
+        hasher.request_keys(&SPACE, black_box(tokens), None, &[], &mut keys);
+        times.push(start.elapsed());
+        black_box(&keys);
+    }
+    show(&format!("7,200 tokens to keys: {}", percentiles(times)));
+}
 
-    let (mut removed, mut stored) = (Duration::ZERO, Duration::ZERO);
-    for g in 0..GROUPS_EACH {
-        for (e, writer) in (0..).zip(&mut writers) {
-            removed += remove_tail(writer, e, group_of(e, g), same_hashes);
-            stored += store(writer, e, group_of(e, g), SHARED + PRIVATE, same_hashes);
+/// Conversations of all endpoints, in no order.
+fn asked() -> impl Iterator<Item = workload::Prompt> {
+    (0..ASKED).map(|n| {
+        let e = n * 29 % ENDPOINTS;
+        conversation(e, group_of(e, n % GROUPS_EACH), Hashes::Shared)
+    })
+}
+
+fn writers(index: &KvIndex) -> Vec<EndpointWriter> {
+    let writers = (0..ENDPOINTS).map(|e| {
+        let mut writer = index.writer(EndpointIndex(e), "m");
+        writer.set_state(StreamState::Live);
+        writer
+    });
+    writers.collect()
+}
+
+/// Message bytes to index: whole prompts, the blocks that 64 running requests fill in a step, single ones.
+fn wire() {
+    for hashes in [Hashes::Shared, Hashes::Own] {
+        let index = KvIndex::new(&IndexSettings::default(), BlockHasher::default());
+        let mut writers = writers(&index);
+        let mut scratch = Scratch::default();
+        let prompts: Vec<_> = (0..GROUPS_EACH)
+            .flat_map(|n| (0..ENDPOINTS).map(move |e| (e, group_of(e, n))))
+            .map(|(e, group)| (e, conversation(e, group, hashes)))
+            .collect();
+        let mut apply = |messages: &[(u32, Vec<u8>)]| {
+            let start = Instant::now();
+            for (e, message) in messages {
+                let Some(writer) = writers.get_mut(*e as usize) else {
+                    continue;
+                };
+                let decoded = scratch.decode(message, |batch| writer.apply(batch));
+                assert!(decoded.is_ok_and(|decoded| decoded.malformed + decoded.unknown == 0));
+            }
+            start.elapsed()
+        };
+        let whole: Vec<_> = prompts
+            .iter()
+            .map(|(e, prompt)| (*e, store([prompt.tail(0)])))
+            .collect();
+        let bytes: usize = whole.iter().map(|(_, message)| message.len()).sum();
+        let blocks = prompts.len() * (SHARED + PRIVATE) as usize;
+        show(&format!(
+            "wire, {hashes:?} hashes: {:.0} ns a block in messages of 450 ({} bytes a block)",
+            ns(apply(&whole), blocks),
+            bytes / blocks
+        ));
+        // The tails again, a block at a time: one event a message, then 64. Messages are made just before
+        // they are applied, so that they are where a socket leaves them: in the cache.
+        for events in [1, 64] {
+            let (mut removed, mut stored) = (Duration::ZERO, Duration::ZERO);
+            for (e, prompt) in &prompts {
+                removed += apply(&[(*e, removals(prompt.tail(SHARED).1))]);
+                let from: Vec<u32> = (SHARED..SHARED + PRIVATE).collect();
+                let one = |from: &u32| {
+                    let (tokens, hashes, parent) = prompt.tail(*from);
+                    (&tokens[..BLOCK as usize], &hashes[..1], parent)
+                };
+                let steps = from.chunks(events);
+                let again: Vec<_> = steps
+                    .map(|from| (*e, store(from.iter().map(one))))
+                    .collect();
+                stored += apply(&again);
+            }
+            let tails = prompts.len() * PRIVATE as usize;
+            show(&format!(
+                "wire, {hashes:?} hashes: {:.0} ns a one-block store, {events} a message; {:.0} ns \
+                 a removal, {PRIVATE} a message",
+                ns(stored, tails),
+                ns(removed, tails)
+            ));
         }
     }
-    let tails = ENDPOINTS * GROUPS_EACH * PRIVATE;
-    show(&format!(
-        "remove: {:.0} ns a block, one an event",
-        ns(removed, tails)
-    ));
-    show(&format!(
-        "store again: {:.0} ns a block",
-        ns(stored, entries)
-    ));
+}
 
+/// Look-ups of 450 blocks on all endpoints, first alone, then while eight threads apply removals and
+/// stores as fast as they can. Threads share the processors: a look-up during which the kernel took the
+/// processor away says nothing about the index, so those are told by the thread's count of time slices
+/// and left out of the last line. Waiting for a lock would count: a thread that waits is not left out by
+/// it until it sleeps, and look-ups never sleep.
+fn beside_writers() {
+    let index = KvIndex::new(&IndexSettings::default(), BlockHasher::default());
+    let mut writers = writers(&index);
+    let mut scratch = Scratch::default();
+    let mut churn: Vec<Vec<(Vec<u8>, Vec<u8>)>> = Vec::new();
     for (e, writer) in (0..).zip(&mut writers) {
-        store(writer, e, GROUPS, LONG - e * 10, same_hashes);
+        let mut own = Vec::new();
+        for n in 0..GROUPS_EACH {
+            let prompt = conversation(e, group_of(e, n), Hashes::Shared);
+            let message = store([prompt.tail(0)]);
+            let decoded = scratch.decode(&message, |batch| writer.apply(batch));
+            assert!(decoded.is_ok());
+            let (tail, names, parent) = prompt.tail(SHARED);
+            own.push((removals(names), store([(tail, names, parent)])));
+        }
+        churn.push(own);
     }
-    let (tokens, _) = prompt(0, GROUPS, LONG, same_hashes);
-    let start = Instant::now();
-    index
-        .hasher()
-        .request_keys(&SPACE, &tokens, None, &[], &mut keys);
-    show(&format!(
-        "hash: {:.1} ns a block",
-        ns(start.elapsed(), LONG)
-    ));
-    look(&index, &keys);
-    show("");
-}
+    let prompts: Vec<_> = asked()
+        .map(|prompt| {
+            let mut keys = Vec::new();
+            let hasher = index.hasher();
+            hasher.request_keys(&SPACE, &prompt.tokens, None, &[], &mut keys);
+            keys
+        })
+        .collect();
+    let (alone, _) = look(&index, &prompts);
+    show(&format!("look-ups of 450 blocks: {}", percentiles(alone)));
 
-/// Conversation number `n` of an endpoint.
-fn group_of(e: u32, n: u32) -> u32 {
-    (e * 7 + n) % GROUPS
-}
-
-/// Tokens and engine hashes of a conversation: shared blocks, then the endpoint's own.
-fn prompt(e: u32, group: u32, blocks: u32, same_hashes: bool) -> (Vec<u32>, Vec<u64>) {
-    let own_from = if group == GROUPS { blocks } else { SHARED };
-    let block = |i: u32| {
-        let owner = if i < own_from { 0 } else { e + 1 };
-        (u64::from(group) << 40 | u64::from(owner) << 20 | u64::from(i)) + 1
-    };
-    let tokens = (0..blocks).flat_map(|i| {
-        let seed = block(i);
-        (0..u64::from(BLOCK))
-            .map(move |t| u32::try_from((seed * 31 + t * seed) % 150_000).unwrap_or(0))
+    let stop = AtomicBool::new(false);
+    let applied = AtomicU64::new(0);
+    let (each, start) = (ENDPOINTS as usize / WRITERS, Instant::now());
+    let (all, whole) = std::thread::scope(|scope| {
+        for (writers, churn) in writers.chunks_mut(each).zip(churn.chunks(each)) {
+            let (stop, applied) = (&stop, &applied);
+            scope.spawn(move || work(writers, churn, stop, applied));
+        }
+        let times = look(&index, &prompts);
+        stop.store(true, Ordering::Relaxed);
+        times
     });
-    let seed = if same_hashes { 1 } else { u64::from(e) + 2 };
-    let hashes =
-        (0..blocks).map(|i| (block(i) * 0x9e37_79b9_7f4a_7c15).rotate_left(29) ^ (seed << 56));
-    (
-        tokens.collect(),
-        hashes
-            .map(|h| h.wrapping_mul(0xd6e8_feb8_6659_fd93))
-            .collect(),
+    let rate = applied.load(Ordering::Relaxed) as f64 / start.elapsed().as_secs_f64() / 1e6;
+    show(&format!(
+        "beside {WRITERS} writers ({rate:.1} million blocks a second): {}",
+        percentiles(all)
+    ));
+    show(&format!(
+        "  of these, not interrupted: {}",
+        percentiles(whole)
+    ));
+}
+
+/// Removes and stores tails in turn until told to stop.
+fn work(
+    writers: &mut [EndpointWriter],
+    churn: &[Vec<(Vec<u8>, Vec<u8>)>],
+    stop: &AtomicBool,
+    applied: &AtomicU64,
+) {
+    let mut scratch = Scratch::default();
+    let longest = churn.iter().map(Vec::len).max().unwrap_or(0);
+    for n in (0..longest).cycle() {
+        for (writer, messages) in writers.iter_mut().zip(churn) {
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            let Some((gone, again)) = messages.get(n) else {
+                continue;
+            };
+            for message in [gone, again] {
+                let decoded = scratch.decode(message, |batch| writer.apply(batch));
+                assert!(decoded.is_ok());
+            }
+            applied.fetch_add(2 * u64::from(PRIVATE), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Times of all look-ups, and of those that ran in one piece.
+fn look(index: &KvIndex, prompts: &[Vec<BlockKey>]) -> (Vec<Duration>, Vec<Duration>) {
+    let candidates: Vec<_> = (0..ENDPOINTS).map(EndpointIndex).collect();
+    let mut lookup = Lookup::new();
+    let slices = Slices::new();
+    let (mut all, mut whole) = (Vec::new(), Vec::new());
+    for keys in prompts.iter().cycle().take(LOOKUPS) {
+        let before = slices.count();
+        let start = Instant::now();
+        index.lookup(black_box(keys), &candidates, start, &mut lookup);
+        let took = start.elapsed();
+        let best = lookup.matches().iter().map(|found| found.blocks).max();
+        assert!(best >= Some(SHARED));
+        all.push(took);
+        if slices.count() == before {
+            whole.push(took);
+        }
+    }
+    (all, whole)
+}
+
+/// How often this thread was given a processor; always the same where the system does not say.
+struct Slices(Option<File>);
+
+impl Slices {
+    fn new() -> Self {
+        Self(File::open("/proc/thread-self/schedstat").ok())
+    }
+
+    fn count(&self) -> u64 {
+        let mut text = [0; 80];
+        let read = self.0.as_ref().map(|file| file.read_at(&mut text, 0));
+        let Some(Ok(read)) = read else {
+            return 0;
+        };
+        let text = std::str::from_utf8(&text[..read]).unwrap_or_default();
+        let last = text.split_ascii_whitespace().nth(2);
+        last.and_then(|n| n.parse().ok()).unwrap_or(0)
+    }
+}
+
+fn percentiles(mut times: Vec<Duration>) -> String {
+    times.sort_unstable();
+    let us = |share: usize| {
+        let at = times.get(times.len().saturating_sub(1) * share / 1000);
+        at.map_or(0.0, |time| time.as_secs_f64() * 1e6)
+    };
+    format!(
+        "p50 {:.2} us, p99 {:.2} us, p99.9 {:.2} us of {}",
+        us(500),
+        us(990),
+        us(999),
+        times.len()
     )
 }
 
-fn store(writer: &mut EndpointWriter, e: u32, group: u32, blocks: u32, same: bool) -> Duration {
-    let (tokens, hashes) = prompt(e, group, blocks, same);
-    let events = [Event::Stored(Stored {
-        hashes: &hashes,
-        parent: None,
-        tokens: &tokens,
-        block_size: BLOCK,
-        lora_name: None,
-        medium: "GPU",
-        extra_keys: None,
-        cache_salt: None,
-        group: Some(0),
-        kind: Some("full_attention"),
-    })];
-    apply(writer, &events)
-}
-
-/// Removes the endpoint's own blocks, last one first.
-fn remove_tail(writer: &mut EndpointWriter, e: u32, group: u32, same: bool) -> Duration {
-    let (_, hashes) = prompt(e, group, SHARED + PRIVATE, same);
-    let events: Vec<_> = hashes[SHARED as usize..]
-        .chunks(1)
-        .rev()
-        .map(|hashes| {
-            Event::Removed(Removed {
-                hashes,
-                medium: "GPU",
-                group: Some(0),
-            })
-        })
-        .collect();
-    apply(writer, &events)
-}
-
-fn apply(writer: &mut EndpointWriter, events: &[Event<'_>]) -> Duration {
-    let start = Instant::now();
-    writer.apply(&Batch {
-        ts: 0.0,
-        data_parallel_rank: None,
-        events,
-    });
-    start.elapsed()
-}
-
-/// Looks `keys` up on all endpoints.
-fn look(index: &KvIndex, keys: &[BlockKey]) {
-    let candidates: Vec<_> = (0..ENDPOINTS).map(EndpointIndex).collect();
-    let mut lookup = Lookup::new();
-    let mut times = Vec::new();
-    let mut best = 0;
-    for _ in 0..LOOKUPS {
-        let start = Instant::now();
-        index.lookup(keys, &candidates, start, &mut lookup);
-        times.push(start.elapsed());
-        best = lookup
-            .matches()
-            .iter()
-            .map(|found| found.blocks)
-            .max()
-            .unwrap_or(0);
-    }
-    times.sort_unstable();
-    let us = |share: usize| times[times.len() * share / 1000].as_secs_f64() * 1e6;
-    show(&format!(
-        "look-up of {} blocks, best match {best}: p50 {:.2} us, p99 {:.2} us",
-        keys.len(),
-        us(500),
-        us(990)
-    ));
-}
-
-fn ns(time: Duration, n: u32) -> f64 {
-    time.as_secs_f64() * 1e9 / f64::from(n)
-}
-
-/// Memory of the process; 0 where the system does not say.
-fn resident_bytes() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages = statm
-        .split(' ')
-        .nth(1)
-        .and_then(|pages| pages.parse::<usize>().ok());
-    pages.unwrap_or(0) * 4096
+fn ns(time: Duration, n: usize) -> f64 {
+    time.as_secs_f64() * 1e9 / n as f64
 }

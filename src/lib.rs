@@ -7,7 +7,8 @@
 //! Beside the path: [`datalayer`] (endpoints and what is scraped from them), [`kvcache`] (what every
 //! endpoint's KV cache holds), [`plugin`] (what all
 //! plugins share), [`config`] (`EndpointPickerConfig` to running plugins), [`telemetry`] (logs and
-//! metrics), [`kubernetes`] (the control plane), [`epp`] (the process). Separate rooms: [`sim`] (a stand-in for a vLLM pod), [`demo`].
+//! metrics), [`kubernetes`] (the control plane), [`epp`] (the process). Separate rooms: [`sidecar`]
+//! (the routing proxy of a decode pod), [`sim`] (a stand-in for a vLLM pod), [`demo`].
 
 pub mod cli;
 pub mod config;
@@ -23,5 +24,6 @@ pub mod plugin;
 pub mod request;
 pub mod response;
 pub mod scheduling;
+pub mod sidecar;
 pub mod sim;
 pub mod telemetry;

@@ -61,6 +61,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "doctor",
         &["extproc", "kvcache", "kubernetes", "datalayer", "telemetry"],
     ),
+    (
+        "sidecar",
+        &["epp", "request", "datalayer", "plugin", "telemetry"],
+    ),
     ("sim", &["telemetry"]),
     ("demo", &["telemetry"]),
 ];

@@ -9,6 +9,7 @@ mod index;
 mod noop;
 mod plugins;
 mod serve;
+mod sidecar;
 mod sim;
 mod tokenize;
 
@@ -37,6 +38,13 @@ enum Command {
     #[command(disable_help_flag = true)]
     Serve {
         /// Flags of the endpoint picker
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// The routing proxy of a decode pod (see `pinpod sidecar --help`)
+    #[command(disable_help_flag = true)]
+    Sidecar {
+        /// Flags of the sidecar
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
@@ -83,6 +91,7 @@ pub fn main() -> ExitCode {
     }
     match Cli::parse_from(arguments).command {
         Command::Serve { arguments } => serve::main(arguments),
+        Command::Sidecar { arguments } => sidecar::main(arguments),
         Command::Demo(args) => report(demo::run(&args)),
         Command::Sim(args) => report(sim::run(&args)),
         Command::CheckConfig(args) => report(check_config::run(&args)),

@@ -450,7 +450,7 @@ fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), Optio
 }
 
 /// `poolName` and `pool-name` alike.
-fn kebab(name: &str) -> String {
+pub(crate) fn kebab(name: &str) -> String {
     let mut out = String::with_capacity(name.len() + 4);
     for c in name.chars() {
         if c.is_ascii_uppercase() {
@@ -461,7 +461,7 @@ fn kebab(name: &str) -> String {
     out
 }
 
-fn go_bool(name: &str, text: &str) -> Result<bool, OptionsError> {
+pub(crate) fn go_bool(name: &str, text: &str) -> Result<bool, OptionsError> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
@@ -470,7 +470,7 @@ fn go_bool(name: &str, text: &str) -> Result<bool, OptionsError> {
 }
 
 /// A Kubernetes quantity in bytes; a trailing `B` is dropped, so that `10MiB` works.
-fn quantity(name: &str, text: &str) -> Result<usize, OptionsError> {
+pub(crate) fn quantity(name: &str, text: &str) -> Result<usize, OptionsError> {
     let body = text.trim().trim_end_matches(['B', 'b']);
     let digits = body
         .find(|c: char| !c.is_ascii_digit() && c != '.')
@@ -503,7 +503,7 @@ fn quantity(name: &str, text: &str) -> Result<usize, OptionsError> {
     }
 }
 
-fn list(text: &str) -> Vec<String> {
+pub(crate) fn list(text: &str) -> Vec<String> {
     text.split(',')
         .map(str::trim)
         .filter(|s| !s.is_empty())
@@ -642,7 +642,7 @@ impl TelemetryFlags {
         Ok(Some(TlsOptions {
             cert_path: Some((&self.metrics_cert_dir).into()),
             client_ca: ca.map(Into::into),
-            http1: true,
+            alpn: &[b"http/1.1"],
             ..TlsOptions::default()
         }))
     }
@@ -754,7 +754,7 @@ impl Flags {
     }
 }
 
-fn log_level(verbosity: i32, named: &str) -> Result<tracing::Level, OptionsError> {
+pub(crate) fn log_level(verbosity: i32, named: &str) -> Result<tracing::Level, OptionsError> {
     match named {
         "" => Ok(log::level(verbosity)),
         "debug" => Ok(tracing::Level::DEBUG),

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the TLS flags say.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct TlsOptions {
     /// Directory with `tls.crt` and `tls.key`; `None` makes a self-signed certificate.
     pub cert_path: Option<PathBuf>,
@@ -29,8 +29,21 @@ pub struct TlsOptions {
     pub cipher_suites: Vec<String>,
     /// CA file; clients must show a certificate of it. `None` asks for none.
     pub client_ca: Option<PathBuf>,
-    /// HTTP/1.1 instead of HTTP/2.
-    pub http1: bool,
+    /// Protocols offered, best first.
+    pub alpn: &'static [&'static [u8]],
+}
+
+impl Default for TlsOptions {
+    /// gRPC's: HTTP/2 alone.
+    fn default() -> Self {
+        Self {
+            cert_path: None,
+            min_version: String::new(),
+            cipher_suites: Vec::new(),
+            client_ca: None,
+            alpn: &[b"h2"],
+        }
+    }
 }
 
 /// The current server configuration; replaced by [`watch`].
@@ -53,8 +66,7 @@ pub fn load(options: &TlsOptions) -> anyhow::Result<ServerConfig> {
     let mut config = builder
         .with_single_cert(chain, key)
         .context("the certificate and its key do not fit together")?;
-    let protocol: &[u8] = if options.http1 { b"http/1.1" } else { b"h2" };
-    config.alpn_protocols = vec![protocol.to_vec()];
+    config.alpn_protocols = options.alpn.iter().map(|name| name.to_vec()).collect();
     Ok(config)
 }
 
@@ -291,7 +303,7 @@ mod tests {
         let path = directory.path().join("ca.crt");
         let options = TlsOptions {
             client_ca: Some(path.clone()),
-            http1: true,
+            alpn: &[b"http/1.1"],
             ..TlsOptions::default()
         };
         assert!(load(&options).is_err(), "no file");

@@ -119,7 +119,7 @@ const STRIDE: usize = 64;
 /// The first quote or backslash. Long runs of plain text are passed in strides that the compiler turns
 /// into vector compares; `memchr2` alone is no faster here, because under fat LTO its vector
 /// operations become calls (Rust 1.95).
-fn find_string_end(bytes: &[u8]) -> Option<usize> {
+pub(crate) fn find_string_end(bytes: &[u8]) -> Option<usize> {
     let plain = |stride: &&[u8]| {
         let special = |byte: &u8| u8::from(*byte == b'"') | u8::from(*byte == b'\\');
         stride.iter().fold(0, |any, byte| any | special(byte)) == 0
@@ -479,7 +479,7 @@ impl Scanner {
 }
 
 /// RFC 8259 number grammar.
-fn is_number(text: &[u8]) -> bool {
+pub(crate) fn is_number(text: &[u8]) -> bool {
     let digits = |t: &[u8]| t.iter().take_while(|b| b.is_ascii_digit()).count();
     let rest = text.strip_prefix(b"-").unwrap_or(text);
     let whole = digits(rest);

@@ -22,6 +22,36 @@ pub(super) enum Head<'a> {
     Ext,
 }
 
+/// An integer of at most 32 bits, within the eight bytes that begin with it.
+#[derive(Debug, Clone, Copy)]
+struct Small {
+    /// 0: something else.
+    bytes: usize,
+    shift: u32,
+    mask: u64,
+}
+
+impl Small {
+    const fn new(bytes: usize, shift: u32, mask: u64) -> Self {
+        Self { bytes, shift, mask }
+    }
+}
+
+/// By first byte, which of a small number is the number itself.
+static SMALL: [Small; 256] = {
+    let mut table = [Small::new(0, 0, 0); 256];
+    let (numbers, _) = table.split_at_mut(0x80);
+    let mut tag = 0;
+    while tag < numbers.len() {
+        numbers[tag] = Small::new(1, 56, 0x7f);
+        tag += 1;
+    }
+    table[0xcc] = Small::new(2, 48, 0xff);
+    table[0xcd] = Small::new(3, 40, 0xffff);
+    table[0xce] = Small::new(5, 24, 0xffff_ffff);
+    table
+};
+
 /// A position in a payload.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reader<'a> {
@@ -143,24 +173,29 @@ impl<'a> Reader<'a> {
 
     /// Steps over one value with all it holds. O(bytes skipped); depth costs nothing.
     pub(super) fn skip(&mut self) -> Result<(), Broken> {
-        let mut values: u64 = 1;
+        self.skip_values(1)
+    }
+
+    fn skip_values(&mut self, mut values: u64) -> Result<(), Broken> {
         while values > 0 {
             values -= 1;
-            values = values.saturating_add(match self.head()? {
-                Head::Array(n) => u64::from(n),
-                Head::Map(n) => u64::from(n) * 2,
-                _ => 0,
-            });
+            values = values.saturating_add(children(self.head()?));
         }
         Ok(())
     }
 
     /// One value as raw bytes.
     pub(super) fn raw(&mut self) -> Result<&'a [u8], Broken> {
+        Ok(self.value()?.1)
+    }
+
+    /// One value: its head, and all of it as raw bytes.
+    pub(super) fn value(&mut self) -> Result<(Head<'a>, &'a [u8]), Broken> {
         let before = self.rest;
-        self.skip()?;
+        let head = self.head()?;
+        self.skip_values(children(head))?;
         let n = before.len() - self.rest.len();
-        Ok(before.get(..n).unwrap_or_default())
+        Ok((head, before.get(..n).unwrap_or_default()))
     }
 
     /// Appends `n` integers below 2^32 to `out`. `Ok(false)`: one of them is something else, and the
@@ -169,30 +204,35 @@ impl<'a> Reader<'a> {
         // An element takes at least one byte: a header cannot make us reserve more than was sent.
         out.reserve((n as usize).min(self.rest.len()));
         for _ in 0..n {
-            let value = match *self.rest {
-                [0xcd, high, low, ref rest @ ..] => {
-                    self.rest = rest;
-                    u32::from(u16::from_be_bytes([high, low]))
-                }
-                [0xce, first, second, third, fourth, ref rest @ ..] => {
-                    self.rest = rest;
-                    u32::from_be_bytes([first, second, third, fourth])
-                }
-                [small @ 0..=0x7f, ref rest @ ..] => {
-                    self.rest = rest;
-                    u32::from(small)
-                }
-                _ => match self.head()? {
-                    Head::Uint(value) => match u32::try_from(value) {
-                        Ok(value) => value,
-                        Err(_) => return Ok(false),
-                    },
-                    _ => return Ok(false),
+            // Ids come in widths no processor can guess, so nothing branches on them.
+            if let Some(word) = self.rest.first_chunk::<8>()
+                && let [tag, ..] = *word
+                && let Some(small) = SMALL.get(usize::from(tag))
+                && small.bytes > 0
+            {
+                let value = u64::from_be_bytes(*word) >> small.shift & small.mask;
+                out.push(u32::try_from(value).unwrap_or(u32::MAX));
+                self.rest = self.rest.get(small.bytes..).unwrap_or_default();
+                continue;
+            }
+            match self.head()? {
+                Head::Uint(value) => match u32::try_from(value) {
+                    Ok(value) => out.push(value),
+                    Err(_) => return Ok(false),
                 },
-            };
-            out.push(value);
+                _ => return Ok(false),
+            }
         }
         Ok(true)
+    }
+}
+
+/// Values directly inside one.
+fn children(head: Head<'_>) -> u64 {
+    match head {
+        Head::Array(n) => u64::from(n),
+        Head::Map(n) => u64::from(n) * 2,
+        _ => 0,
     }
 }
 

@@ -158,7 +158,8 @@ enum Live {
 /// What to do with one replay request instead of answering it in full.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Flaw {
-    /// Numbers to leave out.
+    /// Numbers to leave out, but for the first of the answer, which a publisher never drops: its queue is
+    /// empty then.
     pub(super) without: Vec<u64>,
     /// Whether the end marker is lost.
     pub(super) no_end: bool,
@@ -344,8 +345,9 @@ async fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<
             stream.write_all(&[2]).await?;
             stream.write_all(&u64::MAX.to_be_bytes()).await?;
         }
+        let mut first = true;
         for (seq, hash) in kept {
-            if seq >= start && !flaw.without.contains(&seq) {
+            if seq >= start && (std::mem::take(&mut first) || !flaw.without.contains(&seq)) {
                 let bytes = payload(process, seq, hash, 0);
                 let frames = message(&[b"", b"topic", &seq.to_be_bytes(), &bytes]);
                 stream.write_all(&frames).await?;

@@ -154,7 +154,7 @@ impl Scratch {
             }
             Head::Map(n) => {
                 for _ in 0..n {
-                    let part = match reader.raw().map(Reader::new)?.head()? {
+                    let part = match reader.value()?.0 {
                         Head::Str(b"ts") => Some(Part::Ts),
                         Head::Str(b"events") => Some(Part::Events),
                         Head::Str(b"data_parallel_rank") => Some(Part::Rank),
@@ -189,8 +189,8 @@ impl Scratch {
             // A second list would mix its events with those of the first.
             Some(Part::Events) if parts.decoded.is_some() => return Err(WireError::NotABatch),
             Some(Part::Events) => parts.decoded = Some(self.scan_events(reader, events)?),
-            Some(Part::Ts) => parts.ts = float(reader.raw().map(Reader::new)?.head()?),
-            Some(Part::Rank) => parts.rank = small(reader.raw().map(Reader::new)?.head()?),
+            Some(Part::Ts) => parts.ts = float(reader.value()?.0),
+            Some(Part::Rank) => parts.rank = small(reader.value()?.0),
             None => reader.skip()?,
         }
         Ok(())
@@ -465,9 +465,9 @@ impl<'a> EventScan<'a, '_> {
         let mut fields = Fields::default();
         for _ in 0..n {
             // A key may be any value, a container too.
-            let slot = match Reader::new(self.reader.raw()?).head()? {
+            let slot = match self.reader.value()?.0 {
                 Head::Str(b"type") => {
-                    tag = match Reader::new(self.reader.raw()?).head()? {
+                    tag = match self.reader.value()?.0 {
                         Head::Str(tag) => Some(tag),
                         _ => None,
                     };
@@ -490,8 +490,7 @@ impl<'a> EventScan<'a, '_> {
             Slot::Hashes => fields.hashes = self.hash_list()?,
             Slot::Tokens => fields.tokens = self.token_list()?,
             _ => {
-                let raw = self.reader.raw()?;
-                let head = Reader::new(raw).head()?;
+                let (head, raw) = self.reader.value()?;
                 fields.set(slot, head, raw);
             }
         }

@@ -1,0 +1,166 @@
+//! Wiring of the process, and shutdown.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use arc_swap::ArcSwap;
+use tokio::net::TcpListener;
+use tokio_rustls::rustls::ClientConfig;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::allow_list::{AllowList, Targets};
+use super::engines::EngineSettings;
+use super::metrics::SidecarMetrics;
+use super::options::SidecarOptions;
+use super::proxy::Sidecar;
+use super::server::{ListenerTls, RankServer};
+use crate::datalayer::scrape::tls::client_config;
+use crate::datalayer::sources::HttpSource;
+use crate::epp::run::wait_for_signal;
+use crate::epp::tls;
+use crate::telemetry::{self, log};
+
+/// Runs the sidecar until SIGTERM or Ctrl-C.
+pub fn run(options: SidecarOptions) -> anyhow::Result<()> {
+    log::install(options.log_format, options.log_level);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(options.workers)
+        .thread_name("sidecar")
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    runtime.block_on(serve(options))
+}
+
+async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
+    for warning in &options.warnings {
+        tracing::warn!("{warning}");
+    }
+    let exposition = telemetry::metrics::install()?;
+    let tasks = TaskTracker::new();
+    let connections = TaskTracker::new();
+    let (stop, cancel) = (CancellationToken::new(), CancellationToken::new());
+
+    let engines = EngineSettings {
+        connect_timeout: options.connect_timeout,
+        max_idle_per_host: options.max_idle_per_host,
+        tls: engine_tls(&options)?,
+    };
+    let allowed = Arc::new(AllowList::new(targets(&options)?));
+    let sidecar = Arc::new(Sidecar::new(
+        options.settings.clone(),
+        engines,
+        allowed,
+        SidecarMetrics::new(),
+    ));
+    let tls = listener_tls(&options, &tasks, &stop)?;
+    if let Some(port) = options.metrics_port {
+        let listener = TcpListener::bind(any(port))
+            .await
+            .with_context(|| format!("--metrics-port {port}"))?;
+        let state: telemetry::server::PluginState = Arc::new(|| serde_json::json!({}));
+        tasks.spawn(telemetry::server::serve(
+            listener,
+            exposition,
+            state,
+            stop.clone(),
+        ));
+    }
+    for rank in 0..options.settings.data_parallel_size {
+        let port = options
+            .settings
+            .port
+            .checked_add(rank)
+            .context("--port and --data-parallel-size run past 65535")?;
+        let listener = TcpListener::bind(any(port))
+            .await
+            .with_context(|| format!("listening on port {port}"))?;
+        let server = Arc::new(RankServer {
+            rank,
+            sidecar: Arc::clone(&sidecar),
+            tls: tls.clone(),
+            connections: connections.clone(),
+        });
+        tasks.spawn(server.serve(listener, stop.clone(), cancel.clone()));
+        tracing::info!(port, rank, tls = tls.is_some(), "serving");
+    }
+
+    wait_for_signal().await?;
+    tracing::info!(drain_timeout = ?options.drain_timeout, "draining");
+    stop.cancel();
+    connections.close();
+    tokio::select! {
+        () = connections.wait() => {}
+        () = tokio::time::sleep(options.drain_timeout) => {}
+        _ = wait_for_signal() => {}
+    }
+    cancel.cancel();
+    connections.wait().await;
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+/// All interfaces, as the reference listens.
+fn any(port: u16) -> SocketAddr {
+    (Ipv4Addr::UNSPECIFIED, port).into()
+}
+
+fn targets(options: &SidecarOptions) -> anyhow::Result<Targets> {
+    if !options.protect {
+        tracing::warn!("SSRF protection is off: any host that a header names is called");
+        return Ok(Targets::anything());
+    }
+    match (&options.allowed_targets, &options.inference_pool) {
+        (Some(entries), _) => {
+            Targets::listed(entries.iter().map(String::as_str)).context("--allowed-targets")
+        }
+        (None, Some(_)) => {
+            bail!("--inference-pool is not yet available in this version: give --allowed-targets")
+        }
+        (None, None) => bail!(
+            "nothing says which endpoints may be called: give --allowed-targets, or \
+             --enable-ssrf-protection=false to believe every header"
+        ),
+    }
+}
+
+fn listener_tls(
+    options: &SidecarOptions,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) -> anyhow::Result<ListenerTls> {
+    let Some(wanted) = &options.listener_tls else {
+        return Ok(None);
+    };
+    let shared = Arc::new(ArcSwap::from_pointee(tls::load(wanted)?));
+    if wanted.cert_path.is_some() {
+        tasks.spawn(tls::watch(
+            wanted.clone(),
+            Arc::clone(&shared),
+            stop.clone(),
+        ));
+    }
+    Ok(Some(shared))
+}
+
+fn engine_tls(options: &SidecarOptions) -> anyhow::Result<[Option<Arc<ClientConfig>>; 3]> {
+    let mut out = [None, None, None];
+    let wanted = options.engine_tls.iter().zip(options.skip_verify);
+    for (slot, (wanted, insecure_skip_verify)) in out.iter_mut().zip(wanted) {
+        let source = HttpSource {
+            tls: *wanted,
+            insecure_skip_verify,
+            path: String::new(),
+            port: None,
+            use_node_address: false,
+            ca_cert_path: None,
+            client_pair: None,
+            interval: None,
+        };
+        *slot = client_config(&source).context("TLS towards engines")?;
+    }
+    Ok(out)
+}
