@@ -2,19 +2,24 @@
 //! the real binary under the name `/app/epp`.
 //!
 //! Ports are the only thing changed, because several tests run at once: the flags that set them are
-//! appended, and the last of repeated flags counts. Endpoints come from a list, so that what is asked
-//! here is about the process and not about a cluster; the Kubernetes side has tests of its own.
+//! appended, and the last of repeated flags counts. Endpoints come from a list, but for the lines that
+//! elect a leader: those meet an API server of a few answers.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream;
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty};
+use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use pinpod::demo::processes::free_ports;
 use pinpod::doctor::grpc::{Channel, origin};
 use pinpod::extproc::proto::body_mutation::Mutation;
@@ -26,6 +31,7 @@ use pinpod::extproc::proto::{
     BodySendMode, HeaderMap, HeaderValue, HttpBody, HttpHeaders, ProcessingRequest,
     ProtocolConfiguration,
 };
+use serde_json::{Value, json};
 
 const EXT_PROC: &str = "envoy.service.ext_proc.v3.ExternalProcessor";
 
@@ -254,6 +260,200 @@ const CONSUMERS: &[Consumer] = &[
     },
 ];
 
+/// A cluster with one pool `demo` of one ready pod, in namespace `llm`: just what a picker asks for. Keeps
+/// the leases it is given.
+struct TinyCluster {
+    address: SocketAddr,
+    leases: Arc<Mutex<Vec<Value>>>,
+}
+
+impl TinyCluster {
+    async fn start() -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let cluster = Self {
+            address: listener.local_addr().unwrap(),
+            leases: Arc::default(),
+        };
+        let leases = Arc::clone(&cluster.leases);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let leases = Arc::clone(&leases);
+                let service = service_fn(move |request| answer(request, Arc::clone(&leases)));
+                let connection = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(TokioIo::new(stream), service);
+                tokio::spawn(connection);
+            }
+        });
+        cluster
+    }
+
+    fn kubeconfig(&self, directory: &Path) -> PathBuf {
+        let path = directory.join("kubeconfig");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\nclusters: [{{name: c, cluster: {{server: \"http://{}\"}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\n",
+            self.address
+        );
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+type Answer = http::Response<UnsyncBoxBody<Bytes, Infallible>>;
+
+async fn answer(
+    request: http::Request<hyper::body::Incoming>,
+    leases: Arc<Mutex<Vec<Value>>>,
+) -> Result<Answer, Infallible> {
+    let (head, body) = request.into_parts();
+    let path = head.uri.path().to_owned();
+    let watches = head.uri.query().is_some_and(|q| q.contains("watch=true"));
+    let list = |items: &[Value]| json!({"kind": "List", "metadata": {"resourceVersion": "1"}, "items": items});
+    let respond = |status: u16, value: &Value| {
+        let body = http_body_util::Full::new(Bytes::from(value.to_string()));
+        let response = http::Response::builder().status(status);
+        response.body(body.boxed_unsync()).unwrap()
+    };
+    if watches {
+        // Nothing ever changes.
+        let silence = stream::pending::<Result<hyper::body::Frame<Bytes>, Infallible>>();
+        let body = http_body_util::StreamBody::new(silence).boxed_unsync();
+        return Ok(http::Response::new(body));
+    }
+    let namespaced = "/namespaces/llm/";
+    let known = path.split_once(namespaced).map(|(_, rest)| rest);
+    let meta = |name: &str| {
+        json!({"name": name, "namespace": "llm", "uid": name, "resourceVersion": "1",
+               "labels": {"app": "vllm"}, "creationTimestamp": "2026-01-01T00:00:00Z"})
+    };
+    Ok(match known {
+        Some("inferencepools") if path.starts_with("/apis/inference.networking.k8s.io/v1/") => {
+            let pool = json!({"metadata": meta("demo"), "spec": {
+                "selector": {"matchLabels": {"app": "vllm"}}, "targetPorts": [{"number": 9}],
+                "endpointPickerRef": {"name": "demo-epp", "port": {"number": 9002}}}});
+            respond(200, &list(&[pool]))
+        }
+        Some("pods") => {
+            let pod = json!({"metadata": meta("vllm-0"), "spec": {"containers": []}, "status": {
+                "podIP": "127.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]}});
+            respond(200, &list(&[pod]))
+        }
+        Some(rest) if rest.starts_with("leases") => {
+            let body = body.collect().await.unwrap().to_bytes();
+            match serde_json::from_slice::<Value>(&body) {
+                Ok(mut lease) => {
+                    let mut held = leases.lock();
+                    lease["metadata"]["resourceVersion"] = json!((held.len() + 1).to_string());
+                    held.push(lease.clone());
+                    respond(if head.method == "POST" { 201 } else { 200 }, &lease)
+                }
+                Err(_) => match leases.lock().last() {
+                    Some(lease) => respond(200, lease),
+                    None => respond(404, &missing()),
+                },
+            }
+        }
+        _ => respond(404, &missing()),
+    })
+}
+
+fn missing() -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404, "message": "not found"})
+}
+
+/// The gateway chart's line with several replicas, the operator's with its own.
+const ELECTED: &[Consumer] = &[
+    Consumer {
+        name: "gateway chart, several replicas",
+        arguments: &[
+            "--pool-name",
+            "demo",
+            "--pool-namespace",
+            "llm",
+            "--pool-group",
+            "inference.networking.k8s.io",
+            "--zap-encoder",
+            "json",
+            "--config-file",
+            "@config",
+            "--grpc-health-port",
+            "9003",
+            "--tracing=false",
+            "--ha-enable-leader-election",
+            "--metrics-endpoint-auth=false",
+        ],
+        environment: &[
+            ("NAMESPACE", "llm"),
+            ("POD_NAME", "demo-epp-7d9f8c6b5-x2x9z"),
+        ],
+        config_file: Some(CHART_CONFIG),
+        probes: &["liveness", "readiness"],
+        tls: true,
+    },
+    Consumer {
+        name: "operator, the election asked for twice",
+        arguments: &[
+            "--pool-name",
+            "demo",
+            "--pool-namespace",
+            "llm",
+            "--zap-encoder",
+            "json",
+            "--grpc-port",
+            "9002",
+            "--grpc-health-port",
+            "9003",
+            "",
+            "",
+            "",
+            "",
+            "--ha-enable-leader-election",
+            "--ha-enable-leader-election",
+            "--config-text",
+            PRESET,
+        ],
+        environment: &[],
+        config_file: None,
+        probes: &["liveness", "readiness"],
+        tls: true,
+    },
+];
+
+#[tokio::test]
+async fn in_a_cluster_the_pool_is_followed_and_a_leader_elected() {
+    for consumer in ELECTED {
+        let cluster = TinyCluster::start().await;
+        let directory = tempfile::tempdir().unwrap();
+        let kubeconfig = cluster.kubeconfig(directory.path());
+        let environment = [("KUBECONFIG", kubeconfig.to_str().unwrap())];
+        let mut container = Container::launch(consumer, &["--drain-timeout=0s"], &environment);
+        for probe in consumer.probes {
+            container.wait_until(probe, ServingStatus::Serving).await;
+        }
+        let channel = Channel::connect(local(container.grpc), consumer.tls)
+            .await
+            .unwrap();
+        assert_eq!(destination(&channel).await, ENDPOINT, "{}", consumer.name);
+        let name = cluster.leases.lock()[0]["metadata"]["name"].clone();
+        assert_eq!(name, "epp-llm-demo.llm-d.ai", "{}", consumer.name);
+        // With an election unknown names are no service of ours.
+        let unknown = container
+            .health(container.health, false, "inference-extension")
+            .await;
+        assert_ne!(unknown, Some(ServingStatus::Serving), "{}", consumer.name);
+        // The lease is given up at once, for the next to take.
+        let pid = container.child.id().to_string();
+        Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+        for _ in 0..400 {
+            if container.child.try_wait().unwrap().is_some() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let last = cluster.leases.lock().last().unwrap()["spec"]["holderIdentity"].clone();
+        assert!(last.is_null() || last == "", "{}: {last}", consumer.name);
+    }
+}
+
 /// The binary as an image lays it out: `app/epp`.
 fn image(directory: &Path) -> PathBuf {
     let app = directory.join("app");
@@ -282,6 +482,15 @@ impl Drop for Container {
 
 impl Container {
     fn start(consumer: &Consumer, further: &[&str]) -> Self {
+        let endpoints = format!("--endpoints={ENDPOINT}");
+        let further: Vec<&str> = std::iter::once(endpoints.as_str())
+            .chain(further.iter().copied())
+            .collect();
+        Self::launch(consumer, &further, &[])
+    }
+
+    /// With nothing but its ports changed.
+    fn launch(consumer: &Consumer, further: &[&str], environment: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let epp = image(directory.path());
         let [grpc, health, metrics] = free_ports().unwrap();
@@ -304,11 +513,11 @@ impl Container {
                 format!("--grpc-port={grpc}"),
                 format!("--grpc-health-port={health}"),
                 format!("--metrics-port={metrics}"),
-                format!("--endpoints={ENDPOINT}"),
             ])
             .args(further)
             .env_clear()
             .envs(consumer.environment.iter().copied())
+            .envs(environment.iter().copied())
             // Of a read-only root nothing can be used but reading.
             .current_dir("/")
             .stdin(Stdio::null())

@@ -170,9 +170,7 @@ fn every_command_line_is_understood_and_every_pod_is_locked_down() {
         if container["command"].is_array() {
             continue;
         }
-        // Election needs a cluster, which this test has not.
-        let mut arguments = strings(&container["args"]);
-        arguments.retain(|a| a != "--ha-enable-leader-election");
+        let arguments = strings(&container["args"]);
         let mut options =
             options::parse(arguments).unwrap_or_else(|error| panic!("{file}: {error}"));
         // The pod's name is not here, but the pod is told it.
