@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::process::{program, run, text};
 
-async fn doctor(arguments: &[String]) -> Output {
+fn doctor(arguments: &[String]) -> Output {
     let arguments: Vec<String> = std::iter::once("doctor".to_owned())
         .chain(arguments.iter().cloned())
         .collect();
@@ -39,7 +39,7 @@ fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {
 async fn until_envoy_is_content(admin: u16) {
     for _ in 0..400 {
         let line = format!("--envoy-admin=127.0.0.1:{admin}");
-        if doctor(&[line]).await.status.success() {
+        if doctor(&[line]).status.success() {
             return;
         }
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
@@ -82,7 +82,7 @@ async fn an_installation_that_works_is_told_so_and_one_that_does_not_how_to_mend
         format!("--envoy-admin=127.0.0.1:{}", envoy.admin),
         sims.endpoints_flag(),
     ];
-    let well = doctor(&line).await;
+    let well = doctor(&line);
     assert_eq!(bad(&well), [], "{}", text(&well.stdout));
     assert_eq!(well.status.code(), Some(0));
     let document: Value = serde_json::from_slice(&well.stdout).unwrap();
@@ -120,7 +120,7 @@ async fn an_installation_that_works_is_told_so_and_one_that_does_not_how_to_mend
         format!("--kv-events-port={nobody}"),
         "--wait=500ms".to_owned(),
     ];
-    let ill = doctor(&line).await;
+    let ill = doctor(&line);
     assert_eq!(ill.status.code(), Some(1));
     let found = bad(&ill);
     for pair in pairs(&[
@@ -134,7 +134,7 @@ async fn an_installation_that_works_is_told_so_and_one_that_does_not_how_to_mend
     // The picker goes.
     picker.process.kill();
     let line = [format!("--picker=127.0.0.1:{}", picker.grpc)];
-    let gone = doctor(&line).await;
+    let gone = doctor(&line);
     assert_eq!(gone.status.code(), Some(1));
     let shown = text(&gone.stdout);
     assert!(shown.starts_with("ERROR    picker-port"), "{shown}");

@@ -682,8 +682,7 @@ async fn the_port_is_tls_unless_told_otherwise() {
     assert_eq!(container.health(container.grpc, false, "").await, None);
     let made = Channel::connect(local(container.grpc), true).await.unwrap();
     assert_eq!(made.certificates().len(), 1, "made at start");
-    let given = Container::start(&CONSUMERS[3], &[]);
-    let mut given = given;
+    let mut given = Container::start(&CONSUMERS[3], &[]);
     given.wait_until("readiness", ServingStatus::Serving).await;
     let shown = Channel::connect(local(given.grpc), true).await.unwrap();
     let name = b"svc-epp-service.llm.svc";
