@@ -94,9 +94,17 @@ impl HashAlgorithm {
         match (given, self) {
             (Some(seed), _) => seed.to_owned(),
             (None, Self::Sha256 | Self::Sha256Cbor) => DEFAULT_SEED.to_owned(),
-            (None, Self::Xxhash | Self::XxhashCbor) => (0..32)
-                .map(|_| format!("{:02x}", fastrand::u8(..)))
-                .collect(),
+            (None, Self::Xxhash | Self::XxhashCbor) => {
+                // 32 random bytes.
+                let part = || fastrand::u64(..);
+                format!(
+                    "{:016x}{:016x}{:016x}{:016x}",
+                    part(),
+                    part(),
+                    part(),
+                    part()
+                )
+            }
         }
     }
 }
