@@ -322,6 +322,7 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
+    #[expect(clippy::needless_pass_by_value, reason = "calls read better")]
     fn rewrite(name: &str, created: &str, rules: Value) -> NamedRewrite {
         NamedRewrite {
             name: name.to_owned(),

@@ -626,6 +626,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, clippy::type_complexity, reason = "a table")]
     fn each_mistake_is_named() {
         use Severity::{Error, Warning};
         let table: &[(usize, &str, &str, &[(Severity, &str)])] = &[

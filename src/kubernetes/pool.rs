@@ -68,6 +68,7 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
+    #[expect(clippy::needless_pass_by_value, reason = "calls read better")]
     fn read(spec: Value) -> Result<PoolSpec, String> {
         let pool = json!({"metadata": {"name": "p"}, "spec": spec});
         PoolSpec::read(&serde_json::from_value(pool).unwrap())

@@ -240,6 +240,7 @@ mod tests {
     use serde_json::{Value, json};
     use tokio_util::task::AbortOnDropHandle;
 
+    #[expect(clippy::needless_pass_by_value, reason = "calls read better")]
     fn object(group: &str, kind: &str, name: &str, spec: Value) -> Value {
         json!({
             "apiVersion": format!("{group}/v1alpha2"), "kind": kind,

@@ -403,7 +403,7 @@ impl Shared {
         let body = body
             .collect()
             .await
-            .map(|b| b.to_bytes())
+            .map(http_body_util::Collected::to_bytes)
             .unwrap_or_default();
         let query = decoded(head.uri.query().unwrap_or_default());
         // /api/v1/namespaces/default/pods[/name], /apis/group/version[/namespaces/default]/resource[/name]
@@ -413,10 +413,9 @@ impl Shared {
             ["apis", group, version, rest @ ..] => (format!("{group}/{version}"), rest),
             _ => return reply(404, &failure(404, "NotFound")),
         };
-        let rest = match rest {
-            ["namespaces", "default", rest @ ..] => rest,
-            rest => rest,
-        };
+        let rest = rest
+            .strip_prefix(&["namespaces", "default"])
+            .unwrap_or(rest);
         let (Some(resource), name) = (rest.first(), rest.get(1)) else {
             return reply(404, &failure(404, "NotFound"));
         };
@@ -486,6 +485,7 @@ impl State {
         )
     }
 
+    #[expect(clippy::disallowed_methods, reason = "a test's server")]
     fn watch(&mut self, resource: String, query: HashMap<String, String>) -> Reply {
         let (lines, receiver) = mpsc::unbounded_channel::<Line>();
         let from: u64 = query["resourceVersion"].parse().unwrap();

@@ -224,12 +224,11 @@ impl Exchange {
         let Some(limit) = limit else {
             return reading.await;
         };
-        match tokio::time::timeout(limit, reading).await {
-            Ok(answered) => answered,
-            Err(_) => {
-                self.sidecar.engines.metrics().failed(stage);
-                Err(CallError::Timeout(limit).into())
-            }
+        if let Ok(answered) = tokio::time::timeout(limit, reading).await {
+            answered
+        } else {
+            self.sidecar.engines.metrics().failed(stage);
+            Err(CallError::Timeout(limit).into())
         }
     }
 

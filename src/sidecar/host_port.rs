@@ -39,6 +39,7 @@ impl HostPort {
     }
 
     /// The same host at another port.
+    #[must_use]
     pub fn with_port(&self, port: u16) -> Self {
         Self {
             host: Arc::clone(&self.host),

@@ -330,6 +330,7 @@ struct Flags {
 }
 
 #[derive(Debug, Clone, clap::Args)]
+#[expect(clippy::struct_field_names, reason = "the names of the flags")]
 struct MoriIoFlags {
     /// Prefill engines write their blocks into the decode engine (with nixlv2)
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
@@ -645,7 +646,6 @@ fn pool(text: &str, group: &str) -> Result<Option<Pool>, OptionsError> {
 }
 
 impl Flags {
-    #[expect(clippy::too_many_lines, reason = "one field after the other")]
     fn validate(self, warnings: Vec<String>) -> Result<SidecarOptions, OptionsError> {
         let optional = |text: &str| Some(text.to_owned()).filter(|t| !t.is_empty());
         let ranks = self.data_parallel_size;

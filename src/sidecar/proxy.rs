@@ -72,7 +72,7 @@ impl Sidecar {
             return health::probe(self, &local).await;
         }
         let outcome = match Api::of(method, path) {
-            Some(api) => self.infer(api, rank, local, request, began).await,
+            Some(api) => Box::pin(self.infer(api, rank, local, request, began)).await,
             None => self.pass_through(&local, request).await,
         };
         outcome.unwrap_or_else(|refusal| {

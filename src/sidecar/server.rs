@@ -25,7 +25,7 @@ const MAX_CONNECTIONS: usize = 16_384;
 /// Time for a TLS handshake, and for the first bytes of a connection.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time to the next request's head, which for a kept connection is its idle time.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(300);
+const HEAD_TIMEOUT: Duration = Duration::from_mins(5);
 /// Longest request head.
 const MAX_HEAD_BYTES: u32 = 1 << 20;
 /// Streams of one HTTP/2 connection.

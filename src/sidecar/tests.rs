@@ -170,6 +170,7 @@ async fn play(
     let stream = |open: Arc<()>, pieces: Vec<String>, breaks: bool| {
         let (sender, mut receiver) = mpsc::channel(1);
         tokio::spawn(async move {
+            #[expect(clippy::no_effect_underscore_binding, reason = "held until the end")]
             let _open = open;
             for piece in pieces {
                 if piece == "..." {
@@ -208,6 +209,7 @@ async fn play(
             std::future::pending().await
         }
         Act::Hang => {
+            #[expect(clippy::no_effect_underscore_binding, reason = "held until the end")]
             let _open = open;
             std::future::pending().await
         }

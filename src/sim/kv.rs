@@ -2,7 +2,7 @@
 //!
 //! A block is held by running requests (counted) or free. Free blocks keep their content until they
 //! are taken: the free queue is in order of release, a request releases its blocks last to first, so
-//! the tail of a prompt is lost before its head. A hit takes a free block out of the queue. Several
+//! the tail of a prompt is lost before its head, and blocks without content go to the front. A hit takes a free block out of the queue. Several
 //! blocks may have the same content; it is lost with the last of them. One block is set aside, as
 //! vLLM's null block.
 //!
@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 
+use smallvec::SmallVec;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::events::Event;
@@ -182,17 +183,22 @@ impl BlockPool {
         }
     }
 
-    /// Gives up `blocks` of one request, last first.
+    /// Gives up `blocks` of one request, last first. Those without content are used next, those with
+    /// content when all others are.
     pub fn release(&mut self, blocks: &[BlockId]) {
+        let mut empty: SmallVec<[BlockId; 4]> = SmallVec::new();
         for &id in blocks.iter().rev() {
             let Some(block) = self.blocks.get_mut(id as usize) else {
                 continue;
             };
             block.references = block.references.saturating_sub(1);
-            if block.references == 0 {
-                self.append_free(id);
+            match (block.references, block.hash) {
+                (0, None) => empty.push(id),
+                (0, Some(_)) => self.append_free(id),
+                _ => {}
             }
         }
+        empty.iter().rev().for_each(|id| self.prepend_free(*id));
     }
 
     /// Forgets all content, unless a request holds blocks: then nothing changes, and it says so.
@@ -277,6 +283,19 @@ impl BlockPool {
             None => self.free_head = id,
         }
         self.free_tail = id;
+        self.free += 1;
+    }
+
+    fn prepend_free(&mut self, id: BlockId) {
+        let head = self.free_head;
+        if let Some(block) = self.blocks.get_mut(id as usize) {
+            (block.previous, block.next) = (NONE, head);
+        }
+        match self.blocks.get_mut(head as usize) {
+            Some(first) => first.previous = id,
+            None => self.free_tail = id,
+        }
+        self.free_head = id;
         self.free += 1;
     }
 

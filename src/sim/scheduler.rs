@@ -779,7 +779,7 @@ mod tests {
     #[test]
     fn a_recorded_run_out_of_blocks_gives_the_recorded_bytes() {
         use crate::sim::events::{HashForm, event::payload};
-        use crate::sim::fixtures::{hex, recording};
+        use crate::sim::fixtures::{hex, recording, unhex};
         use crate::sim::hash::{BlockHasher, Extras, HashAlgorithm};
         use crate::sim::work::Content;
 
@@ -843,7 +843,9 @@ mod tests {
             }
         }
         for (frame, events) in frames.iter().zip(&own) {
-            let time = frame["batch"][0].as_f64().unwrap();
+            // From the bytes: reading the decimal digits would round.
+            let time = &unhex(frame["payload_hex"].as_str().unwrap())[2..10];
+            let time = f64::from_be_bytes(time.try_into().unwrap());
             assert_eq!(
                 hex(&payload(time, events, 0, HashForm::Integer)),
                 frame["payload_hex"].as_str().unwrap(),

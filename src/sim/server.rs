@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::combinators::BoxBody;
@@ -449,7 +449,7 @@ impl Pod {
                     matches!(fault, Fault::ResetMidStream | Fault::DropMidResponse);
                 Ok(stream_reply(job))
             }
-            Ok(job) if fault == Fault::DropMidResponse => Ok(cut(whole_reply(job)
+            Ok(job) if fault == Fault::DropMidResponse => Ok(cut(&whole_reply(job)
                 .await
                 .into_body()
                 .collect()
@@ -599,13 +599,14 @@ fn rendered(chat: bool, model: &str, ids: &[u32], max_tokens: usize, salt: Optio
 }
 
 /// The first half of an answer, and then the end of the connection.
-fn cut(whole: Bytes) -> Response<Body> {
-    let half = whole.slice(..whole.len() / 2);
-    let frames = [
-        Ok(Frame::data(half)),
-        Err(io::Error::other("simulated fault")),
-    ];
-    let body = StreamBody::new(stream::iter(frames));
+fn cut(whole: &Bytes) -> Response<Body> {
+    let half = Frame::data(whole.slice(..whole.len() / 2));
+    let end = async {
+        // What came before an error goes out only if the error comes later.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        Err(io::Error::other("simulated fault"))
+    };
+    let body = StreamBody::new(stream::once(std::future::ready(Ok(half))).chain(stream::once(end)));
     let mut response = Response::new(BodyExt::boxed(body));
     let content_type = HeaderValue::from_static("application/json");
     response.headers_mut().insert(CONTENT_TYPE, content_type);

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde_json::json;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
@@ -64,8 +65,8 @@ fn resident_kib() -> u64 {
 
 fn shown(name: &str, mut micros: Vec<u64>) -> String {
     micros.sort_unstable();
-    let at = |share: f64| micros[((micros.len() - 1) as f64 * share) as usize];
-    let (half, most, last) = (at(0.5), at(0.99), at(1.0));
+    let at = |percent: usize| micros[(micros.len() - 1) * percent / 100];
+    let (half, most, last) = (at(50), at(99), at(100));
     format!(
         "{name}: {} samples, p50 {half} us, p99 {most} us, max {last} us",
         micros.len()
@@ -81,7 +82,6 @@ fn numbered(n: usize) -> serde_json::Value {
 /// Prints what README quotes. Each event gives a pod another label, every tenth one another life.
 #[test]
 #[ignore = "a measurement of ten seconds, to be run alone"]
-#[expect(clippy::print_stdout, reason = "a measurement")]
 fn five_thousand_pods_and_five_hundred_events_a_second() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -173,7 +173,7 @@ fn five_thousand_pods_and_five_hundred_events_a_second() {
     stop.cancel();
     let (listed, followed) = control.join().unwrap();
     let events = delays.micros.lock().clone();
-    assert!(events.len() as u32 >= EVENTS_PER_SECOND * SECONDS * 95 / 100);
+    assert!(events.len() >= (EVENTS_PER_SECOND * SECONDS) as usize * 95 / 100);
     println!("list of {PODS} pods: {listing:?} until in use, {listed:?} CPU, {grown} KiB");
     let share = followed.as_secs_f64() / f64::from(SECONDS) * 100.0;
     println!("{EVENTS_PER_SECOND} events/s: {share:.1} % of a core for following them");

@@ -442,6 +442,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::format_collect, reason = "a test")]
     fn broken_vocabularies_are_refused() {
         let all: String = (0..=255_u8)
             .map(|byte| format!("{} {byte}\n", BASE64_STANDARD.encode([byte])))

@@ -92,6 +92,7 @@ fn compress(state: &mut [u32; 8], block: &[u8; BLOCK], counted: u64, last: bool)
     }
 }
 
+#[expect(clippy::many_single_char_names, reason = "the names of RFC 7693")]
 fn mix(v: &mut [u32; 16], [a, b, c, d]: [usize; 4], x: u32, y: u32) {
     for (word, [first, second]) in [(x, [16, 12]), (y, [8, 7])] {
         v[a] = v[a].wrapping_add(v[b]).wrapping_add(word);
@@ -105,6 +106,7 @@ fn mix(v: &mut [u32; 16], [a, b, c, d]: [usize; 4], x: u32, y: u32) {
 mod tests {
     use super::*;
 
+    #[expect(clippy::format_collect, reason = "a test")]
     fn hex(text: &[u8]) -> String {
         hash(text)
             .iter()

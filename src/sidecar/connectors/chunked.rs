@@ -87,7 +87,7 @@ pub(super) async fn serve(
             Step::Refused(answer) => return Ok(*answer),
         };
     }
-    Ok(whole(&decode, chunk))
+    Ok(whole(&decode, *chunk))
 }
 
 /// A decode in progress.
@@ -220,7 +220,7 @@ impl Decode {
 }
 
 /// The last answer with all of the text.
-fn whole(decode: &Decode, mut chunk: Box<Chunk>) -> Answer {
+fn whole(decode: &Decode, mut chunk: Chunk) -> Answer {
     if let Some(content) = chunk.body.pointer_mut("/choices/0/message/content") {
         *content = decode.text.as_str().into();
     }

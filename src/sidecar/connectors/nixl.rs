@@ -118,15 +118,12 @@ fn read(answer: &[u8]) -> Result<Prefilled, LegFailure> {
         .usage
         .and_then(|usage| usage.prompt_tokens_details)
         .and_then(|details| details.cached_tokens);
-    let params = match answer.kv_transfer_params {
-        Some(params) => {
-            check(params)?;
-            Bytes::copy_from_slice(params.get().as_bytes())
-        }
-        None => {
-            tracing::warn!("a prefill answer without kv_transfer_params: the prompt is read here");
-            Bytes::from_static(b"null")
-        }
+    let params = if let Some(params) = answer.kv_transfer_params {
+        check(params)?;
+        Bytes::copy_from_slice(params.get().as_bytes())
+    } else {
+        tracing::warn!("a prefill answer without kv_transfer_params: the prompt is read here");
+        Bytes::from_static(b"null")
     };
     Ok(Prefilled {
         params,

@@ -140,7 +140,8 @@ struct Recording {
 
 #[derive(Deserialize)]
 struct Step {
-    step: String,
+    #[serde(rename = "step")]
+    name: String,
     server: String,
     path: String,
     request: Box<RawValue>,
@@ -166,7 +167,7 @@ async fn genuine_engines_are_asked_as_they_were_when_recorded() {
         .filter(|pair| {
             pair[0].server == "prefill"
                 && pair[1].server == "decode"
-                && pair[0].step == pair[1].step
+                && pair[0].name == pair[1].name
         })
         .collect();
     assert_eq!(pairs.len(), 4);
@@ -198,10 +199,10 @@ async fn genuine_engines_are_asked_as_they_were_when_recorded() {
         // Set on every prefill; the recorded bodies were made without.
         recorded["max_completion_tokens"] = json!(1);
         recorded["min_tokens"] = json!(1);
-        assert_eq!(sent, recorded, "{}", first.step);
+        assert_eq!(sent, recorded, "{}", first.name);
         let sent: Value = serde_json::from_str(&decode.only().body).unwrap();
         let recorded: Value = serde_json::from_str(second.request.get()).unwrap();
-        assert_eq!(sent, recorded, "{}", second.step);
+        assert_eq!(sent, recorded, "{}", second.name);
         // Both engines had the same blocks cached when this was recorded, but for the longer prompt.
         let expected = streamed.unwrap_or_else(|_| second.response.get().to_owned());
         let cached = |text: &str| {
@@ -215,7 +216,7 @@ async fn genuine_engines_are_asked_as_they_were_when_recorded() {
             cached(&answer.body),
             cached(first.response.get()),
             "{}",
-            first.step
+            first.name
         );
         let blank = |text: &str| {
             text.replace(&format!("\"cached_tokens\": {}", cached(text)), "")

@@ -94,11 +94,7 @@ impl Event {
 impl Stored {
     /// Fields in vLLM's order; those that equal their default are left out.
     fn write(&self, out: &mut Vec<u8>, form: HashForm) {
-        tag(
-            out,
-            11 + usize::from(self.session_id.is_some()),
-            "BlockStored",
-        );
+        tag(out, 11 + u8::from(self.session_id.is_some()), "BlockStored");
         write::text(out, "block_hashes");
         write::array(out, self.hashes.len());
         for hash in &self.hashes {
@@ -145,7 +141,7 @@ impl Stored {
 }
 
 /// Opens an event of `fields` fields, its tag counted.
-fn tag(out: &mut Vec<u8>, fields: usize, tag: &str) {
+fn tag(out: &mut Vec<u8>, fields: u8, tag: &str) {
     write::map(out, fields);
     write::text(out, "type");
     write::text(out, tag);

@@ -67,9 +67,9 @@ pub(super) fn array(out: &mut Vec<u8>, items: usize) {
 }
 
 /// A map of up to 15 fields, which is what an event has.
-pub(super) fn map(out: &mut Vec<u8>, fields: usize) {
+pub(super) fn map(out: &mut Vec<u8>, fields: u8) {
     debug_assert!(fields < 0x10, "an event has few fields");
-    head(out, 0x80 | (fields & 0xF) as u8, 0, 0);
+    head(out, 0x80 | (fields & 0xF), 0, 0);
 }
 
 #[cfg(test)]

@@ -206,7 +206,7 @@ async fn a_restart_closes_connections_and_numbers_from_zero() {
     peer.send(b"\0\x01\x01").await;
     peer.settle().await;
     running.publish(1, 3).await;
-    let (_, number, hash) = {
+    let ((), number, hash) = {
         let parts = peer.message().await.unwrap();
         let (_, number, hash) = live(&parts);
         ((), number, hash)

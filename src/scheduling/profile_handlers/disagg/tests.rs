@@ -138,7 +138,7 @@ fn run(
             };
             let value = std::str::from_utf8(value).unwrap();
             let names: Vec<String> = value.split(',').map(name).collect();
-            text.push_str(&format!(" {stage}={}", names.join("+")));
+            text += &[" ", stage, "=", &names.join("+")].concat();
         }
         Ok(text)
     })
