@@ -1,7 +1,7 @@
 //! KV event messages as vLLM 0.32 sends them, written from its format.
 
 /// A store of each stretch: its tokens, its hashes, the hash before it.
-pub fn store<'a>(
+pub(crate) fn store<'a>(
     stretches: impl IntoIterator<Item = (&'a [u32], &'a [u64], Option<u64>)>,
 ) -> Vec<u8> {
     let events = stretches.into_iter().map(|(tokens, hashes, parent)| {
@@ -11,7 +11,9 @@ pub fn store<'a>(
         text(&mut out, "BlockStored");
         text(&mut out, "block_hashes");
         array(&mut out, hashes.len());
-        hashes.iter().for_each(|hash| number(&mut out, *hash));
+        for hash in hashes {
+            number(&mut out, *hash);
+        }
         text(&mut out, "parent_block_hash");
         match parent {
             Some(hash) => number(&mut out, hash),
@@ -19,9 +21,9 @@ pub fn store<'a>(
         }
         text(&mut out, "token_ids");
         array(&mut out, tokens.len());
-        tokens
-            .iter()
-            .for_each(|token| number(&mut out, u64::from(*token)));
+        for token in tokens {
+            number(&mut out, u64::from(*token));
+        }
         text(&mut out, "block_size");
         number(&mut out, (tokens.len() / hashes.len().max(1)) as u64);
         text(&mut out, "lora_id");
@@ -39,11 +41,11 @@ pub fn store<'a>(
         text(&mut out, "full_attention");
         out
     });
-    batch(events.collect())
+    batch(&events.collect::<Vec<_>>())
 }
 
 /// Each hash removed by an event of its own, the last one first.
-pub fn removals(hashes: &[u64]) -> Vec<u8> {
+pub(crate) fn removals(hashes: &[u64]) -> Vec<u8> {
     let events = hashes.iter().rev().map(|hash| {
         let mut out = Vec::new();
         out.push(0x84);
@@ -58,14 +60,16 @@ pub fn removals(hashes: &[u64]) -> Vec<u8> {
         number(&mut out, 0);
         out
     });
-    batch(events.collect())
+    batch(&events.collect::<Vec<_>>())
 }
 
-fn batch(events: Vec<Vec<u8>>) -> Vec<u8> {
+fn batch(events: &[Vec<u8>]) -> Vec<u8> {
     let mut out = vec![0x93, 0xcb];
     out.extend(1.7e9_f64.to_be_bytes());
     array(&mut out, events.len());
-    events.iter().for_each(|event| out.extend(event));
+    for event in events {
+        out.extend(event);
+    }
     out.push(0);
     out
 }

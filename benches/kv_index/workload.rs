@@ -1,35 +1,35 @@
 //! What the index benches store and look up: 64 endpoints hold 35 of 150 conversations each, 375 blocks
 //! that all holders share and 75 of the endpoint's own, 16 tokens a block: 1,008,000 entries.
 
-pub const ENDPOINTS: u32 = 64;
-pub const GROUPS: u32 = 150;
-pub const GROUPS_EACH: u32 = 35;
-pub const SHARED: u32 = 375;
-pub const PRIVATE: u32 = 75;
-pub const BLOCK: u32 = 16;
-pub const ENTRIES: u32 = ENDPOINTS * GROUPS_EACH * (SHARED + PRIVATE);
+pub(crate) const ENDPOINTS: u32 = 64;
+pub(crate) const GROUPS: u32 = 150;
+pub(crate) const GROUPS_EACH: u32 = 35;
+pub(crate) const SHARED: u32 = 375;
+pub(crate) const PRIVATE: u32 = 75;
+pub(crate) const BLOCK: u32 = 16;
+pub(crate) const ENTRIES: u32 = ENDPOINTS * GROUPS_EACH * (SHARED + PRIVATE);
 /// Blocks of a prompt of 131,072 tokens less its template.
-pub const LONG: u32 = 7500;
+pub(crate) const LONG: u32 = 7500;
 /// Long prompts that every endpoint holds a different part of.
-pub const LONG_PROMPTS: u32 = 4;
+pub(crate) const LONG_PROMPTS: u32 = 4;
 
 /// Whether engines agree on block hashes: same algorithm and seed, or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hashes {
+pub(crate) enum Hashes {
     Shared,
     Own,
 }
 
 /// A prompt as an engine reports it.
 #[derive(Debug, Clone)]
-pub struct Prompt {
-    pub tokens: Vec<u32>,
-    pub hashes: Vec<u64>,
+pub(crate) struct Prompt {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) hashes: Vec<u64>,
 }
 
 impl Prompt {
     /// Its tail from block `from` on, with the hash of the block before.
-    pub fn tail(&self, from: u32) -> (&[u32], &[u64], Option<u64>) {
+    pub(crate) fn tail(&self, from: u32) -> (&[u32], &[u64], Option<u64>) {
         let at = from as usize;
         let parent = at.checked_sub(1).map(|before| self.hashes[before]);
         (
@@ -41,17 +41,17 @@ impl Prompt {
 }
 
 /// Conversation number `n` of an endpoint.
-pub fn group_of(endpoint: u32, n: u32) -> u32 {
+pub(crate) fn group_of(endpoint: u32, n: u32) -> u32 {
     (endpoint * 7 + n * 4) % GROUPS
 }
 
 /// A conversation of the group as it stands on the endpoint.
-pub fn conversation(endpoint: u32, group: u32, hashes: Hashes) -> Prompt {
+pub(crate) fn conversation(endpoint: u32, group: u32, hashes: Hashes) -> Prompt {
     prompt(endpoint, group, SHARED, SHARED + PRIVATE, hashes)
 }
 
 /// The endpoint's part of a long prompt: all but its last 10 blocks for each endpoint before it.
-pub fn long(endpoint: u32, number: u32, hashes: Hashes) -> Prompt {
+pub(crate) fn long(endpoint: u32, number: u32, hashes: Hashes) -> Prompt {
     let blocks = LONG - endpoint * 10;
     prompt(endpoint, GROUPS + number, blocks, blocks, hashes)
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -272,6 +273,8 @@ async fn next_event(job: &Job, stage: Stage) -> io::Result<Option<(String, Stage
         }
         Stage::Tokens(sent) => {
             if job.reset_mid_stream && sent > 0 {
+                // What came before goes out only if the error comes later.
+                tokio::time::sleep(Duration::from_millis(20)).await;
                 return Err(io::Error::other("simulated fault"));
             }
             // The first token goes out alone, so that its time can be seen.

@@ -24,7 +24,7 @@ fn stages_of(pool: &Pool, path: &str, body: &str) -> String {
         let removed = decision.remove_headers.iter().any(|name| name == header);
         assert_ne!(set.is_some(), removed, "{header} is set or removed");
         if let Some((_, value)) = set {
-            text.push_str(&format!(" {stage}={}", pool.names(value).join("+")));
+            text += &[" ", stage, "=", &pool.names(value).join("+")].concat();
         }
     }
     text

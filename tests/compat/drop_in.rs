@@ -601,7 +601,6 @@ async fn destination(channel: &Channel) -> String {
         request: Some(Request::RequestBody(HttpBody {
             body: Bytes::from_static(br#"{"model":"m","prompt":"hello"}"#),
             end_of_stream: true,
-            ..HttpBody::default()
         })),
         ..ProcessingRequest::default()
     };

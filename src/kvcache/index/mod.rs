@@ -10,11 +10,11 @@
 //! request, [`KvIndex::expect`] after a pick. The index does not know what a request is, does no I/O
 //! and never awaits.
 //!
-//! A look-up waits for nobody. What it reads ([`view`]) exists in two [`copies`]: one is published, the
+//! A look-up waits for nobody. What it reads (`view`) exists in two `copies`: one is published, the
 //! other is changed by one writer at a time and published when a message has been applied, so a look-up
 //! sees messages whole. Two copies rather than structures that are read while they change, because then
 //! every answer comes from one state, nothing needs unsafe code, and the part that exists twice is small:
-//! keys and spans, a few bytes an entry. Everything else a writer needs ([`table`]) exists once. Tokens
+//! keys and spans, a few bytes an entry. Everything else a writer needs (`table`) exists once. Tokens
 //! are hashed before a writer takes its turn.
 
 mod copies;
