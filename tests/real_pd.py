@@ -106,6 +106,9 @@ class Relay(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
+    def do_GET(self):
+        self.send_error(404)
+
     def log_message(self, *_):
         pass
 
@@ -124,6 +127,8 @@ def main():
     rng = random.Random(given.seed)
     Relay.engine = prefill
     relay = http.server.ThreadingHTTPServer(("127.0.0.1", RELAY), Relay)
+    # The picker gives up metrics requests of its own accord.
+    relay.handle_error = lambda *_: None
     threading.Thread(target=relay.serve_forever, daemon=True).start()
     failed = 0
     with tempfile.TemporaryDirectory() as directory:
