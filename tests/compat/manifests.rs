@@ -321,8 +321,10 @@ fn dashboard_alerts_and_autoscalers_ask_for_series_that_exist() {
     assert!(queries.len() > 20);
     let alerts: Value =
         serde_saphyr::from_str(&read(&root().join("deploy/monitoring/alerts.yaml"))).unwrap();
-    for rule in alerts["groups"][0]["rules"].as_array().unwrap() {
-        queries.push(rule["expr"].as_str().unwrap().to_owned());
+    for group in alerts["groups"].as_array().unwrap() {
+        for rule in group["rules"].as_array().unwrap() {
+            queries.push(rule["expr"].as_str().unwrap().to_owned());
+        }
     }
     for (_, manifest) in manifests() {
         for trigger in manifest["spec"]["triggers"]
