@@ -5,13 +5,12 @@ use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use bytes::Bytes;
+use anyhow::{Context, anyhow, bail};
 use http::{Method, Request, header};
-use http_body_util::{BodyExt, Full};
-use hyper_util::rt::TokioIo;
+use http_body_util::Full;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
+
+use crate::doctor::http::send;
 
 /// The picker has as long as it needs to tokenize a long prompt.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -23,6 +22,12 @@ pub(super) struct IndexArgs {
     /// Metrics port of the picker
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:9090")]
     server: String,
+    /// The port speaks TLS; any certificate is accepted
+    #[arg(long)]
+    tls: bool,
+    /// File with the bearer token that the port asks for in a cluster
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
     /// Text of a completion
     #[arg(long, value_name = "TEXT", requires = "model")]
     prompt: Option<String>,
@@ -50,7 +55,7 @@ pub(super) fn run(args: &IndexArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let asking = tokio::time::timeout(TIMEOUT, ask(&args.server, question));
+    let asking = tokio::time::timeout(TIMEOUT, ask(args, question));
     let answer: Value = runtime
         .block_on(asking)
         .with_context(|| format!("no answer from {} within {TIMEOUT:?}", args.server))??;
@@ -110,29 +115,26 @@ fn question(args: &IndexArgs) -> anyhow::Result<Question> {
     })
 }
 
-async fn ask(server: &str, question: Question) -> anyhow::Result<Value> {
-    let stream = TcpStream::connect(server)
-        .await
-        .with_context(|| format!("--server {server}"))?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let connection = tokio::spawn(connection);
+async fn ask(args: &IndexArgs, question: Question) -> anyhow::Result<Value> {
     let method = if question.body.is_some() {
         Method::POST
     } else {
         Method::GET
     };
-    let request = Request::builder()
+    let mut request = Request::builder()
         .method(method)
         .uri(question.path)
-        .header(header::HOST, server)
-        .header(header::CONTENT_TYPE, "application/json")
-        .body(Full::new(Bytes::from(question.body.unwrap_or_default())))?;
-    let response = sender.send_request(request).await?;
-    let status = response.status();
-    let body = response.into_body().collect().await?.to_bytes();
-    connection.abort();
-    if !status.is_success() {
+        .header(header::CONTENT_TYPE, "application/json");
+    if let Some(file) = &args.token_file {
+        let token = std::fs::read_to_string(file)
+            .with_context(|| format!("--token-file {}", file.display()))?;
+        request = request.header(header::AUTHORIZATION, format!("Bearer {}", token.trim()));
+    }
+    let request = request.body(Full::new(question.body.unwrap_or_default().into()))?;
+    let (status, body) = send(&args.server, args.tls, request)
+        .await
+        .map_err(|problem| anyhow!("--server {}: {problem}", args.server))?;
+    if status != 200 {
         bail!("{status}: {}", String::from_utf8_lossy(&body).trim());
     }
     serde_json::from_slice(&body).context("the answer is not JSON")
@@ -362,6 +364,48 @@ mod tests {
         assert!(asked(&["--prompt", "hello"]).is_err(), "without a model");
         assert!(asked(&["--totals", "--body", file]).is_err());
         assert!(asked(&[]).is_err());
+    }
+
+    /// A picker in a cluster: it answers whoever shows the token.
+    async fn guarded(listener: tokio::net::TcpListener) {
+        let service =
+            hyper::service::service_fn(|request: Request<hyper::body::Incoming>| async move {
+                let shown = request.headers().get(header::AUTHORIZATION);
+                let (status, body) = match shown.map(http::HeaderValue::as_bytes) {
+                    Some(b"Bearer secret") => (200, r#"{"ok": true}"#),
+                    _ => (401, "Unauthorized"),
+                };
+                http::Response::builder()
+                    .status(status)
+                    .body(Full::new(bytes::Bytes::from_static(body.as_bytes())))
+            });
+        while let Ok((stream, _)) = listener.accept().await {
+            let stream = hyper_util::rt::TokioIo::new(stream);
+            let http = hyper::server::conn::http1::Builder::new();
+            let _ = http.serve_connection(stream, service).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_port_that_asks_for_a_token_gets_it() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = listener.local_addr().unwrap().to_string();
+        let task = tokio::spawn(guarded(listener));
+        let directory = tempfile::tempdir().unwrap();
+        let token = directory.path().join("token");
+        std::fs::write(&token, "secret\n").unwrap();
+        let given = |more: &[&str]| {
+            let line = [&["index", "--totals", "--server", &server], more].concat();
+            <Line as clap::Parser>::try_parse_from(line).unwrap().args
+        };
+        let totals = |args: &IndexArgs| question(args).unwrap();
+        let args = given(&["--token-file", token.to_str().unwrap()]);
+        let answer = ask(&args, totals(&args)).await.unwrap();
+        assert_eq!(answer, json!({"ok": true}));
+        let args = given(&[]);
+        let error = ask(&args, totals(&args)).await.unwrap_err().to_string();
+        assert_eq!(error, "401: Unauthorized");
+        task.abort();
     }
 
     #[test]
