@@ -161,7 +161,7 @@ def main():
 
 
 def body(given, rng, number):
-    chat, streamed = rng.random() < 0.5, rng.random() < 0.5
+    chat, streamed = number % 4 < 2, number % 2 == 1
     text = f"{number} " + " ".join(rng.choice(WORDS) for _ in range(rng.randrange(80, 900)))
     asked = {"model": given.model, "max_tokens": rng.randrange(1, 60), "temperature": 0, "stream": streamed}
     if streamed:

@@ -1,6 +1,6 @@
-//! The metrics port over HTTP/1.1, plain or in TLS, open or behind a [`Gate`]: `/metrics`, `/debug/plugins/state`, and `/debug/kv-index`, which
-//! answers a GET with totals and a POST to `/debug/kv-index/<path of a request>` with what each endpoint
-//! holds of the prompt in its body.
+//! The metrics port over HTTP/1.1, plain or in TLS, open or behind a [`Gate`]: `/metrics`,
+//! `/debug/plugins/state`, and `/debug/kv-index`, which answers a GET with totals and a POST to
+//! `/debug/kv-index/<path of a request>` with what each endpoint holds of the prompt in its body.
 
 use std::convert::Infallible;
 use std::pin::Pin;
