@@ -362,6 +362,15 @@ impl Subscriber {
     fn drain(&mut self) {
         while let Some((seq, payload)) = self.buffer.pop_first() {
             let Some(mark) = self.stream.last else {
+                // It joined before the first batch, and this is not it: that one was lost on the way
+                // or comes late. A publisher that forgot it answers with what it has.
+                if seq > 0 && self.rounds == 0 {
+                    self.rounds = 1;
+                    if self.start_replay(0, Purpose::Fill) {
+                        self.buffer.insert(seq, payload);
+                        return;
+                    }
+                }
                 self.unrecognised = false;
                 self.stream.apply(seq, &payload);
                 continue;

@@ -379,6 +379,16 @@ async fn stopping_forgets_the_endpoint() {
 }
 
 #[tokio::test]
+async fn a_first_batch_that_is_lost_is_asked_for() {
+    let f = joined(0).await;
+    f.engine.keep(0, 100);
+    f.engine.publish(1, 101);
+    f.sink.until_known(&[100, 101]).await;
+    assert_eq!(f.engine.requests(), [0, 0]);
+    assert_eq!(f.stats.snapshot().losses, 0);
+}
+
+#[tokio::test]
 async fn thousands_of_lossy_repeated_and_reordered_batches_arrive_in_order() {
     const BATCHES: u64 = 3000;
     let seed = fastrand::u64(..);
