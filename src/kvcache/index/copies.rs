@@ -26,20 +26,25 @@ impl<T> Copies<T> {
         }
     }
 
-    /// The published value; it stays as it is while the guard lives. Never waits: the second try finds
-    /// the copy that was published while the first one failed.
+    /// The published value; it stays as it is while the guard lives. Never waits: it tries again only
+    /// when the other copy was published while the first try went on.
     pub(super) fn read(&self) -> RwLockReadGuard<'_, T> {
         loop {
-            let [first, second] = &self.both;
-            let front = match self.front.load(Ordering::Acquire) {
-                0 => first,
-                _ => second,
-            };
-            if let Some(guard) = front.try_read() {
+            if let Some(guard) = self.read_copy(self.front.load(Ordering::Acquire)) {
                 return guard;
             }
             std::hint::spin_loop();
         }
+    }
+
+    /// The copy `number`, if it is the published one. Asked again under the guard: a reader that was late
+    /// may come to a copy which the writer has left and not yet published, and the next reader would see
+    /// an older value than this one did.
+    fn read_copy(&self, number: usize) -> Option<RwLockReadGuard<'_, T>> {
+        let [first, second] = &self.both;
+        let copy = if number == 0 { first } else { second };
+        let guard = copy.try_read()?;
+        (self.front.load(Ordering::Acquire) == number).then_some(guard)
     }
 
     /// Has `change` bring the other copy up to date and further, and publishes it. One writer at a time:
@@ -79,6 +84,16 @@ mod tests {
         let held = copies.read();
         copies.publish(|value| *value = (2, 2));
         assert_eq!((*held, *copies.read()), ((1, 1), (2, 2)));
+    }
+
+    #[test]
+    fn a_late_reader_is_sent_on_to_the_published_copy() {
+        let copies = Copies::new(0, 0);
+        assert_eq!(copies.read_copy(0).as_deref(), Some(&0));
+        assert!(copies.read_copy(1).is_none());
+        copies.publish(|value| *value = 1);
+        assert!(copies.read_copy(0).is_none());
+        assert_eq!(copies.read_copy(1).as_deref(), Some(&1));
     }
 
     #[test]
