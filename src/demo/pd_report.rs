@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::report::{Measured, RungMeasured, Times};
+use super::report::{Flow, Measured, RungMeasured, Times};
 use super::table::{Better, MEAN, P50, P90, P99, Table, whole};
 use super::workload::Workload;
 
@@ -54,8 +54,9 @@ impl PdReport {
              aggregated: {pods} pods, each computes prompts and output.\n\
              disaggregated: {prefill} compute prompts; {} compute output, each behind a sidecar, and pull the KV cache:\n\
              {:.0} GB/s to a pod, so a prompt takes {transfer_ms:.0} ms.\n\
-             Engine: {}. A step computes up to {} tokens: one for each\n\
-             request that generates, the others of prompts, cut where they do not fit; all wait for its end.\n\
+             Engine: {}.\n\
+             A step computes up to {} tokens: one for each request that generates, the others of prompts, cut where\n\
+             they do not fit; all wait for its end.\n\
              Traffic: prompts of {prompt} tokens that nobody has seen, {} out; {}.\n\
              Each rate starts once all requests of the one before have ended; what is unanswered {} s after a rate's last\n\
              arrival counts as failed.\n\
@@ -84,9 +85,13 @@ impl PdReport {
         let mut table = Table::new("all rates", &self.runs);
         let parts = [MEAN, P50, P90, P99];
         table.times("TTFT", &parts, |run| Some(run.ttft));
-        table.times("between tokens", &parts, |run| run.between_tokens);
-        let per_token = |run: &Measured| run.per_output_token;
+        let flow = |of: fn(Flow) -> Times| move |run: &Measured| run.flow.map(of);
+        let between_tokens = flow(|flow| flow.between_tokens);
+        table.times("between tokens", &parts, between_tokens);
+        let per_token = flow(|flow| flow.per_output_token);
         table.times("per output token", &parts, per_token);
+        let pause = flow(|flow| flow.longest_pause);
+        table.times("longest pause of an answer", &[MEAN, P50, P90], pause);
         let throughput = |run: &Measured| Some(run.output_tokens_per_second);
         table.number("output tokens/s", Better::Higher, throughput, whole);
         table.text("answers per endpoint, least-most", |run| run.spread.range());
@@ -155,36 +160,9 @@ impl PdReport {
         let [base, other] = &self.runs[..] else {
             return;
         };
-        let p99 = |times: Option<Times>| times.map_or(0.0, |times| times.p99);
-        let mean = |times: Option<Times>| times.map_or(0.0, |times| times.mean);
-        let ratios = [
-            (
-                "time between tokens, p99",
-                Better::Lower.ratio(p99(base.between_tokens), p99(other.between_tokens)),
-            ),
-            (
-                "time per output token, mean",
-                Better::Lower.ratio(mean(base.per_output_token), mean(other.per_output_token)),
-            ),
-            (
-                "TTFT, mean",
-                Better::Lower.ratio(base.ttft.mean, other.ttft.mean),
-            ),
-            (
-                "TTFT, p90",
-                Better::Lower.ratio(base.ttft.p90, other.ttft.p90),
-            ),
-            (
-                "output tokens/s",
-                Better::Higher.ratio(
-                    base.output_tokens_per_second,
-                    other.output_tokens_per_second,
-                ),
-            ),
-        ];
         let _ = writeln!(out, "\n{} against {}", other.name, base.name);
-        for (name, ratio) in ratios {
-            let words = match ratio {
+        for (name, better, value) in VERDICT {
+            let words = match better.ratio(value(base), value(other)) {
                 Some(ratio) if ratio >= SAME => format!("better by {ratio:.2}x"),
                 Some(ratio) if ratio > 0.0 && ratio <= 1.0 / SAME => {
                     format!("worse by {:.2}x", 1.0 / ratio)
@@ -192,9 +170,32 @@ impl PdReport {
                 Some(ratio) if ratio > 0.0 => "the same within 2 %".to_owned(),
                 _ => "-".to_owned(),
             };
-            let _ = writeln!(out, "  {name:<32}{words}");
+            let _ = writeln!(out, "  {name:<35}{words}");
         }
     }
+}
+
+/// What a user of the gateway notices.
+const VERDICT: [(&str, Better, fn(&Measured) -> f64); 6] = [
+    ("time between tokens, p99", Better::Lower, |run| {
+        flow(run).between_tokens.p99
+    }),
+    ("time per output token, mean", Better::Lower, |run| {
+        flow(run).per_output_token.mean
+    }),
+    ("longest pause of an answer, mean", Better::Lower, |run| {
+        flow(run).longest_pause.mean
+    }),
+    ("TTFT, mean", Better::Lower, |run| run.ttft.mean),
+    ("TTFT, p90", Better::Lower, |run| run.ttft.p90),
+    ("output tokens/s", Better::Higher, |run| {
+        run.output_tokens_per_second
+    }),
+];
+
+/// Zeros, of which nothing can be said, when it was not measured.
+fn flow(run: &Measured) -> Flow {
+    run.flow.unwrap_or_default()
 }
 
 /// Ratios below this are no difference.
@@ -205,7 +206,7 @@ const COLUMNS: usize = 10 + 14 + 10 + 8;
 const COMPARED: usize = 10 + 14 + 10;
 
 fn rung_row(out: &mut String, of_runs: &[&RungMeasured]) {
-    let p99 = |rung: &RungMeasured| rung.between_tokens.map(|times| times.p99);
+    let p99 = |rung: &RungMeasured| rung.flow.map(|flow| flow.between_tokens.p99);
     for rung in of_runs {
         let between = p99(rung).map_or_else(|| "-".to_owned(), |seconds| format!("{seconds:.3}"));
         let _ = write!(
@@ -243,7 +244,11 @@ mod tests {
     }
 
     fn run(name: &str, ttft: f64, between: f64, tokens: f64) -> Measured {
-        let between = Some(times(between));
+        let flow = Some(Flow {
+            between_tokens: times(between),
+            per_output_token: times(2.0 * between),
+            longest_pause: times(3.0 * between),
+        });
         let rung = RungMeasured {
             rate: 2.0,
             warm_up: false,
@@ -253,15 +258,14 @@ mod tests {
             requests_per_second: 2.0,
             output_tokens_per_second: tokens,
             ttft: times(ttft),
-            between_tokens: between,
+            flow,
         };
         Measured {
             name: name.to_owned(),
             requests: 60,
             failed: 0,
             ttft: times(ttft),
-            between_tokens: between,
-            per_output_token: between,
+            flow,
             handover: Handover::default(),
             output_tokens_per_second: tokens,
             rungs: vec![rung],
@@ -346,6 +350,9 @@ mod tests {
         assert!(line(&table, "prompts per prefill endpoint").ends_with("29-31"));
         assert!(line(&table, "KV moved, GB").ends_with("91.2"));
         assert!(line(&table, "  time between tokens, p99").ends_with("better by 20.00x"));
+        // 3 * 0.4 against 3 * 0.02.
+        assert!(line(&table, "longest pause of an answer p90").ends_with("20.00x"));
+        assert!(line(&table, "per output token mean").contains("0.040"));
         assert!(line(&table, "  TTFT, mean").ends_with("worse by 1.50x"));
         assert!(line(&table, "  output tokens/s").ends_with("the same within 2 %"));
         let rung: Vec<String> = line(&table, "2  ")
@@ -363,11 +370,12 @@ mod tests {
     fn one_run_or_events_of_several_tokens_are_shown_without_comparison() {
         let mut report = report();
         for run in &mut report.runs {
-            run.between_tokens = None;
-            run.per_output_token = None;
+            run.flow = None;
         }
         let table = report.table();
-        assert!(line(&table, "between tokens p99").ends_with('-'), "{table}");
+        for name in ["between tokens p99", "  time between tokens, p99"] {
+            assert!(line(&table, name).ends_with('-'), "{table}");
+        }
         report.runs.remove(0);
         assert!(!report.table().contains("better"), "{}", report.table());
     }

@@ -39,11 +39,8 @@ pub struct Measured {
     pub failed: usize,
     /// Time to first token of the answered.
     pub ttft: Times,
-    /// Time between two output tokens, of all answers together; only where each token comes in an event
-    /// of its own.
-    pub between_tokens: Option<Times>,
-    /// Mean of that over an answer, of all answers.
-    pub per_output_token: Option<Times>,
+    /// How output flowed; only where each token comes in an event of its own.
+    pub flow: Option<Flow>,
     /// What pods computed for each other.
     pub handover: Handover,
     /// Output tokens per second: all that the engines made, over the time from the start of each
@@ -86,6 +83,34 @@ impl Times {
             p50: percentile(values, 0.5),
             p90: percentile(values, 0.9),
             p99: percentile(values, 0.99),
+        }
+    }
+}
+
+/// How the output of answers flowed, by the events of their streams.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Flow {
+    /// Between two tokens, of all answers together.
+    pub between_tokens: Times,
+    /// Mean of that over an answer.
+    pub per_output_token: Times,
+    /// Longest of an answer.
+    pub longest_pause: Times,
+}
+
+impl Flow {
+    /// Of answers, given as the times between their tokens.
+    pub fn of<'a>(answers: impl Iterator<Item = &'a [f64]> + Clone) -> Self {
+        let answers = answers.filter(|gaps| !gaps.is_empty());
+        let distribution = |of: fn(&[f64]) -> f64| {
+            let values = answers.clone().map(of);
+            Times::of(&mut values.collect::<Vec<_>>())
+        };
+        let all = answers.clone().flatten().copied();
+        Self {
+            between_tokens: Times::of(&mut all.collect::<Vec<_>>()),
+            per_output_token: distribution(|gaps| gaps.iter().sum::<f64>() / gaps.len() as f64),
+            longest_pause: distribution(|gaps| gaps.iter().copied().fold(0.0, f64::max)),
         }
     }
 }
@@ -166,7 +191,7 @@ pub struct RungMeasured {
     /// Time to first token of its requests.
     pub ttft: Times,
     /// As in the total.
-    pub between_tokens: Option<Times>,
+    pub flow: Option<Flow>,
 }
 
 /// The value below which `share` of `values` lie (nearest rank); 0 without values.
@@ -333,15 +358,14 @@ mod tests {
             requests_per_second: 15.0,
             output_tokens_per_second: tokens,
             ttft,
-            between_tokens: None,
+            flow: None,
         };
         Measured {
             name: name.to_owned(),
             requests: 750,
             failed: 0,
             ttft,
-            between_tokens: None,
-            per_output_token: None,
+            flow: None,
             handover: Handover::default(),
             output_tokens_per_second: tokens,
             rungs: vec![rung],
@@ -382,6 +406,19 @@ mod tests {
         assert_eq!(percentile(&mut values, 0.91), 10.0);
         assert_eq!(percentile(&mut [], 0.9), 0.0);
         assert_eq!(Times::of(&mut values).mean, 5.5);
+    }
+
+    #[test]
+    fn flow_is_of_all_tokens_and_of_each_answer() {
+        let answers: [&[f64]; 3] = [&[1.0, 2.0, 9.0], &[], &[2.0, 4.0]];
+        let flow = Flow::of(answers.into_iter());
+        // 1, 2, 2, 4, 9; 12 / 3 and 6 / 2; 9 and 4.
+        let between = flow.between_tokens;
+        assert_eq!((between.mean, between.p50, between.p99), (3.6, 2.0, 9.0));
+        assert_eq!(flow.per_output_token.mean, 3.5);
+        let pause = flow.longest_pause;
+        assert_eq!((pause.mean, pause.p50, pause.p90), (6.5, 4.0, 9.0));
+        assert_eq!(Flow::of(std::iter::empty()), Flow::default());
     }
 
     #[test]

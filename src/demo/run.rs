@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::client::{Connections, Outcome, drive};
 use super::parts::{Addresses, Layout, Parts};
 use super::processes::Process;
-use super::report::{Decision, Handover, Measured, RungMeasured, Spread, Times, percentile};
+use super::report::{Decision, Flow, Handover, Measured, RungMeasured, Spread, Times, percentile};
 use super::scrape::{Samples, metrics, pod_stats};
 use super::workload::{Arrival, Pacing, Rung, Workload};
 
@@ -135,8 +135,7 @@ impl Demo {
             requests: outcomes.len(),
             failed: outcomes.iter().filter(|o| o.ttft.is_none()).count(),
             ttft: Times::of(&mut outcomes.iter().filter_map(|o| o.ttft).collect::<Vec<_>>()),
-            between_tokens: self.between_tokens(outcomes),
-            per_output_token: self.per_output_token(outcomes),
+            flow: self.flow(outcomes.iter()),
             handover: handover(answered.iter().sum(), &sum),
             output_tokens_per_second: driving.total.rate(),
             rungs: self.rungs(&driving),
@@ -228,22 +227,13 @@ impl Demo {
             requests_per_second: (requests - failed) as f64 / made.seconds.max(1e-9),
             output_tokens_per_second: made.rate(),
             ttft: Times::of(&mut own().filter_map(|outcome| outcome.ttft).collect::<Vec<_>>()),
-            between_tokens: self.between_tokens(own()),
+            flow: self.flow(own()),
         }
     }
 
-    fn between_tokens<'a>(&self, outcomes: impl IntoIterator<Item = &'a Outcome>) -> Option<Times> {
-        let gaps = outcomes.into_iter().flat_map(|outcome| &outcome.gaps);
+    fn flow<'a>(&self, outcomes: impl Iterator<Item = &'a Outcome> + Clone) -> Option<Flow> {
         let one_by_one = self.tokens_per_event == 1;
-        one_by_one.then(|| Times::of(&mut gaps.copied().collect::<Vec<_>>()))
-    }
-
-    fn per_output_token(&self, outcomes: &[Outcome]) -> Option<Times> {
-        let gaps = outcomes.iter().map(|outcome| &outcome.gaps);
-        let gaps = gaps.filter(|gaps| !gaps.is_empty());
-        let means = gaps.map(|gaps| gaps.iter().sum::<f64>() / gaps.len() as f64);
-        let one_by_one = self.tokens_per_event == 1;
-        one_by_one.then(|| Times::of(&mut means.collect::<Vec<_>>()))
+        one_by_one.then(|| Flow::of(outcomes.map(|outcome| &outcome.gaps[..])))
     }
 }
 
