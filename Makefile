@@ -97,7 +97,7 @@ bench: build ## a cycle, a decision, a request against a no-op picker, idle scra
 
 # A package of its own, whose peers need another tokio.
 bench-index: ## the exact index alone, then beside published ones; five minutes
-	$(CARGO) bench --locked --bench kv_index
+	$(CARGO) bench --locked --profile release --bench kv_index
 	$(CARGO) run --release --locked --manifest-path benches/peers/Cargo.toml --target-dir target/peers
 
 clean:
