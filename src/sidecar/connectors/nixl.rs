@@ -1,7 +1,7 @@
 //! `nixlv2`: prefill first, and its answer tells the decode engine where to fetch the blocks.
 
 use bytes::Bytes;
-use http::header;
+use http::{StatusCode, header};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -67,9 +67,20 @@ async fn decode(exchange: Exchange, prefilled: Prefilled) -> Result<Answer, Refu
     if let Some(plan) = chunked::plan(&exchange) {
         return chunked::serve(exchange, plan, Path::PrefillDecode, vec![change]).await;
     }
+    let fetches = change.1.as_deref() != Some(b"null");
     let response = exchange
         .decode(exchange.prompt.with(&[change]), &[])
         .await?;
+    if fetches
+        && response.status() == StatusCode::INTERNAL_SERVER_ERROR
+        && exchange.may_prefill_here()
+    {
+        // vLLM says so when the prefill engine is gone before its blocks were fetched. Nothing of the
+        // answer has reached the client yet.
+        tracing::warn!(decode_target = %exchange.decode, "decode failed: once more, with the prompt read here");
+        drop(response);
+        return offloading::decode_alone(&exchange, Path::LocalPrefill).await;
+    }
     exchange.sidecar.metrics().served(Path::PrefillDecode);
     let (mut head, leg) = response.into_parts();
     if !head.status.is_success() {

@@ -96,6 +96,49 @@ async fn the_failure_itself_when_that_is_wanted() {
 }
 
 #[tokio::test]
+async fn blocks_that_cannot_be_fetched_are_computed_here() {
+    let lost = Act::Reply(500, "application/json", r#"{"error":{}}"#.into());
+    for (prefill_act, fallback, second, status, calls) in [
+        (
+            prefilled(1),
+            PrefillFallback::Local,
+            Act::json("{}"),
+            200,
+            2,
+        ),
+        (prefilled(1), PrefillFallback::Local, lost.clone(), 500, 2),
+        (
+            prefilled(1),
+            PrefillFallback::Error,
+            Act::json("{}"),
+            500,
+            1,
+        ),
+        // Nothing was to be fetched: the failure is the engine's own.
+        (
+            Act::json("{}"),
+            PrefillFallback::Local,
+            Act::json("{}"),
+            500,
+            1,
+        ),
+    ] {
+        let prefill = Engine::start([prefill_act]).await;
+        let decode = Engine::start([lost.clone(), second]).await;
+        let settings = Settings {
+            prefill_fallback: fallback,
+            ..quick()
+        };
+        let sidecar = Running::start(&decode, settings).await;
+        let answer = ask(&sidecar, &prefill.address.to_string()).await;
+        let seen = decode.seen();
+        assert_eq!((answer.status.as_u16(), seen.len()), (status, calls));
+        assert!(seen.get(1).is_none_or(|second| second.body == BODY));
+        assert_eq!(prefill.seen().len(), 1);
+    }
+}
+
+#[tokio::test]
 async fn a_brief_failure_is_retried_at_the_same_endpoint() {
     let busy = Act::Reply(503, "application/json", "{}".into());
     let prefill = Engine::start([busy.clone(), busy, prefilled(1)]).await;
