@@ -561,3 +561,76 @@ async fn a_prefill_pod_that_dies_costs_time_and_nothing_else() {
     assert_eq!(split.decode("pulled_prompt_tokens").await, [999]);
     split.back_to(&held).await;
 }
+
+/// One of many requests at once, some of whose clients leave.
+async fn some_request(split: &Split, number: usize) {
+    let mut rng = fastrand::Rng::with_seed(number as u64);
+    let tokens = rng.usize(1..2000);
+    let ask = Ask {
+        chat: rng.bool(),
+        streamed: rng.bool(),
+        max_tokens: rng.usize(1..60),
+        // Some know each other.
+        ..Ask::new(text(&format!("topic {}", rng.u8(..40)), tokens))
+    };
+    if rng.u8(..3) > 0 {
+        let answer = split.ask(&ask).await;
+        assert_eq!(Said::of(&answer, &ask), split.alone(&ask).await, "{number}");
+        return;
+    }
+    let body = ask.body();
+    let sent = if rng.bool() {
+        body.len()
+    } else {
+        rng.usize(..body.len())
+    };
+    let stream = begin(&split.gateway, &body, sent);
+    tokio::time::sleep(Duration::from_millis(rng.u64(..60))).await;
+    // Where it was by then does not matter.
+    let _ = stream.shutdown(Shutdown::Both);
+}
+
+#[tokio::test]
+async fn a_storm_of_failures_and_aborts_leaves_nothing_behind() {
+    const WAVE: usize = 24;
+    let layout = Layout {
+        engine_flags: &["--time-scale=20", "--kv-lease-seconds=5"],
+        ..Layout::default()
+    };
+    let split = std::sync::Arc::new(layout.start().await);
+    split.ask_well(&Ask::new("hello")).await;
+    split.nothing_left().await;
+    let held = split.held().await;
+    let faults = [
+        "none",
+        "error500",
+        "drop",
+        "garbage",
+        "drop-mid-response",
+        "error503",
+    ];
+    for (wave, fault) in faults.iter().cycle().take(12).enumerate() {
+        split.prefill[wave % 2].fault(fault).await;
+        let requests = (0..WAVE).map(|n| {
+            let split = std::sync::Arc::clone(&split);
+            tokio::spawn(async move { some_request(&split, wave * WAVE + n).await })
+        });
+        let requests: Vec<_> = requests.collect();
+        for request in requests {
+            request.await.unwrap();
+        }
+        split.prefill[wave % 2].fault("none").await;
+    }
+    assert!(
+        split.served("prefill_decode").await > 20.0,
+        "prompts were split"
+    );
+    let failures = "pinpod_sidecar_leg_failures_total{stage=\"prefill\"}";
+    assert!(
+        split.sidecar_metric(failures).await > 5.0,
+        "prefills failed"
+    );
+    // Each of a wave may leave a connection of its own to be used again.
+    split.back_to_within(&held, 2 * WAVE).await;
+    assert!(split.gateway.metric("pinpod_aborted_requests_total").await > 5.0);
+}

@@ -15,7 +15,8 @@ use super::super::support::{Answer, Gateway, get, post_to, program};
 
 /// Longest wait for a condition.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Connections that a process may keep for later, beyond those it had when it was idle before.
+/// Connections that a process may keep for later, beyond those it had when it was idle before, when
+/// requests came one by one.
 const KEPT: usize = 6;
 
 /// A process that can die and come back on its port.
@@ -486,6 +487,11 @@ impl Split {
 
     /// Waits until everybody holds what it did `before`, but for some connections that are kept.
     pub(super) async fn back_to(&self, before: &Held) {
+        self.back_to_within(before, KEPT).await;
+    }
+
+    /// The same for a number of connections that are kept.
+    pub(super) async fn back_to_within(&self, before: &Held, kept: usize) {
         self.nothing_left().await;
         until("everything is given back", async || {
             let now = self.held().await;
@@ -494,7 +500,7 @@ impl Split {
                     > before
                         .sockets
                         .get(name)
-                        .map_or(KEPT, |before| before + KEPT)
+                        .map_or(kept, |before| before + kept)
             };
             let mut tasks = now.tasks.iter().zip(&before.tasks);
             if now.sockets.iter().any(more) || tasks.any(|(now, before)| now > before) {
