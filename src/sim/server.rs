@@ -30,7 +30,7 @@ use super::events::{EventsConfig, HashForm, Publisher};
 use super::hash::{BlockHasher, Extras, HashAlgorithm};
 use super::kv::block_hashes;
 use super::metrics;
-use super::reply::{Job, Keeper, stream_reply, whole_reply};
+use super::reply::{Job, Keeper, late_refusal, stream_reply, whole_reply};
 use super::text::{self, TOKEN_BYTES, append, output};
 use super::transfer::{Transfer, TransferSetup};
 use super::work::{Content, Handover, Work};
@@ -459,6 +459,9 @@ impl Pod {
             Err(refusal) => return Ok(refuse(&refusal)),
         };
         match self.accept(chat, &ask, id.as_ref()).await {
+            Err(refusal) if refusal.comes_late() && ask.stream == Some(true) => {
+                Ok(late_refusal(&refusal))
+            }
             Err(refusal) => Ok(refuse(&refusal)),
             Ok(mut job) if ask.stream == Some(true) => {
                 job.reset_mid_stream =
