@@ -13,7 +13,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::begin;
-use pods::{Ask, Layout, Said, Split, grown, text, until, until_count};
+use super::support::post_with;
+use pods::{Ask, EPD, Layout, Pod, Said, Split, grown, text, until, until_count};
 
 /// Real time, and blocks that take three seconds from pod to pod: 2,048 tokens of 128 KiB.
 const SLOW_ENGINES: &[&str] = &["--time-scale=1", "--kv-lease-seconds=5"];
@@ -104,6 +105,7 @@ async fn long_cold_prompts_are_prefilled_elsewhere_and_no_others() {
     assert_eq!(split.served("error").await, 0.0);
     let failed = split.sidecar_metric("pinpod_sidecar_denied_targets_total");
     assert_eq!(failed.await, 0.0, "no forged header came through");
+    assert_eq!(split.prefill("expired").await, [0, 0], "all was fetched");
 }
 
 /// What the engine of the first choice does instead of its work.
@@ -527,7 +529,7 @@ async fn a_prefill_pod_that_dies_costs_time_and_nothing_else() {
     let ask = Ask::new(text("rivers", 60_000));
     let (answer, ()) = tokio::join!(split.ask(&ask), async {
         until_count(&split.prefill, "running", 1).await;
-        split.prefill[0].strike();
+        split.prefill[0].signal("KILL");
     });
     assert_eq!(Said::of(&answer, &ask), split.alone(&ask).await);
     split.prefill[0].kill();
@@ -537,29 +539,207 @@ async fn a_prefill_pod_that_dies_costs_time_and_nothing_else() {
 
     // After its answer and before its blocks were fetched: the decode engine fails, and is asked again
     // without them.
-    for streamed in [false, true] {
+    for (streamed, chat) in [(false, false), (true, false), (true, true)] {
         let ask = Ask {
             streamed,
-            ..Ask::new(text(&format!("lamps {streamed}"), 2048))
+            chat,
+            ..Ask::new(text(&format!("lamps {streamed} {chat}"), 2048))
         };
         let before = split.decode("received").await;
         let (answer, ()) = tokio::join!(split.ask(&ask), async {
             until_count(&split.decode, "unanswered", 1).await;
-            split.prefill[0].strike();
+            split.prefill[0].signal("KILL");
         });
         assert_eq!(Said::of(&answer, &ask), split.alone(&ask).await);
         assert_eq!(grown(&before, &split.decode("received").await), [2]);
         split.prefill[0].kill();
         split.prefill[0].again().await;
     }
-    assert_eq!(split.decode("failed_pulls").await, [2]);
+    assert_eq!(split.decode("failed_pulls").await, [3]);
     assert_eq!(split.decode("pulled_prompt_tokens").await, [0]);
-    assert_eq!(split.served("local_prefill").await, 3.0);
+    assert_eq!(split.served("local_prefill").await, 4.0);
 
     // Back, it is asked again.
     split.ask_well(&Ask::new(text("boats", 1000))).await;
     assert_eq!(split.decode("pulled_prompt_tokens").await, [999]);
     split.back_to(&held).await;
+}
+
+#[tokio::test]
+async fn a_pod_that_is_told_to_end_finishes_what_it_has() {
+    let mut split = slow_pair().await;
+    let streamed = Ask {
+        streamed: true,
+        max_tokens: 200,
+        ..Ask::new(text("rivers", 600))
+    };
+    let (stream, begun) = stream_of(&split, &streamed.body()).await;
+    let sidecar = &split.sidecars[0];
+    sidecar.signal("TERM");
+    until("it listens no more", async || {
+        let connected = TcpStream::connect(sidecar.address());
+        connected.err().map(drop).ok_or("it does".to_owned())
+    })
+    .await;
+    stream
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    let reading = tokio::task::spawn_blocking(move || {
+        let (mut stream, mut answer) = (stream, begun);
+        let mut buffer = [0; 4096];
+        while !answer.ends_with("0\r\n\r\n") {
+            let read = stream.read(&mut buffer).unwrap();
+            assert!(read > 0, "{answer}");
+            answer += &String::from_utf8_lossy(&buffer[..read]);
+        }
+        answer
+    });
+    let answer = reading.await.unwrap();
+    // 200 tokens one by one, usage, and the end mark.
+    assert_eq!(answer.matches("data: ").count(), 202, "{answer}");
+    assert!(answer.contains("data: [DONE]"), "{answer}");
+    split.sidecars[0].ended().await;
+    split.nothing_left().await;
+}
+
+#[tokio::test]
+async fn images_are_encoded_elsewhere_and_by_another_one_if_need_be() {
+    let layout = Layout {
+        document: EPD,
+        encode: 2,
+        decode: 1,
+        sidecar_flags: &["--ec-connector=ec-example", "--encode-timeout=3s"],
+        ..Layout::default()
+    };
+    let mut split = layout.start().await;
+    split.ask_well(&Ask::new("hello")).await;
+    split.nothing_left().await;
+    let held = split.held().await;
+    assert_eq!(split.encode("received").await, [0, 0]);
+    let ask = |topic: &str, streamed| Ask {
+        chat: true,
+        streamed,
+        images: &["https://pictures.test/a.png", "https://pictures.test/b.png"],
+        ..Ask::new(text(topic, 1000))
+    };
+    let before = seen(&split).await;
+    split.ask_well(&ask("rivers", false)).await;
+    assert_eq!(split.encode("received").await, [1, 1], "an image each");
+    let after = seen(&split).await;
+    assert_eq!((after[0] - before[0], after[1] - before[1]), (1, 1));
+    assert!(after[2] - before[2] > 900, "and the prompt was handed over");
+
+    for (number, fault) in ["error500", "drop", "garbage-is-not-read", "hang", "killed"]
+        .iter()
+        .enumerate()
+    {
+        let before = split.encode("received").await[1];
+        match *fault {
+            // What an encode engine answers is not looked at by this connector.
+            "garbage-is-not-read" => split.encode[0].fault("garbage").await,
+            "killed" => split.encode[0].kill(),
+            mode => split.encode[0].fault(mode).await,
+        }
+        let ask = ask(&format!("lamps {number}"), number % 2 == 0);
+        split.ask_well(&ask).await;
+        let by_the_other = split.encode("received").await[1] - before;
+        let wanted = if *fault == "garbage-is-not-read" {
+            1
+        } else {
+            2
+        };
+        assert_eq!(by_the_other, wanted, "{fault}");
+    }
+    // Nobody is left: the client hears it, no prompt is computed, nothing stays behind.
+    let before = seen(&split).await;
+    split.encode[1].fault("error503").await;
+    let failed = split.ask(&ask("boats", true)).await;
+    let error: Value = serde_json::from_slice(&failed.body).unwrap();
+    assert_eq!(
+        (failed.status.as_u16(), &error["type"]),
+        (502, &"BadGateway".into())
+    );
+    assert_eq!(seen(&split).await, before);
+    split.encode[0].again().await;
+    split.ask_well(&ask("birds", false)).await;
+    split.back_to(&held).await;
+}
+
+#[tokio::test]
+async fn engines_that_share_a_store_or_work_at_once_are_left_by_their_clients_too() {
+    let layout = Layout {
+        prefill: 1,
+        decode: 1,
+        engine_flags: SLOW_ENGINES,
+        allowed: &[0],
+        ..Layout::default()
+    };
+    let mut split = layout.start().await;
+    let target = split.prefill[0].address().to_string();
+    for (number, (connector, at_once)) in [
+        ("shared-storage", false),
+        ("offloading", false),
+        ("sglang", true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let flags = [format!("--kv-connector={connector}")];
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let directory = split.gateway.directory.path().to_owned();
+        let engine = split.decode[0].port;
+        // In place of the one that the picker knows.
+        let sidecar = Pod::sidecar(number + 1, engine, &target, &flags, &directory).await;
+        split.sidecars[0] = sidecar;
+        let address = split.sidecars[0].address();
+        let headers = [("x-prefiller-host-port", target.as_str())];
+        let before = seen(&split).await;
+        for streamed in [false, true] {
+            let ask = Ask {
+                streamed,
+                ..Ask::new(text(connector, 600))
+            };
+            let answer = post_with(address, ask.path(), ask.body(), &headers).await;
+            assert_eq!(
+                Said::of(&answer, &ask),
+                split.alone(&ask).await,
+                "{connector}"
+            );
+        }
+        assert_eq!(
+            grown(&before, &seen(&split).await)[..2],
+            [2, 2],
+            "{connector}"
+        );
+
+        // The client leaves while the prompt is computed: 100,000 tokens of 32 us.
+        let before = [
+            split.prefill("aborted").await[0],
+            split.decode("aborted").await[0],
+        ];
+        let body = Ask::new(text(connector, 100_000)).body();
+        let mut stream = TcpStream::connect(address).unwrap();
+        let head = format!(
+            "POST {} HTTP/1.1\r\nhost: t\r\nx-prefiller-host-port: {target}\r\ncontent-length: {}\r\n\r\n",
+            super::COMPLETIONS,
+            body.len(),
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(body.as_bytes()).unwrap();
+        until_count(&split.prefill, "running", 1).await;
+        until_count(&split.decode, "running", i64::from(at_once)).await;
+        drop(stream);
+        split.nothing_left().await;
+        let after = [
+            split.prefill("aborted").await[0],
+            split.decode("aborted").await[0],
+        ];
+        assert_eq!(
+            grown(&before, &after),
+            [1, i64::from(at_once)],
+            "{connector}"
+        );
+    }
 }
 
 /// One of many requests at once, some of whose clients leave.

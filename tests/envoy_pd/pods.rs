@@ -53,7 +53,7 @@ impl Pod {
             "sim".to_owned(),
             format!("--port={port}"),
             format!("--name={name}"),
-            format!("--kv-role={role}"),
+            format!("--kv-role={}", if role == "encode" { "both" } else { role }),
             "--kv-side-channel-port=0".to_owned(),
         ];
         arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
@@ -61,7 +61,7 @@ impl Pod {
     }
 
     /// In front of `engine`.
-    async fn sidecar(
+    pub(super) async fn sidecar(
         number: usize,
         engine: u16,
         allowed: &str,
@@ -76,7 +76,6 @@ impl Pod {
             format!("--model-server-port={engine}"),
             "--secure-proxy=false".to_owned(),
             format!("--allowed-targets={allowed}"),
-            "--drain-timeout=0s".to_owned(),
         ];
         arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
         let name = format!("sidecar{number}");
@@ -90,10 +89,21 @@ impl Pod {
         self.process = None;
     }
 
-    /// The same while others look at it.
-    pub(super) fn strike(&self) {
+    /// Signals it while others look at it.
+    pub(super) fn signal(&self, name: &str) {
         let process = self.process.as_ref().unwrap();
-        super::super::send_signal("KILL", &process.id().to_string());
+        super::super::send_signal(name, &process.id().to_string());
+    }
+
+    /// Waits until it ended by itself.
+    pub(super) async fn ended(&mut self) {
+        let ending = async {
+            while self.process.as_mut().is_some_and(|p| p.check().is_ok()) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, ending).await.unwrap();
+        self.process = None;
     }
 
     /// Starts it anew on its port.
@@ -157,6 +167,9 @@ fn sockets(pid: u32) -> usize {
 
 /// What to start.
 pub(super) struct Layout<'a> {
+    /// The shipped document that the picker follows.
+    pub(super) document: &'a str,
+    pub(super) encode: usize,
     pub(super) prefill: usize,
     pub(super) decode: usize,
     /// Of all engines.
@@ -164,13 +177,15 @@ pub(super) struct Layout<'a> {
     /// Of decode engines besides.
     pub(super) decode_flags: &'a [&'a str],
     pub(super) sidecar_flags: &'a [&'a str],
-    /// Numbers of the prefill engines that sidecars may call.
+    /// Numbers of the prefill engines that sidecars may call, beside all that encode.
     pub(super) allowed: &'a [usize],
 }
 
 impl Default for Layout<'_> {
     fn default() -> Self {
         Self {
+            document: PD,
+            encode: 0,
             prefill: 2,
             decode: 2,
             engine_flags: &["--time-scale=50", "--kv-lease-seconds=3"],
@@ -185,14 +200,19 @@ impl Default for Layout<'_> {
 /// answers.
 pub(super) struct Split {
     pub(super) gateway: Gateway,
+    pub(super) encode: Vec<Pod>,
     pub(super) prefill: Vec<Pod>,
     pub(super) decode: Vec<Pod>,
     pub(super) sidecars: Vec<Pod>,
 }
 
-/// The shipped configuration, with endpoints from a file.
-fn config(endpoints: &Path) -> String {
-    let shipped = include_str!("../../deploy/config/pd.yaml");
+/// Prefill and decode.
+pub(super) const PD: &str = include_str!("../../deploy/config/pd.yaml");
+/// Encode, prefill and decode.
+pub(super) const EPD: &str = include_str!("../../deploy/config/epd.yaml");
+
+/// A shipped configuration, with endpoints from a file.
+fn config(shipped: &str, endpoints: &Path) -> String {
     let discovery = format!(
         "\ndataLayer: {{discovery: {{pluginRef: file-discovery}}}}\nplugins:\n- type: file-discovery\n  parameters: {{path: {}, watchFile: true}}\n",
         endpoints.display()
@@ -209,7 +229,12 @@ impl Layout<'_> {
         for number in 0..self.prefill {
             prefill.push(Pod::engine("prefill", number, self.engine_flags, at).await);
         }
+        let mut encode = Vec::new();
+        for number in 0..self.encode {
+            encode.push(Pod::engine("encode", number, self.engine_flags, at).await);
+        }
         let allowed = self.allowed.iter().filter_map(|n| prefill.get(*n));
+        let allowed = allowed.chain(&encode);
         let allowed: Vec<String> = allowed.map(|pod| pod.address().to_string()).collect();
         let (mut decode, mut sidecars) = (Vec::new(), Vec::new());
         let decode_flags = [self.engine_flags, self.decode_flags].concat();
@@ -223,10 +248,10 @@ impl Layout<'_> {
         let engine_flags: Vec<String> = self.engine_flags.iter().map(|f| (*f).to_owned()).collect();
         let alone = Sims::start(program(), 1, &engine_flags, at).await.unwrap();
         let endpoints = at.join("endpoints.json");
-        write_endpoints(&endpoints, &prefill, &sidecars);
+        write_endpoints(&endpoints, [&encode, &prefill, &sidecars]);
         let flags = [
             "--pool-name=pool".to_owned(),
-            format!("--config-text={}", config(&endpoints)),
+            format!("--config-text={}", config(self.document, &endpoints)),
         ];
         let picker = Picker::start(program(), &flags, at).await.unwrap();
         let envoy = Envoy::start(ORIGINAL_DST, picker.grpc, true, Vec::new(), at)
@@ -241,6 +266,7 @@ impl Layout<'_> {
         gateway.wait_until_healthy().await;
         Split {
             gateway,
+            encode,
             prefill,
             decode,
             sidecars,
@@ -248,9 +274,10 @@ impl Layout<'_> {
     }
 }
 
-fn write_endpoints(file: &Path, prefill: &[Pod], sidecars: &[Pod]) {
-    let all = [("prefill", prefill), ("decode", sidecars)];
-    let endpoints = all.into_iter().flat_map(|(role, pods)| {
+/// Pods for encode, prefill and decode.
+fn write_endpoints(file: &Path, pods: [&[Pod]; 3]) {
+    let roles = ["encode", "prefill", "decode"].into_iter().zip(pods);
+    let endpoints = roles.flat_map(|(role, pods)| {
         pods.iter().map(move |pod| {
             json!({
                 "name": pod.name, "address": "127.0.0.1", "port": pod.port.to_string(),
@@ -273,6 +300,8 @@ pub(super) struct Ask {
     pub(super) chat: bool,
     pub(super) streamed: bool,
     pub(super) max_tokens: usize,
+    /// In front of a chat's text.
+    pub(super) images: &'static [&'static str],
     pub(super) headers: &'static [(&'static str, &'static str)],
 }
 
@@ -283,6 +312,7 @@ impl Ask {
             chat: false,
             streamed: false,
             max_tokens: 8,
+            images: &[],
             headers: &[],
         }
     }
@@ -300,7 +330,10 @@ impl Ask {
             "model": "sim-model", "max_tokens": self.max_tokens, "stream": self.streamed,
         });
         if self.chat {
-            body["messages"] = json!([{"role": "user", "content": self.prompt}]);
+            let image = |url| json!({"type": "image_url", "image_url": {"url": url}});
+            let text = json!({"type": "text", "text": self.prompt});
+            let parts: Vec<Value> = self.images.iter().map(image).chain([text]).collect();
+            body["messages"] = json!([{"role": "user", "content": parts}]);
         } else {
             body["prompt"] = json!(self.prompt);
         }
@@ -399,7 +432,17 @@ impl Split {
     /// Tells the picker that only these prefill endpoints exist.
     pub(super) fn keep_prefill(&self, numbers: std::ops::Range<usize>) {
         let file = self.gateway.directory.path().join("endpoints.json");
-        write_endpoints(&file, &self.prefill[numbers], &self.sidecars);
+        let prefill = &self.prefill[numbers];
+        write_endpoints(&file, [&self.encode, prefill, &self.sidecars]);
+    }
+
+    fn engines(&self) -> impl Iterator<Item = &Pod> {
+        self.encode.iter().chain(&self.prefill).chain(&self.decode)
+    }
+
+    /// A count of each encode engine.
+    pub(super) async fn encode(&self, name: &str) -> Vec<i64> {
+        counts(&self.encode, name).await
     }
 
     /// A count of each prefill engine.
@@ -449,7 +492,7 @@ impl Split {
                     return Err(format!("{}: {state}", sidecar.name));
                 }
             }
-            for engine in self.prefill.iter().chain(&self.decode) {
+            for engine in self.engines() {
                 let stats = engine.stats().await;
                 let left = ["running", "waiting", "unanswered", "kept", "held_blocks"];
                 if left
@@ -466,11 +509,7 @@ impl Split {
 
     /// What everybody holds; to be asked when nothing is under way.
     pub(super) async fn held(&self) -> Held {
-        let pods = self
-            .prefill
-            .iter()
-            .chain(&self.decode)
-            .chain(&self.sidecars);
+        let pods = self.engines().chain(&self.sidecars);
         let pods = pods.filter_map(|pod| Some((pod.name.clone(), pod.sockets()?)));
         let picker = sockets(self.gateway.picker.process.id());
         let mut tasks = Vec::new();
