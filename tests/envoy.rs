@@ -11,6 +11,8 @@
 mod grpc;
 #[path = "envoy_events.rs"]
 mod kv_events;
+#[path = "envoy_pd.rs"]
+mod pd;
 mod support;
 
 use std::io::Write;

@@ -32,7 +32,9 @@ mod routing;
 pub mod run;
 pub mod server;
 pub mod settings;
+mod state;
 mod trace;
+mod upgrade;
 mod usage;
 
 #[cfg(test)]

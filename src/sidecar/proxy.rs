@@ -23,6 +23,7 @@ use super::prompt::Prompt;
 use super::routing::Routing;
 use super::settings::Settings;
 use super::trace;
+use super::upgrade;
 
 /// Everything that requests share.
 #[derive(Debug)]
@@ -85,8 +86,9 @@ impl Sidecar {
     async fn pass_through(
         &self,
         local: &HostPort,
-        request: Request<Incoming>,
+        mut request: Request<Incoming>,
     ) -> Result<Answer, Refusal> {
+        let upgrade = upgrade::Wanted::take(&mut request);
         let (mut head, body) = request.into_parts();
         // Nobody to tell apart here: the headers just have to go.
         Routing::take(&mut head.headers, &self.allowed, self.metrics());
@@ -101,6 +103,9 @@ impl Sidecar {
         *out.method_mut() = head.method;
         *out.uri_mut() = origin_form(&head.uri);
         *out.headers_mut() = head.headers;
+        if let Some(wanted) = upgrade {
+            return wanted.pass(self, local, out).await;
+        }
         let limit = self.settings.decode_timeout;
         let called = self.engines.call(Stage::Decode, local, out, limit).await;
         let mut response = called.map_err(|error| {

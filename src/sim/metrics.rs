@@ -409,6 +409,8 @@ mod tests {
             waiting: 24,
             deferred: 3,
             kv_usage: 0.25,
+            held_blocks: 0,
+            kept: 0,
             totals,
             running_loras: loras.clone(),
             waiting_loras: loras,

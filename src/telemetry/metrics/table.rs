@@ -270,7 +270,7 @@ series! {
     "pinpod_sidecar_requests_total", Counter, "Requests of the sidecar, by how they were served: plain, decode_only, prefill_decode, local_prefill, error.";
     "pinpod_sidecar_active_legs", Gauge, "Engine calls in progress, by stage: encode, prefill, decode.";
     "pinpod_sidecar_legs_total", Counter, "Engine calls begun, by stage.";
-    "pinpod_sidecar_leg_failures_total", Counter, "Engine calls that ended without an answer, by stage.";
+    "pinpod_sidecar_leg_failures_total", Counter, "Engine calls that ended without a usable answer, by stage.";
     "pinpod_sidecar_leg_duration_seconds", Histogram(LAT), "Time from the beginning of an engine call to the last byte of its answer in seconds.";
     "pinpod_sidecar_denied_targets_total", Counter, "Targets in routing headers that are not on the allow-list.";
     "moriio_dns_reresolve_total", Counter, "Look-ups of a host whose address had grown stale.";
