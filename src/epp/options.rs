@@ -101,6 +101,8 @@ pub struct ServeOptions {
     pub metrics_tls: Option<TlsOptions>,
     /// `--enable-grpc-stream-metrics`.
     pub enable_grpc_stream_metrics: bool,
+    /// `--tracing`.
+    pub tracing: bool,
     /// The scrape flags of releases before 0.10.
     pub scrape: ScrapeFlags,
     /// `--seed`.
@@ -337,7 +339,7 @@ struct TelemetryFlags {
     /// Accepted: there is no pprof here
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
     enable_pprof: bool,
-    /// Accepted: traces are not exported yet
+    /// Record traces, if OTEL_TRACES_EXPORTER or OTEL_EXPORTER_OTLP_ENDPOINT says where to
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
     tracing: bool,
     /// Verbosity: up to 3 info, 4 debug, 5 trace
@@ -741,6 +743,7 @@ impl Flags {
             metrics_endpoint_auth: telemetry.metrics_endpoint_auth,
             metrics_tls,
             enable_grpc_stream_metrics: telemetry.enable_grpc_stream_metrics,
+            tracing: telemetry.tracing,
             scrape,
             seed: requests.seed,
             log_format: if telemetry.zap_encoder == "json" {

@@ -17,7 +17,7 @@ use super::control_plane::{ControlPlane, follow_rules};
 use super::health::{HealthService, HealthState};
 use super::options::ServeOptions;
 use super::reload::{Live, LiveFlags, Reloader};
-use super::tls;
+use super::{tls, tracing as traces};
 use crate::config::{self, ConfigLoader, LoadOptions, ResolvedConfig};
 use crate::control::Director;
 use crate::control::director::DirectorOptions;
@@ -32,6 +32,7 @@ use crate::extproc::stream::StreamSettings;
 use crate::plugin::{InFlightSlot, Plugin};
 use crate::telemetry::metrics::{ConfigReloads, ExtProcStreams, Metrics};
 use crate::telemetry::server::{Explained, IndexView, Pages, Refusal};
+use crate::telemetry::trace::Tracer;
 use crate::telemetry::{self, log};
 
 /// Room of a gRPC message around a body piece.
@@ -56,6 +57,7 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let exposition = telemetry::metrics::install()?;
     let metrics = Metrics::new();
     metrics.announce_build();
+    let (tracer, export) = traces::install("llm-d-epp", options.tracing)?;
     let (mut loader, config, text) = load_config(&options)?;
 
     let store = Arc::new(EndpointStore::default());
@@ -110,7 +112,8 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         };
         tasks.spawn(reloader.run(shutdown.clone()));
     }
-    let servers = start_servers(&options, Arc::clone(&director), &health, &tasks, &shutdown)?;
+    let requests = (Arc::clone(&director), tracer);
+    let servers = start_servers(&options, requests, &health, &tasks, &shutdown)?;
     let pages = Pages::new(
         exposition,
         plugin_state(Arc::clone(&store)),
@@ -124,6 +127,10 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     wait_for_signal().await?;
     candidacy.cancel();
     drain(&options, &health, servers, &shutdown).await;
+    // The spans of the last requests ended with their streams.
+    if let Some(export) = export {
+        export.finish().await;
+    }
     tasks.close();
     tasks.wait().await;
     Ok(())
@@ -154,7 +161,7 @@ fn load_config(
 
 fn start_servers(
     options: &ServeOptions,
-    director: Arc<Director>,
+    (director, tracer): (Arc<Director>, Tracer),
     health: &Arc<HealthState>,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
@@ -163,6 +170,7 @@ fn start_servers(
         max_body_bytes: options.max_request_body_bytes,
         max_chunk_bytes: options.max_body_chunk_bytes,
         decision_timeout: options.decision_timeout,
+        tracer,
     };
     let streams = options
         .enable_grpc_stream_metrics
