@@ -16,10 +16,11 @@ use super::metrics::SidecarMetrics;
 use super::options::SidecarOptions;
 use super::proxy::Sidecar;
 use super::server::{ListenerTls, RankServer};
+use super::settings::Settings;
 use crate::datalayer::scrape::tls::client_config;
 use crate::datalayer::sources::HttpSource;
 use crate::epp::run::wait_for_signal;
-use crate::epp::tls;
+use crate::epp::{tls, tracing as traces};
 use crate::kubernetes;
 use crate::telemetry::server::{Explained, IndexView, Pages, Refusal};
 use crate::telemetry::{self, log};
@@ -41,6 +42,7 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
     }
     let exposition = telemetry::metrics::install()?;
+    let (tracer, export) = traces::install("llm-d-pd-proxy", options.settings.tracing)?;
     let tasks = TaskTracker::new();
     let connections = TaskTracker::new();
     let (stop, cancel) = (CancellationToken::new(), CancellationToken::new());
@@ -51,8 +53,12 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
         tls: engine_tls(&options)?,
     };
     let allowed = Arc::new(allow_list(&options, &tasks, &stop).await?);
+    let settings = Settings {
+        tracer,
+        ..options.settings.clone()
+    };
     let sidecar = Arc::new(Sidecar::new(
-        options.settings.clone(),
+        settings,
         engines,
         allowed,
         SidecarMetrics::new(),
@@ -101,6 +107,9 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
     }
     cancel.cancel();
     connections.wait().await;
+    if let Some(export) = export {
+        export.finish().await;
+    }
     tasks.close();
     tasks.wait().await;
     Ok(())
