@@ -627,6 +627,14 @@ fn workload(pod: &str) -> Option<&str> {
 }
 
 impl TelemetryFlags {
+    fn log_format(&self) -> log::Format {
+        if self.zap_encoder == "json" {
+            log::Format::Json
+        } else {
+            log::Format::Text
+        }
+    }
+
     /// TLS of the metrics port.
     fn tls(&self) -> Result<Option<TlsOptions>, OptionsError> {
         let ca = Some(&self.metrics_client_ca_file).filter(|path| !path.is_empty());
@@ -746,11 +754,7 @@ impl Flags {
             tracing: telemetry.tracing,
             scrape,
             seed: requests.seed,
-            log_format: if telemetry.zap_encoder == "json" {
-                log::Format::Json
-            } else {
-                log::Format::Text
-            },
+            log_format: telemetry.log_format(),
             log_level: log_level(telemetry.verbosity, &telemetry.zap_log_level)?,
             warnings: std::mem::take(warnings),
         })

@@ -144,8 +144,6 @@ pub struct Exchange {
     model_names: Option<ModelNameRewriter>,
     /// From the request headers to the end of the stream.
     trace: RequestTrace,
-    /// The request brought the state of a trace, but none that could be read.
-    stray_state: bool,
     out: VecDeque<Reply>,
     closed: bool,
 }
@@ -171,7 +169,6 @@ impl Exchange {
             account: None,
             model_names: None,
             trace: RequestTrace::default(),
-            stray_state: false,
             out: VecDeque::new(),
             closed: false,
         }
@@ -296,7 +293,6 @@ impl Exchange {
             || SpanContext::parse(self.headers.get_str(TRACEPARENT)?),
             || names::GATEWAY_REQUEST,
         );
-        self.stray_state = self.trace.is_root && self.headers.get_str(TRACESTATE).is_some();
         self.read_subset(metadata);
         if message.end_of_stream {
             self.request_ended = true;
@@ -534,7 +530,7 @@ impl Exchange {
     }
 
     /// Tells those behind us where in the trace the request is, also when it is not recorded: they are
-    /// not to decide anew. Trace state and baggage stay as they came, but state of no trace goes.
+    /// not to decide anew. Trace state and baggage stay as they came, unless the state is of no trace.
     fn propagate(&self, set: &mut Vec<(Cow<'static, str>, Bytes)>, remove: &mut Vec<String>) {
         let Some(context) = &self.trace.context else {
             return;
@@ -543,7 +539,7 @@ impl Exchange {
             Cow::Borrowed(TRACEPARENT),
             Bytes::from(context.traceparent()),
         ));
-        if self.stray_state {
+        if self.trace.is_root {
             remove.push(TRACESTATE.to_owned());
         }
     }

@@ -50,7 +50,7 @@ pub struct OtlpSettings {
     /// Files of a TLS connection.
     pub tls: TlsFiles,
     /// Sent with every batch.
-    pub headers: Vec<(MetadataKey<Ascii>, MetadataValue<Ascii>)>,
+    pub headers: Vec<Header>,
     /// Time for one attempt.
     pub timeout: Duration,
 }
@@ -61,6 +61,9 @@ impl OtlpSettings {
         self.endpoint.scheme_str() == Some("https")
     }
 }
+
+/// Name and value of a header.
+pub type Header = (MetadataKey<Ascii>, MetadataValue<Ascii>);
 
 /// Files of a TLS connection, in PEM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -127,15 +130,12 @@ pub fn read(
         warnings: Vec::new(),
     };
     let exporter = reader.exporter()?;
-    let settings = match exporter {
-        None => None,
-        Some(exporter) => Some(Settings {
-            exporter,
-            sampler: reader.sampler(),
-            resource: reader.resource(service_name),
-            batch: reader.batch(),
-        }),
-    };
+    let settings = exporter.map(|exporter| Settings {
+        exporter,
+        sampler: reader.sampler(),
+        resource: reader.resource(service_name),
+        batch: reader.batch(),
+    });
     Ok(Found {
         settings,
         warnings: reader.warnings,
@@ -174,10 +174,12 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
             None if collector.is_none() => return Ok(None),
             None => {}
         }
-        Ok(Some(ExporterSettings::Otlp(self.collector(collector)?)))
+        Ok(Some(ExporterSettings::Otlp(
+            self.collector(collector.as_deref())?,
+        )))
     }
 
-    fn collector(&mut self, named: Option<String>) -> Result<OtlpSettings, SettingsError> {
+    fn collector(&mut self, named: Option<&str>) -> Result<OtlpSettings, SettingsError> {
         let protocol = self.otlp(
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
             "OTEL_EXPORTER_OTLP_PROTOCOL",
@@ -204,7 +206,7 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
         let nothing_said = named.is_none() && insecure.is_none() && tls == TlsFiles::default();
         let plain = nothing_said || insecure.is_some_and(|v| v.eq_ignore_ascii_case("true"));
         let scheme = if plain { "http" } else { "https" };
-        let place = named.as_deref().unwrap_or("localhost:4317");
+        let place = named.unwrap_or("localhost:4317");
         Ok(OtlpSettings {
             endpoint: endpoint(place, scheme).map_err(|problem| SettingsError {
                 variable: "OTEL_EXPORTER_OTLP_ENDPOINT",
@@ -219,9 +221,7 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
         })
     }
 
-    fn headers(
-        &mut self,
-    ) -> Result<Vec<(MetadataKey<Ascii>, MetadataValue<Ascii>)>, SettingsError> {
+    fn headers(&mut self) -> Result<Vec<Header>, SettingsError> {
         let list = self.otlp(
             "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
             "OTEL_EXPORTER_OTLP_HEADERS",

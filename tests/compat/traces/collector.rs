@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use parking_lot::Mutex;
+use pinpod::epp::tls::{self, TlsOptions};
 use pinpod::extproc::server::{Server, ServerConfigs};
 use pinpod::telemetry::trace::proto::any_value::Value as Any;
 use pinpod::telemetry::trace::proto::span::SpanKind;
@@ -133,11 +136,24 @@ pub(super) struct Collector {
 
 impl Collector {
     pub(super) fn start() -> Self {
+        Self::serve(None)
+    }
+
+    /// With the certificate of this directory.
+    pub(super) fn over_tls(directory: &Path) -> Self {
+        let options = TlsOptions {
+            cert_path: Some(directory.to_owned()),
+            ..TlsOptions::default()
+        };
+        Self::serve(Some(tls::load(&options).unwrap()))
+    }
+
+    fn serve(tls: Option<tokio_rustls::rustls::ServerConfig>) -> Self {
         let taken = Taken::default();
         let configs = ServerConfigs {
             address: ([127, 0, 0, 1], 0).into(),
             workers: 1,
-            tls: None,
+            tls: tls.map(|config| Arc::new(ArcSwap::from_pointee(config))),
         };
         let service = TraceServiceServer::new(taken.clone());
         Self {
@@ -147,7 +163,11 @@ impl Collector {
     }
 
     pub(super) fn endpoint(&self) -> String {
-        format!("http://{}", self.server.address())
+        format!("http://{}", self.address())
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.server.address()
     }
 
     /// What came so far.

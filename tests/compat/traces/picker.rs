@@ -681,6 +681,41 @@ async fn the_console_gets_a_line_for_each_span() {
     );
 }
 
+#[tokio::test]
+async fn a_collector_is_believed_by_its_certificate() {
+    let directory = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let certificate = directory.path().join("tls.crt");
+    std::fs::write(&certificate, made.cert.pem()).unwrap();
+    let key = made.signing_key.serialize_pem();
+    std::fs::write(directory.path().join("tls.key"), key).unwrap();
+    let collector = Collector::over_tls(directory.path());
+    let stranger = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let strange = directory.path().join("strange.crt");
+    std::fs::write(&strange, stranger.cert.pem()).unwrap();
+    // Without a scheme the way is TLS.
+    let endpoint = collector.address().to_string();
+    for (believed, exported) in [(&strange, false), (&certificate, true)] {
+        let picker = Picker::simple(&[
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
+            ("OTEL_EXPORTER_OTLP_CERTIFICATE", believed.to_str().unwrap()),
+            ("OTEL_TRACES_SAMPLER_ARG", "1"),
+            ("OTEL_BSP_SCHEDULE_DELAY", "10"),
+        ])
+        .await;
+        exchange(
+            &picker.channel().await,
+            &[],
+            r#"{"model":"m","prompt":"p"}"#,
+            "200",
+        )
+        .await;
+        let log = picker.process.terminate().await;
+        assert_eq!(log.contains("spans cannot be exported"), !exported, "{log}");
+        assert_eq!(!collector.spans().is_empty(), exported);
+    }
+}
+
 #[test]
 fn an_endpoint_that_is_none_is_refused_at_the_start() {
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_pinpod"))
