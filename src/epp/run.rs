@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use serde_json::json;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -112,6 +112,8 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         };
         tasks.spawn(reloader.run(shutdown.clone()));
     }
+    // Before anybody can send a request: from here on a signal drains.
+    let mut signals = Signals::catch()?;
     let requests = (Arc::clone(&director), tracer);
     let servers = start_servers(&options, requests, &health, &tasks, &shutdown)?;
     let pages = Pages::new(
@@ -124,7 +126,7 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     start_metrics(&options, &store, pages, &tasks, &shutdown).await?;
     tracing::info!(extproc = %servers[0].address(), health = %servers[1].address(), "serving");
 
-    wait_for_signal().await?;
+    signals.next().await;
     candidacy.cancel();
     drain(&options, &health, servers, &shutdown).await;
     // The spans of the last requests ended with their streams.
@@ -296,14 +298,34 @@ fn any(port: u16) -> SocketAddr {
     (Ipv4Addr::UNSPECIFIED, port).into()
 }
 
+/// SIGTERM and SIGINT, which do not end the process by themselves once they are caught.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Catches both; one that comes before [`Self::next`] is not lost.
+    pub(crate) fn catch() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Returns at either.
+    pub(crate) async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// Returns at SIGTERM or SIGINT.
 pub async fn wait_for_signal() -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    Signals::catch()?.next().await;
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use super::server::{ListenerTls, RankServer};
 use super::settings::Settings;
 use crate::datalayer::scrape::tls::client_config;
 use crate::datalayer::sources::HttpSource;
-use crate::epp::run::wait_for_signal;
+use crate::epp::run::{Signals, wait_for_signal};
 use crate::epp::{tls, tracing as traces};
 use crate::kubernetes;
 use crate::telemetry::server::{Explained, IndexView, Pages, Refusal};
@@ -77,6 +77,8 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
             stop.clone(),
         ));
     }
+    // Before anybody can send a request: from here on a signal drains.
+    let mut signals = Signals::catch()?;
     for rank in 0..options.settings.data_parallel_size {
         let port = options
             .settings
@@ -96,7 +98,7 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
         tracing::info!(port, rank, tls = tls.is_some(), "serving");
     }
 
-    wait_for_signal().await?;
+    signals.next().await;
     tracing::info!(drain_timeout = ?options.drain_timeout, "draining");
     stop.cancel();
     connections.close();

@@ -92,8 +92,22 @@ impl SpanContext {
 
     /// As a `traceparent`.
     pub fn traceparent(&self) -> String {
-        let flags = if self.sampled { "01" } else { "00" };
-        format!("00-{}-{}-{flags}", self.trace, self.span)
+        // On the way of every request while tracing is on: one allocation, no formatting.
+        let mut text = String::with_capacity(LENGTH);
+        text.push_str("00-");
+        push_hex(&self.trace.bytes(), &mut text);
+        text.push('-');
+        push_hex(&self.span.bytes(), &mut text);
+        text.push_str(if self.sampled { "-01" } else { "-00" });
+        text
+    }
+}
+
+fn push_hex(bytes: &[u8], text: &mut String) {
+    for byte in bytes {
+        for digit in [byte >> 4, byte & 15] {
+            text.extend(char::from_digit(digit.into(), 16));
+        }
     }
 }
 

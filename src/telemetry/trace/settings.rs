@@ -189,6 +189,15 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
                 "OTEL_EXPORTER_OTLP_PROTOCOL: {protocol:?} is not spoken here, spans go out over grpc"
             ));
         }
+        let compression = self.otlp(
+            "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
+            "OTEL_EXPORTER_OTLP_COMPRESSION",
+        );
+        if let Some(compression) = compression.filter(|c| c != "none") {
+            self.warnings.push(format!(
+                "OTEL_EXPORTER_OTLP_COMPRESSION: {compression:?} is not used, spans go out as they are"
+            ));
+        }
         let insecure = self.otlp(
             "OTEL_EXPORTER_OTLP_TRACES_INSECURE",
             "OTEL_EXPORTER_OTLP_INSECURE",

@@ -182,6 +182,9 @@ fn what_cannot_be_used_is_told() {
     let http = ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf");
     let found_http = found(&[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4318"), http]).unwrap();
     assert!(found_http.warnings[0].contains("over grpc"));
+    let gzip = ("OTEL_EXPORTER_OTLP_COMPRESSION", "gzip");
+    let found_gzip = found(&[("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4317"), gzip]).unwrap();
+    assert!(found_gzip.warnings[0].contains("\"gzip\" is not used"));
     for endpoint in ["ftp://c:1", "http://", "http://a b", "c:99999"] {
         let refused = found(&[("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)]).unwrap_err();
         assert!(

@@ -180,15 +180,16 @@ impl Collector {
         self.taken.metadata.lock().clone()
     }
 
-    /// The spans of `trace`, once `last` is among them.
-    pub(super) async fn trace(&self, trace: &str, last: &str) -> Vec<Received> {
+    /// The spans of `trace`, once `last` and at least so many are there.
+    pub(super) async fn trace(&self, trace: &str, last: &str, count: usize) -> Vec<Received> {
         let of_trace = || -> Vec<_> {
             let mut spans = self.spans();
             spans.retain(|span| span.trace == trace);
             spans
         };
         until(&format!("{last} comes"), || async {
-            of_trace().iter().any(|span| span.name == last)
+            let spans = of_trace();
+            spans.len() >= count && spans.iter().any(|span| span.name == last)
         })
         .await;
         of_trace()
@@ -242,6 +243,13 @@ impl Running {
                 assert!(Instant::now() < deadline, "{}", running.log());
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
+        }
+        // It listens itself, not another process on a port that was free a moment ago.
+        while !running.log().contains("\"msg\":\"serving\"") {
+            let ended = running.child.try_wait().unwrap();
+            assert!(ended.is_none(), "{ended:?}: {}", running.log());
+            assert!(Instant::now() < deadline, "{}", running.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
         running
     }

@@ -259,7 +259,7 @@ async fn spans_of_a_request_are_those_of_the_table() {
     let body = json!({"model": "m", "prompt": secret}).to_string();
     let lines = [("traceparent", traceparent.as_str()), ("tracestate", "a=1")];
     let replies = exchange(&picker.channel().await, &lines, &body, "200").await;
-    let spans = collector.trace(TRACE, "gateway.request").await;
+    let spans = collector.trace(TRACE, "gateway.request", 1).await;
 
     let root = only(&spans, "gateway.request");
     assert!(root.server && root.parent == PARENT && root.error.is_none());
@@ -390,12 +390,8 @@ async fn spans_of_a_request_are_those_of_the_table() {
     );
 
     let steps = named(&spans, "pick_disagg_profile");
-    let decisions: Vec<_> = steps
-        .iter()
-        .map(|s| s.text("llm_d.epp.profile_handler.decision"))
-        .collect();
     assert_eq!(
-        decisions,
+        decisions(&steps),
         ["run_decode", "run_prefill", "complete_prefill-decode"]
     );
     let counts: Vec<_> = steps
@@ -455,7 +451,107 @@ async fn spans_of_a_request_are_those_of_the_table() {
         );
         assert!(!format!("{span:?}").contains("nobody-may-see"), "{span:?}");
     }
-    assert_eq!(picker.total("exported").await, spans.len() as u64);
+    let all = spans.len() as u64;
+    until("all are counted", || async {
+        picker.total("exported").await == all
+    })
+    .await;
+
+    // A short prompt is prefilled where it is decoded.
+    let trace = "5bf92f3577b34da6a3ce929d0e0e4736";
+    let traceparent = format!("00-{trace}-{PARENT}-01");
+    let body = r#"{"model":"m","prompt":"short"}"#;
+    let lines = [("traceparent", traceparent.as_str())];
+    exchange(&picker.channel().await, &lines, body, "200").await;
+    let spans = collector.trace(trace, "gateway.request", 1).await;
+    assert_eq!(
+        decisions(&named(&spans, "pick_disagg_profile")),
+        ["run_decode", "skip_prefill", "complete_decode-only"]
+    );
+    let prepared = only(&spans, "prepare_disaggregation");
+    assert_eq!(
+        prepared.attributes["llm_d.epp.pd.disaggregation_used"],
+        false
+    );
+    assert_eq!(
+        prepared.text("llm_d.epp.pd.reason"),
+        "no_prefill_profile_result"
+    );
+    assert_eq!(named(&spans, "run_scheduler_profile").len(), 1);
+}
+
+fn decisions<'a>(steps: &[&'a Received]) -> Vec<&'a str> {
+    let decision = |step: &&'a Received| step.text("llm_d.epp.profile_handler.decision");
+    steps.iter().map(decision).collect()
+}
+
+#[tokio::test]
+async fn the_deprecated_handler_has_a_span_of_its_own() {
+    let collector = Collector::start();
+    let endpoint = collector.endpoint();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("endpoints.json");
+    std::fs::write(&file, endpoints().to_string()).unwrap();
+    let disagg = "{type: disagg-profile-handler, parameters: {deciders: {prefill: prefix-based-pd-decider}}}";
+    assert!(PD.contains(disagg));
+    let deprecated = "{type: pd-profile-handler}\n- {type: disagg-headers-handler}";
+    let config = PD
+        .replace(disagg, deprecated)
+        .replace("ENDPOINTS", file.to_str().unwrap());
+    let flags = [
+        "--pool-name=p".to_owned(),
+        format!("--config-text={config}"),
+    ];
+    let environment = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("OTEL_BSP_SCHEDULE_DELAY", "10"),
+    ];
+    let picker = Picker::start(&flags, &environment).await;
+    let traceparent = format!("00-{TRACE}-{PARENT}-01");
+    let body = json!({"model": "m", "prompt": "a long prompt ".repeat(20)}).to_string();
+    let lines = [("traceparent", traceparent.as_str())];
+    exchange(&picker.channel().await, &lines, &body, "200").await;
+    let spans = collector.trace(TRACE, "gateway.request", 1).await;
+    assert_eq!(
+        decisions(&named(&spans, "pick_pd_profile")),
+        ["run_decode", "run_prefill", "complete_prefill-decode"]
+    );
+    let prepared = only(&spans, "prepare_disaggregation");
+    assert_eq!(prepared.text("llm_d.epp.pd.prefill_pod_port"), "7");
+}
+
+#[tokio::test]
+async fn a_profile_that_finds_no_endpoint_is_an_error() {
+    let collector = Collector::start();
+    let endpoint = collector.endpoint();
+    let config = "apiVersion: llm-d.ai/v1alpha1\nkind: EndpointPickerConfig\nplugins: [{type: prefill-filter}]\n\
+        schedulingProfiles: [{name: default, plugins: [{pluginRef: prefill-filter}]}]\n";
+    // An endpoint without a role is none to prefill on.
+    let flags = [
+        "--endpoints=127.0.0.1:1".to_owned(),
+        format!("--config-text={config}"),
+    ];
+    let environment = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("OTEL_BSP_SCHEDULE_DELAY", "10"),
+    ];
+    let picker = Picker::start(&flags, &environment).await;
+    let traceparent = format!("00-{TRACE}-{PARENT}-01");
+    let lines = [("traceparent", traceparent.as_str())];
+    let body = r#"{"model":"m","prompt":"p"}"#;
+    exchange(&picker.channel().await, &lines, body, "200").await;
+    let spans = collector.trace(TRACE, "gateway.request", 1).await;
+    let filters = only(&spans, "filter_endpoints");
+    assert_eq!(filters.attributes["llm_d.epp.filter.filtered_endpoints"], 0);
+    for (name, error) in [
+        ("filter_endpoints", "no endpoint is left"),
+        ("run_scheduler_profile", "no endpoint is left"),
+        ("gateway.request_orchestration", "ResourceExhausted"),
+        ("gateway.request", "ResourceExhausted"),
+    ] {
+        assert_eq!(only(&spans, name).error.as_deref(), Some(error), "{name}");
+    }
+    assert!(named(&spans, "pick_endpoints").is_empty());
 }
 
 #[tokio::test]
@@ -483,7 +579,7 @@ async fn a_parent_decides_and_new_traces_are_sampled() {
             );
             assert!(!told.contains(PARENT));
             if sampled {
-                let spans = collector.trace(&trace, "gateway.request").await;
+                let spans = collector.trace(&trace, "gateway.request", 1).await;
                 assert_eq!(only(&spans, "gateway.request").parent, PARENT);
             }
         }
@@ -499,7 +595,7 @@ async fn a_parent_decides_and_new_traces_are_sampled() {
             );
             assert!(removed(&replies, "tracestate") && !removed(&replies, "baggage"));
             if ratio == "1" {
-                let spans = collector.trace(&told[3..35], "gateway.request").await;
+                let spans = collector.trace(&told[3..35], "gateway.request", 1).await;
                 let root = only(&spans, "gateway.request");
                 assert_eq!(
                     (root.parent.as_str(), root.id.as_str()),
@@ -561,7 +657,7 @@ async fn failures_are_seen_in_their_spans() {
         let trace = format!("{n}bf92f3577b34da6a3ce929d0e0e4736");
         let given = format!("00-{trace}-{PARENT}-01");
         exchange(&channel, &[("traceparent", &given)], body, status).await;
-        let spans = collector.trace(&trace, "gateway.request").await;
+        let spans = collector.trace(&trace, "gateway.request", 1).await;
         let errors = ["gateway.request", "gateway.request_orchestration"]
             .map(|name| only(&spans, name).error.as_deref());
         assert_eq!(errors, [at_root, at_decision], "{body}");
@@ -578,7 +674,7 @@ async fn failures_are_seen_in_their_spans() {
     let mut client = ExternalProcessorClient::with_origin(channel, origin());
     let replies = client.process(stream::iter([first])).await.unwrap();
     drop(replies);
-    let spans = collector.trace(trace, "gateway.request").await;
+    let spans = collector.trace(trace, "gateway.request", 1).await;
     assert_eq!(
         only(&spans, "gateway.request").error.as_deref(),
         Some("upload")

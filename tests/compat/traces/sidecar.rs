@@ -177,7 +177,7 @@ async fn a_prefill_and_a_decode_are_children_of_the_request() {
     ];
     assert_eq!(sidecar.ask("POST", CHAT, &lines, &chat()).await, 200);
     let name = "llm_d.pd_proxy.POST /v1/chat/completions";
-    let spans = collector.trace(&trace, name).await;
+    let spans = collector.trace(&trace, name, 3).await;
     assert_eq!(spans.len(), 3, "{spans:#?}");
     let root = only(&spans, name);
     assert!(root.server && root.parent == PARENT && root.error.is_none());
@@ -250,7 +250,7 @@ async fn every_way_through_the_sidecar_has_its_spans() {
         )
         .await;
     let root = "llm_d.pd_proxy.GET /v1/models";
-    let spans = collector.trace(&trace, root).await;
+    let spans = collector.trace(&trace, root, 2).await;
     assert_eq!(
         only(&spans, "forward_request").parent,
         only(&spans, root).id
@@ -271,7 +271,7 @@ async fn every_way_through_the_sidecar_has_its_spans() {
         .ask("POST", CHAT, &[("traceparent", &given)], &body)
         .await;
     let root = "llm_d.pd_proxy.POST /v1/chat/completions";
-    let spans = collector.trace(&trace, root).await;
+    let spans = collector.trace(&trace, root, 4).await;
     let chunked = only(&spans, "chunked_decode");
     assert_eq!(chunked.parent, only(&spans, root).id);
     let calls: Vec<_> = spans.iter().filter(|span| span.name == "decode").collect();
@@ -298,7 +298,7 @@ async fn every_way_through_the_sidecar_has_its_spans() {
         )
         .await;
     let root = "llm_d.pd_proxy.POST /v1/completions";
-    let spans = collector.trace(&trace, root).await;
+    let spans = collector.trace(&trace, root, 4).await;
     let tried: Vec<_> = spans.iter().filter(|span| span.name == "prefill").collect();
     let seen = |span: &&Received| {
         let status = span.attributes["llm_d.pd_proxy.prefill.status_code"].as_i64();
@@ -333,7 +333,7 @@ async fn prefill_and_decode_at_once_have_names_of_their_own() {
     ];
     assert_eq!(sidecar.ask("POST", CHAT, &lines, &chat()).await, 200);
     let name = "llm_d.pd_proxy.POST /v1/chat/completions";
-    let spans = collector.trace(&trace, name).await;
+    let spans = collector.trace(&trace, name, 3).await;
     let root = only(&spans, name);
     assert_eq!(root.attributes["llm_d.pd_proxy.concurrent_pd"], true);
     let (first, second) = (
@@ -365,7 +365,7 @@ async fn an_engine_that_is_gone_is_an_error_of_its_span() {
         503
     );
     let name = "llm_d.pd_proxy.POST /v1/chat/completions";
-    let spans = collector.trace(&trace, name).await;
+    let spans = collector.trace(&trace, name, 2).await;
     let decode = only(&spans, "decode").error.clone().unwrap();
     assert!(decode.starts_with("connecting: "), "{decode}");
     assert_eq!(only(&spans, name).error.as_deref(), Some("status 503"));
