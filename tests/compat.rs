@@ -35,6 +35,8 @@ mod process;
 mod schema;
 #[path = "tidy.rs"]
 mod tidy;
+#[path = "compat/traces.rs"]
+mod traces;
 
 use pinpod::config::{LoadOptions, builtin, load, show};
 

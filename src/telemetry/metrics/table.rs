@@ -255,6 +255,7 @@ series! {
     "pinpod_tokenizer_fallbacks_total", Counter, "Requests that went on without ids, by reason.";
     "pinpod_tokenizer_job_duration_seconds_bucket", Counter, "Prompts by the time they waited for a worker and kept it, cumulative by upper bound in seconds.";
     "pinpod_token_producer_requests_total", Counter, "Requests by how their prompt became tokens: ready, waited, failed.";
+    "pinpod_trace_spans_total", Counter, "Spans of recorded requests by what became of them: exported, dropped (the queue was full), failed (no collector took them), rejected (the collector refused them).";
     "pinpod_aborted_requests_total", Counter, "Requests the proxy gave up, by phase.";
     "pinpod_config_reloads_total", Counter, "Changes of the configuration file, by result.";
     "pinpod_config_last_reload_success", Gauge, "1 when the configuration file in its present state is in use.";

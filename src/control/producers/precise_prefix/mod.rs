@@ -40,7 +40,10 @@ use crate::scheduling::{
     SchedulingResult, Scorer,
 };
 use crate::telemetry::metrics::register;
+use crate::telemetry::trace::{Span, names};
 
+/// How a look-up went, in its span.
+const PRODUCER_RESULT: &str = "llm_d.epp.producer.result";
 /// Internal column with the request's block keys, for the prediction after the pick.
 const KEYS: &str = "precise-prefix-keys";
 /// Internal column with what each candidate should find in its cache.
@@ -277,6 +280,17 @@ impl PrecisePrefixProducer {
         known.then_some(name)
     }
 
+    /// Counts a look-up that matched `known` of so many candidates exactly.
+    fn count(&self, known: usize, candidates: usize, span: &mut Span) {
+        let (counter, result) = match known {
+            0 => (&self.without_events, "no_events"),
+            all if all == candidates => (&self.exact, "exact"),
+            _ => (&self.mixed, "mixed"),
+        };
+        counter.increment(1);
+        span.record(|| [(PRODUCER_RESULT, result.into())]);
+    }
+
     /// Matches every candidate whose engine publishes events; the others keep `None`. Returns how many
     /// were matched.
     fn look_up(
@@ -346,21 +360,18 @@ impl DataProducer for PrecisePrefixProducer {
         candidates: &[Candidate],
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
+        let mut span = request.span(names::PRODUCE_PRECISE_PREFIX_CACHE);
         let mut keys = Vec::new();
         let found = SCRATCH.with_borrow_mut(|scratch| {
             let prompts = attributes.get(self.ids).unwrap_or_default();
             let known = if prompts.is_empty() {
                 self.without_tokens.increment(1);
+                span.record(|| [(PRODUCER_RESULT, "skipped_no_tokens".into())]);
                 scratch.predictions.clear();
                 0
             } else {
                 let known = self.look_up(request, prompts, candidates, scratch, &mut keys);
-                let counter = match known {
-                    0 => &self.without_events,
-                    all if all == candidates.len() => &self.exact,
-                    _ => &self.mixed,
-                };
-                counter.increment(1);
+                self.count(known, candidates.len(), &mut span);
                 known
             };
             let guesses = attributes.get(self.approximate).unwrap_or_default();
@@ -383,6 +394,7 @@ impl DataProducer for PrecisePrefixProducer {
             predictions.extend_from_slice(&scratch.predictions);
             matches
         });
+        record_matches(&mut span, &found);
         attributes.write(self.matches).extend(found);
         attributes.write(self.keys).append(&mut keys);
         Ok(())
@@ -406,7 +418,10 @@ impl DataProducer for PrecisePrefixProducer {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         match self.publishers.remote() {
-            Some(index) => self.produce_shared(index, prepared, candidates, attributes),
+            Some(index) => {
+                let mut span = request.span(names::PRODUCE_PRECISE_PREFIX_CACHE);
+                self.produce_shared(index, prepared, candidates, (attributes, &mut span))
+            }
             None => self.produce(request, candidates, attributes),
         }
     }
@@ -428,6 +443,27 @@ impl DataProducer for PrecisePrefixProducer {
     fn overview(&self, pool: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
         Some(self.overview_of(pool))
     }
+}
+
+/// What a recorded look-up found.
+fn record_matches(span: &mut Span, matches: &[PrefixMatch]) {
+    span.record(|| {
+        let most = |of: fn(&PrefixMatch) -> u32| matches.iter().map(of).max().unwrap_or(0);
+        [
+            (
+                "llm_d.epp.producer.candidate_endpoints",
+                matches.len().into(),
+            ),
+            (
+                "llm_d.epp.producer.total_blocks",
+                most(|m| m.total_blocks).into(),
+            ),
+            (
+                "llm_d.epp.producer.max_match_blocks",
+                most(|m| m.matched_blocks).into(),
+            ),
+        ]
+    });
 }
 
 /// Full blocks of a prompt that an engine can reuse: it computes the last token in any case.

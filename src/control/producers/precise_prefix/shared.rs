@@ -4,7 +4,7 @@ use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{PrecisePrefixProducer, Prediction, Trust};
+use super::{PRODUCER_RESULT, PrecisePrefixProducer, Prediction, Trust, record_matches};
 use crate::datalayer::EndpointIndex;
 use crate::kvcache::redis::{Found, LOOKUP_LIMIT, SharedError, SharedIndex};
 use crate::kvcache::tokens::service::PromptTokens;
@@ -12,6 +12,7 @@ use crate::plugin::Attributes;
 use crate::request::InferenceRequest;
 use crate::scheduling::attributes::PrefixMatch;
 use crate::scheduling::{Candidate, Preparation, ProducerError, SchedulingResult};
+use crate::telemetry::trace::Span;
 
 /// What the preparation may take beyond its own limit before it counts as failed.
 const MARGIN: Duration = Duration::from_millis(100);
@@ -58,7 +59,7 @@ impl PrecisePrefixProducer {
         index: &SharedIndex,
         prepared: Box<dyn Any + Send>,
         candidates: &[Candidate],
-        attributes: &mut Attributes,
+        (attributes, span): (&mut Attributes, &mut Span),
     ) -> Result<(), ProducerError> {
         let Answer { keys, found } = *prepared
             .downcast::<Answer>()
@@ -70,6 +71,7 @@ impl PrecisePrefixProducer {
         let matches: Vec<_> = match &found {
             Err(error) => {
                 self.shared_failed.increment(1);
+                span.record(|| [(PRODUCER_RESULT, "shared_failed".into())]);
                 tracing::debug!(%error, "prompt matched approximately");
                 (0..candidates.len()).map(guess).collect()
             }
@@ -90,13 +92,9 @@ impl PrecisePrefixProducer {
             }
         };
         if found.is_ok() {
-            let counter = match known {
-                0 => &self.without_events,
-                all if all == candidates.len() => &self.exact,
-                _ => &self.mixed,
-            };
-            counter.increment(1);
+            self.count(known, candidates.len(), span);
         }
+        record_matches(span, &matches);
         attributes.write(self.matches).extend(matches);
         // What other replicas wrote is no claim of ours to hold an engine to.
         attributes
