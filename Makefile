@@ -8,7 +8,7 @@ BIN := target/release/pinpod
 HELM_VERSION := v3.18.6
 HELM := .tools/helm
 
-.PHONY: build test test-real-vllm test-real-pd test-compose chart lint docs demo demo-full bench bench-index clean
+.PHONY: build test test-real-vllm test-real-pd test-compose chart lint docs demo demo-full demo-pd bench bench-index clean
 
 build: ## the release binary
 	$(CARGO) build --release --locked
@@ -88,6 +88,9 @@ demo: $(ENVOY) build ## random picks against the recommended configuration, unde
 
 demo-full: $(ENVOY) build ## the published workload
 	$(BIN) demo --full
+
+demo-pd: $(ENVOY) build ## four pods that do both against prefill and decode apart, under two minutes
+	$(BIN) demo --pd
 
 bench: build ## a cycle, a decision, a request against a no-op picker, idle scraping; nine minutes
 	$(CARGO) bench --locked --bench schedule
