@@ -19,6 +19,9 @@ import yaml
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NAMESPACE = "llm"
 ADMIN = "admin-token"
+# What an idle vLLM says of its load; without it a pod counts as saturated and low priorities are refused.
+IDLE = "".join(f"# TYPE vllm:{name} gauge\nvllm:{name}{{model_name=\"m\"}} 0\n" for name in (
+    "num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"))
 # Where each kind lives: its plural, and whether in a namespace.
 KINDS = {
     "Namespace": ("namespaces", False),
@@ -207,15 +210,15 @@ class ModelServer:
             protocol_version = "HTTP/1.1"
 
             def answer(self, body):
-                text = json.dumps(body).encode()
+                text = body.encode() if isinstance(body, str) else json.dumps(body).encode()
                 self.send_response(200)
-                self.send_header("content-type", "application/json")
+                self.send_header("content-type", "text/plain" if isinstance(body, str) else "application/json")
                 self.send_header("content-length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
 
             def do_GET(self):
-                self.answer({"data": [{"id": "m"}]})
+                self.answer(IDLE if self.path == "/metrics" else {"data": [{"id": "m"}]})
 
             def do_POST(self):
                 chunks = []
@@ -236,6 +239,9 @@ class ModelServer:
 
         class Server(http.server.ThreadingHTTPServer):
             daemon_threads, allow_reuse_address = True, True
+
+            def handle_error(self, *_):
+                """Pickers and proxies are killed here, in the middle of a request too."""
 
         threading.Thread(target=Server((ip, port), Handler).serve_forever, daemon=True).start()
 

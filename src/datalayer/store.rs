@@ -162,6 +162,7 @@ impl EndpointStore {
             })
             .collect();
         writer.positions = positions;
+        drop(old);
         self.publish(&mut writer, next, &changes);
     }
 
@@ -202,6 +203,7 @@ impl EndpointStore {
                 next.push(endpoint);
             }
         }
+        drop(old);
         if let Some(next) = next {
             self.publish(&mut writer, next, &changes);
         }
