@@ -3,6 +3,7 @@
 
 import http.server
 import json
+import os
 import pathlib
 import signal
 import socket
@@ -75,13 +76,14 @@ class Refused(Exception):
 class Process:
     """A child with its log."""
 
-    def __init__(self, directory, name, command):
-        self.name, self.log = name, directory / f"{name}.log"
+    def __init__(self, directory, name, command, **environment):
+        self.name, self.log, self.environment = name, directory / f"{name}.log", environment
         self.command, self.child = [str(word) for word in command], None
 
     def start(self):
         with open(self.log, "a") as log:
-            self.child = subprocess.Popen(self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            environment = {**os.environ, **self.environment}
+            self.child = subprocess.Popen(self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
     def stop(self, how=signal.SIGKILL, patience=30):
         self.child.send_signal(how)
@@ -136,7 +138,15 @@ class Cluster:
     def start(self):
         self.etcd.start()
         self.server.start()
+        self.wait()
+
+    def wait(self):
         wait_for("kube-apiserver is ready", lambda: self.call("GET", "/readyz", raw=True) == "ok", 180)
+
+    def restart(self):
+        self.server.stop()
+        self.server.start()
+        self.wait()
 
     def stop(self):
         for part in (self.server, self.etcd):
@@ -257,7 +267,7 @@ class Picker:
             pinpod, "serve", "--kubeconfig", kubeconfig, "--pool-name", "qwen", "--pool-namespace", NAMESPACE,
             f"--grpc-port={self.grpc}", f"--grpc-health-port={self.health}", f"--metrics-port={self.metrics}",
             "--config-file", config, "--zap-encoder=json", "--drain-timeout=3s", "--workers=1", *flags,
-        ])
+        ], NAMESPACE=NAMESPACE, POD_NAME=name)
 
     def get(self, path, token):
         headers = {"authorization": f"Bearer {token}"} if token else {}

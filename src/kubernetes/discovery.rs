@@ -276,6 +276,4 @@ async fn next_of(pods: Option<&mut Pods>, store: &EndpointStore) -> bool {
 }
 
 #[cfg(test)]
-mod scale;
-#[cfg(test)]
 mod tests;
