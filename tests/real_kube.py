@@ -29,8 +29,9 @@ from real_kube_cluster import (KINDS, NAMESPACE, ROOT, Cluster, ModelServer, Pic
                                wait_for)
 
 DEPLOY = ROOT / "deploy/kubernetes"
-# Fields that templates leave to a cluster with more in it.
+# Addresses of this machine, one for each pod.
 PODS = {"a": "127.0.0.2", "b": "127.0.0.3", "c": "127.0.0.4"}
+# How soon the picker must know what the API server knows.
 SOON = 1.0
 
 
@@ -296,9 +297,10 @@ class Run:
         self.check("requests went on all the while", answered > 0 and not refused, f"{answered} answered, {len(refused)} refused")
         third = pod("c", PODS["c"])
         self.apply(third)
-        # Reading the state needs reviews again, which a server that starts refuses for some seconds more.
+        # Reading the state needs reviews again, which a server that starts refuses for some seconds more;
+        # it is slow to pass events on as well.
         wait_for("reviews are answered", lambda: picker.get("/metrics", self.scraper)[0] == 200)
-        self.soon("changes are heard again", self.has(picker, "a", "b", "c"))
+        self.soon("changes are heard again", self.has(picker, "a", "b", "c"), limit=5)
 
         gone = lambda: metric(self.scraper, "pinpod_kubernetes_failures_total", reason="gone")
         lists = lambda: metric(self.scraper, "pinpod_kubernetes_lists_total", resource="pods")

@@ -189,6 +189,26 @@ async fn what_was_there_is_soon_asked_for_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_server_that_says_when_is_asked_then() {
+    let server = ApiServer::start().await;
+    server.refuse("pods", 429);
+    server.retry_after(1);
+    let (_updates, _) = watch(&server, pods());
+    tokio::time::sleep(Duration::from_mins(2)).await;
+    // Every 1 to 1.5 s; by itself it would have come to 15 s.
+    let tries = server.lists("pods");
+    assert!((75..=125).contains(&tries), "{tries}");
+    // Nobody waits for an hour.
+    server.retry_after(3600);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = server.lists("pods");
+    tokio::time::sleep(LONGEST_RETRY_AFTER * 6).await;
+    // Every 60 to 90 s.
+    let tries = server.lists("pods") - before;
+    assert!((3..=6).contains(&tries), "{tries}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_server_that_fails_is_asked_less_and_less() {
     let server = ApiServer::start().await;
     server.refuse("pods", 503);
