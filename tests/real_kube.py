@@ -7,6 +7,7 @@ their addresses (127.0.0.2 and on) are answered by this script. Nothing outside 
 
 manifests  every manifest that this server knows the kind of is accepted, unknown fields refused
 discovery  readiness, labels, deletion, another pod of the same name, target ports, the pool itself
+others     a selector instead of a pool, a pool of the older group
 rules      objectives and model rewrites, seen by requests through Envoy
 metrics    who may read the metrics port
 outage     kube-apiserver is killed and comes back; etcd forgets the versions that watches know
@@ -81,8 +82,8 @@ class Run:
         self.parts[-1].start()
         return part
 
-    def picker(self, name, *flags):
-        return self.start(Picker(self.cluster, self.given.pinpod, name, self.account, flags))
+    def picker(self, name, *flags, **target):
+        return self.start(Picker(self.cluster, self.given.pinpod, name, self.account, flags, **target))
 
     def apply(self, manifest):
         """Creates an object; the status of a pod is a request of its own."""
@@ -212,6 +213,25 @@ class Run:
         path = f"/api/v1/namespaces/{NAMESPACE}/pods?gracePeriodSeconds=0&fieldSelector=status.podIP!={PODS['a']},status.podIP!={PODS['b']}"
         self.cluster.call("DELETE", path)
         self.soon("and deleted together", self.has(picker, "a", "b"))
+
+    def others(self):
+        """A selector instead of a pool, and a pool of the group before v1."""
+        target = ["--endpoint-selector", "app in (qwen, other),!retired", "--endpoint-target-ports", self.port]
+        picker = self.picker("sel-7d9f8c6b5-x2x9z", target=target)
+        wait_for("a selector finds the pods", self.has(picker, "a", "b"))
+        first = pod("a", PODS["a"])
+        self.cluster.change(first, {"metadata": {"labels": {"retired": "yes"}}})
+        self.soon("a selector of sets and absence", self.has(picker, "b"))
+        self.cluster.change(first, {"metadata": {"labels": {"retired": None}}})
+        self.soon("and back", self.has(picker, "a", "b"))
+        picker.process.stop(signal.SIGTERM)
+        [old] = documents(DEPLOY / "pool-v1alpha2.yaml")
+        old["metadata"]["name"], old["spec"]["targetPortNumber"] = "old", self.port
+        picker = self.picker("old", target=["--pool-name", "old"])
+        wait_for("it lives without a pool", lambda: picker.endpoints(self.scraper) == [])
+        self.cluster.create(old)
+        self.soon("a pool of the older group", self.has(picker, "a", "b"))
+        picker.process.stop(signal.SIGTERM)
 
     def rules(self):
         cluster, picker = self.cluster, self.alone
@@ -408,7 +428,7 @@ def main():
             run.cluster.start()
             version = run.cluster.call("GET", "/version")["gitVersion"]
             print(f"kube-apiserver {version}", flush=True)
-            for step in (run.manifests, run.discovery, run.rules, run.metrics, run.outage, run.election, run.doctor):
+            for step in (run.manifests, run.discovery, run.others, run.rules, run.metrics, run.outage, run.election, run.doctor):
                 print(f"-- {step.__name__}", flush=True)
                 step()
         except BaseException:

@@ -259,12 +259,12 @@ class ModelServer:
 class Picker:
     """`pinpod serve` with the picker's account."""
 
-    def __init__(self, cluster, pinpod, name, kubeconfig, flags=()):
+    def __init__(self, cluster, pinpod, name, kubeconfig, flags=(), target=("--pool-name", "qwen")):
         self.cluster, self.name = cluster, name
         self.grpc, self.health, self.metrics = free_port(), free_port(), free_port()
         config = cluster.directory / "config.yaml"
         self.process = Process(cluster.directory, name, [
-            pinpod, "serve", "--kubeconfig", kubeconfig, "--pool-name", "qwen", "--pool-namespace", NAMESPACE,
+            pinpod, "serve", "--kubeconfig", kubeconfig, *target, "--pool-namespace", NAMESPACE,
             f"--grpc-port={self.grpc}", f"--grpc-health-port={self.health}", f"--metrics-port={self.metrics}",
             "--config-file", config, "--zap-encoder=json", "--drain-timeout=3s", "--workers=1", *flags,
         ], NAMESPACE=NAMESPACE, POD_NAME=name)
