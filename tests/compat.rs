@@ -19,12 +19,16 @@ mod disagg;
 mod doctor;
 #[path = "compat/drop_in.rs"]
 mod drop_in;
+#[path = "compat/election.rs"]
+mod election;
 #[path = "compat/errors.rs"]
 mod errors;
 #[path = "compat/fuzz.rs"]
 mod fuzz;
 #[path = "compat/manifests.rs"]
 mod manifests;
+#[path = "compat/metrics_tls.rs"]
+mod metrics_tls;
 #[path = "compat/plugins.rs"]
 mod plugins;
 #[path = "compat/pool.rs"]
@@ -37,6 +41,12 @@ mod schema;
 mod tidy;
 #[path = "compat/traces.rs"]
 mod traces;
+
+/// The scripted API server of the unit tests. It names rooms by `crate::`, hence the next line.
+#[path = "../src/kubernetes/testing.rs"]
+#[allow(dead_code, reason = "written for more tests than these")]
+mod api_server;
+use pinpod::{datalayer, kubernetes};
 
 use pinpod::config::{LoadOptions, builtin, load, show};
 

@@ -20,12 +20,20 @@ use super::stats::{SubscriberStats, count};
 use super::stream::Stream;
 use super::zmtp::{Connection, Role, ZmtpError};
 use super::{EventSink, StreamState};
+use crate::datalayer::EndpointSpec;
 
 /// Live batches kept while a replay runs. Beyond it the oldest goes: the replay brings it again.
 pub const MAX_BUFFERED_BATCHES: usize = 4096;
 
 /// Payload bytes kept while a replay runs.
 pub const MAX_BUFFERED_BYTES: usize = 64 << 20;
+
+/// Label of an endpoint whose PUB socket is not where the others' are, such as several engines behind one
+/// address.
+pub const EVENTS_PORT: &str = "pinpod.dev/kv-events-port";
+
+/// The same for its ROUTER socket.
+pub const REPLAY_PORT: &str = "pinpod.dev/kv-events-replay-port";
 
 /// Replays in a row for one gap before it counts as lost.
 const MAX_ROUNDS: u32 = 3;
@@ -40,6 +48,17 @@ pub struct Source {
 }
 
 impl Source {
+    /// The sockets of an endpoint: at these ports unless its labels [`EVENTS_PORT`] and [`REPLAY_PORT`]
+    /// say otherwise, counted up by its rank.
+    pub fn of_endpoint(endpoint: &EndpointSpec, live_port: u16, replay_port: u16) -> Option<Self> {
+        let port = |label: &str, default| {
+            let own = endpoint.labels.get(label).and_then(|port| port.parse().ok());
+            own.unwrap_or(default)
+        };
+        let (live, replay) = (port(EVENTS_PORT, live_port), port(REPLAY_PORT, replay_port));
+        Self::of_rank(endpoint.address.ip(), live, replay, endpoint.rank)
+    }
+
     /// The sockets of a data-parallel rank: both ports are counted up by the rank. `replay_port` 0 is
     /// none. `None` when a port leaves its range.
     pub fn of_rank(ip: IpAddr, live_port: u16, replay_port: u16, rank: u32) -> Option<Self> {

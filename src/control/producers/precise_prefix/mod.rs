@@ -24,6 +24,7 @@ use self::parity::{HitCheck, Parity};
 use self::publishers::{Backend, Publishers};
 use self::settings::{Raw, Settings};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
+use crate::kvcache::events::subscriber::{EVENTS_PORT, REPLAY_PORT};
 use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace, MediaSpan};
 use crate::kvcache::index::{CPU, KvIndex, Lookup, Trust};
 use crate::kvcache::redis::SharedIndex;
@@ -52,11 +53,6 @@ const PREDICTIONS: &str = "precise-prefix-predictions";
 const SHARED_KEYS: &str = "precise-prefix-shared-keys";
 /// The pool serves one base model, whatever name a request gives it; adapters have spaces of their own.
 const BASE_MODEL: &str = "";
-/// Labels of an endpoint whose sockets are not where the others' are, such as several engines behind one
-/// address.
-const EVENTS_PORT: &str = "pinpod.dev/kv-events-port";
-/// See [`EVENTS_PORT`].
-const REPLAY_PORT: &str = "pinpod.dev/kv-events-replay-port";
 /// Different block sizes in one pool that a request is hashed by; endpoints of further sizes count as
 /// endpoints without events.
 const MAX_BLOCK_SIZES: usize = 4;
