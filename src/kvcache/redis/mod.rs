@@ -97,6 +97,8 @@ pub struct SharedStats {
     pub without_model: AtomicU64,
     /// Stores dropped: their parent block is unknown.
     pub without_parent: AtomicU64,
+    /// Stores whose extra keys cannot be read.
+    pub malformed: AtomicU64,
 }
 
 /// The shared index, as every request and publisher of this process uses it.
