@@ -25,6 +25,7 @@ use self::publishers::{Backend, Publishers};
 use self::settings::{Raw, Settings};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
 use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace, MediaSpan};
+use crate::kvcache::events::wire::without_adapter;
 use crate::kvcache::index::{CPU, KvIndex, Lookup, Trust};
 use crate::kvcache::redis::SharedIndex;
 use crate::kvcache::tokens::service::PromptTokens;
@@ -83,6 +84,7 @@ pub struct PrecisePrefixProducer {
     parity: Arc<Parity>,
     max_bytes: usize,
     exact: Counter,
+    partial: Counter,
     mixed: Counter,
     without_tokens: Counter,
     without_events: Counter,
@@ -103,6 +105,10 @@ struct Keys {
     blocks: Vec<BlockKey>,
     /// End of each prompt's keys.
     ends: Vec<usize>,
+    /// Blocks of the prompts, those without keys included.
+    total_blocks: usize,
+    /// Every prompt has keys to its end; none has media that only its engine knows.
+    whole: bool,
 }
 
 impl Keys {
@@ -110,6 +116,25 @@ impl Keys {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
         let ranges = starts.zip(&self.ends);
         ranges.filter_map(|(from, to)| self.blocks.get(from..*to))
+    }
+
+    /// What an endpoint matches where some blocks have no keys: if it holds all that have some, what is
+    /// guessed of the rest may be there as well; else a hole ends the prefix and no guess helps.
+    fn beyond(&self, found: PrefixMatch, guess: &PrefixMatch) -> PrefixMatch {
+        if self.whole || (found.cached_blocks as usize) < self.blocks.len() {
+            return found;
+        }
+        let guessed = guess.ratio() * f64::from(found.total_blocks);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a share of a u32"
+        )]
+        let guessed = (guessed as u32).min(found.total_blocks);
+        PrefixMatch {
+            matched_blocks: found.matched_blocks.max(guessed),
+            ..found
+        }
     }
 }
 
@@ -209,6 +234,7 @@ impl PrecisePrefixProducer {
             lookups: settings.enable_metrics.then(LookupSeries::new),
             speculative_ttl: settings.speculative_ttl,
             exact: requests("exact"),
+            partial: requests("partial"),
             mixed: requests("mixed"),
             without_tokens: requests("no_tokens"),
             without_events: requests("no_events"),
@@ -238,15 +264,18 @@ impl PrecisePrefixProducer {
             block_size,
         };
         let salt = request.payload.cache_salt.as_deref();
+        let blocks = |prompt: &PromptTokens| prompt.ids.len() / block_size.max(1) as usize;
         let mut all = Keys {
             block_size,
+            total_blocks: prompts.iter().map(blocks).sum(),
+            whole: prompts.iter().all(PromptTokens::is_whole),
             ..Keys::default()
         };
         let mut keys = Vec::new();
         for prompt in prompts {
             let named = prompt.named_media();
             let spans = named.iter().map(|(item, identifier)| MediaSpan {
-                identifier,
+                identifier: without_adapter(identifier, lora),
                 offset: item.token_offset.unwrap_or(0),
                 length: item.tokens.unwrap_or(1),
             });
@@ -357,6 +386,7 @@ impl DataProducer for PrecisePrefixProducer {
                 let known = self.look_up(request, prompts, candidates, scratch, &mut keys);
                 let counter = match known {
                     0 => &self.without_events,
+                    _ if !prompts.iter().all(PromptTokens::is_whole) => &self.partial,
                     all if all == candidates.len() => &self.exact,
                     _ => &self.mixed,
                 };
@@ -370,11 +400,13 @@ impl DataProducer for PrecisePrefixProducer {
                 let size = scratch.sizes.get(at).copied().flatten();
                 let of_size = size.and_then(|size| keys.iter().find(|k| k.block_size == size));
                 match of_size.filter(|_| known > 0 && trust != Trust::Unknown) {
-                    Some(of_size) => exact_match(
-                        of_size,
-                        scratch.scores.get(at).copied(),
-                        scratch.held.get(at).copied(),
-                    ),
+                    Some(of_size) => {
+                        let score = scratch.scores.get(at).copied();
+                        let found = exact_match(of_size, score, scratch.held.get(at).copied());
+                        guesses
+                            .get(at)
+                            .map_or(found, |guess| of_size.beyond(found, guess))
+                    }
                     None => guesses.get(at).copied().unwrap_or_default(),
                 }
             });
@@ -445,7 +477,7 @@ fn exact_match(keys: &Keys, score: Option<f64>, held: Option<(u32, u32)>) -> Pre
     let matched_blocks = score.unwrap_or(0.0).max(0.0) as u32;
     PrefixMatch {
         matched_blocks,
-        total_blocks: u32::try_from(keys.blocks.len()).unwrap_or(u32::MAX),
+        total_blocks: u32::try_from(keys.total_blocks).unwrap_or(u32::MAX),
         block_size_tokens: keys.block_size,
         cached_blocks: held.map_or(0, |(any, _)| any),
         host_blocks: held.map(|(_, host)| host),
@@ -551,7 +583,10 @@ impl PrecisePrefixProducer {
             endpoint: Arc::clone(endpoint),
             keys,
             predicted_tokens: prediction.tokens,
-            own_prompt_tokens: prompts.iter().map(|prompt| prompt.ids.len() as u64).sum(),
+            own_prompt_tokens: prompts
+                .iter()
+                .map(|prompt| prompt.is_whole().then_some(prompt.ids.len() as u64))
+                .sum(),
             model: request.target_model.clone(),
             prompt: parity::prompt_kind(request),
             salted: salt.is_some_and(|salt| !salt.is_empty()),

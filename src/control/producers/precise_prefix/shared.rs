@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{PrecisePrefixProducer, Prediction, Trust};
 use crate::datalayer::EndpointIndex;
+use crate::kvcache::events::wire::without_adapter;
 use crate::kvcache::redis::{Found, LOOKUP_LIMIT, SharedError, SharedIndex};
 use crate::kvcache::tokens::service::PromptTokens;
 use crate::plugin::Attributes;
@@ -65,7 +66,13 @@ impl PrecisePrefixProducer {
             .map_err(|_| ProducerError("not prepared by this producer".to_owned()))?;
         let guesses = attributes.get(self.approximate).unwrap_or_default();
         let guess = |at: usize| guesses.get(at).copied().unwrap_or_default();
-        let total = keys.iter().map(Vec::len).sum::<usize>();
+        let block_tokens = index.scheme().block_tokens();
+        let prompts = attributes.get(self.ids).unwrap_or_default();
+        let total: usize = prompts
+            .iter()
+            .map(|p| p.ids.len() / block_tokens.max(1))
+            .sum();
+        let whole = prompts.iter().all(PromptTokens::is_whole);
         let mut known = 0;
         let matches: Vec<_> = match &found {
             Err(error) => {
@@ -84,7 +91,7 @@ impl PrecisePrefixProducer {
                         return guess(at);
                     }
                     known += 1;
-                    shared_match(score, total, index.scheme().block_tokens())
+                    shared_match(score, total, block_tokens)
                 };
                 candidates.iter().enumerate().map(on).collect()
             }
@@ -92,6 +99,7 @@ impl PrecisePrefixProducer {
         if found.is_ok() {
             let counter = match known {
                 0 => &self.without_events,
+                _ if !whole => &self.partial,
                 all if all == candidates.len() => &self.exact,
                 _ => &self.mixed,
             };
@@ -196,7 +204,7 @@ fn shared_keys(index: &SharedIndex, request: &InferenceRequest, prompt: &PromptT
         let end = start + item.tokens.unwrap_or(1).max(1) as usize;
         let blocks = extras.iter_mut().enumerate().skip(start / size);
         for (_, extras) in blocks.take_while(|(block, _)| block * size < end) {
-            extras.push(identifier.to_owned());
+            extras.push(without_adapter(identifier, Some(&request.target_model)).to_owned());
         }
     }
     if let (Some(salt), Some(first)) = (salt, extras.first_mut()) {
