@@ -12,6 +12,7 @@ use smallvec::SmallVec;
 
 use super::media_tokens::{EstimateSettings, MediaEstimate, VideoHints};
 use super::token_metrics::TokenObserver;
+use crate::kvcache::tokens::hub::Repo;
 use crate::kvcache::tokens::remote::{RemoteSettings, RemoteTokenizer};
 use crate::kvcache::tokens::service::{
     Answer, ModelSettings, Pending, PromptTokens, Settings as TokenSettings, TokenService,
@@ -89,6 +90,8 @@ struct Local {
 struct LocalModel {
     name: String,
     directory: PathBuf,
+    repo: String,
+    revision: String,
     adapters: Vec<String>,
     chat_template: Option<PathBuf>,
 }
@@ -127,7 +130,7 @@ impl Plugin for TokenProducer {
             name: "local",
             kind: "object",
             default: "",
-            help: "Tokenize in this process: `models`, each with `name`, `directory` (tokenizer.json, tokenizer_config.json, chat template), `adapters` and `chatTemplate` (a file).",
+            help: "Tokenize in this process: `models`, each with `name`, `directory` (tokenizer.json, tokenizer_config.json, chat template), `adapters` and `chatTemplate` (a file). Instead of a directory, `repo` (owner/name on the Hugging Face hub, which `name` defaults to) and `revision` (main) are fetched in the background into the hub's cache; `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE` mean what they mean to engines.",
         },
         ParamDoc {
             name: "modelName",
@@ -241,14 +244,9 @@ impl Vllm {
 
 impl Local {
     fn load(&self, name: &str) -> Result<Tokenizer, PluginError> {
-        let models = self.models.iter().map(|model| ModelSettings {
-            name: model.name.clone(),
-            directory: model.directory.clone(),
-            adapters: model.adapters.clone(),
-            chat_template: model.chat_template.clone(),
-        });
+        let models = self.models.iter().map(LocalModel::resolve);
         let settings = TokenSettings {
-            models: models.collect(),
+            models: models.collect::<Result<_, _>>()?,
             ..TokenSettings::default()
         };
         if settings.models.is_empty() {
@@ -259,6 +257,39 @@ impl Local {
         let service = Arc::new(service);
         service.publish(name);
         Ok(Tokenizer::Local(service))
+    }
+}
+
+impl LocalModel {
+    fn resolve(&self) -> Result<ModelSettings, ParamError> {
+        let refuse = |what: &str| Err(ParamError(format!("local.models: {what}")));
+        let no_directory = self.directory.as_os_str().is_empty();
+        let repo = match (self.repo.is_empty(), no_directory) {
+            (true, true) => return refuse("directory or repo is required"),
+            (false, false) => return refuse("directory and repo exclude each other"),
+            (true, false) if !self.revision.is_empty() => return refuse("revision without repo"),
+            (true, false) => None,
+            (false, true) => match Repo::new(&self.repo, &self.revision) {
+                Ok(repo) => Some(repo),
+                Err(error) => return refuse(&error.to_string()),
+            },
+        };
+        let template = self.chat_template.as_ref();
+        if repo.is_some() && template.is_some_and(|path| path.is_relative()) {
+            return refuse("chatTemplate has to be an absolute path beside repo");
+        }
+        let name = if self.name.is_empty() {
+            &self.repo
+        } else {
+            &self.name
+        };
+        Ok(ModelSettings {
+            name: name.clone(),
+            directory: self.directory.clone(),
+            repo,
+            adapters: self.adapters.clone(),
+            chat_template: self.chat_template.clone(),
+        })
     }
 }
 
@@ -320,7 +351,16 @@ impl TokenProducer {
         match answered {
             Ok(tokenized) => {
                 how.increment(1);
-                let counts = tokenized.prompts.iter().map(|p| p.ids.len() as u64);
+                let features = attributes.get(self.features).unwrap_or_default();
+                let prompts = tokenized.prompts.iter().zip(0..);
+                let counts = prompts.map(|(prompt, index)| {
+                    // Media of which nobody said how many tokens they are stay estimated.
+                    let own = features.iter().filter(|f| f.prompt == index);
+                    let unknown = prompt.media.iter().any(|item| item.tokens.is_none());
+                    let media = own.map(|f| u64::from(f.tokens)).sum::<u64>();
+                    prompt.ids.len() as u64 + if unknown { media } else { 0 }
+                });
+                let counts: SmallVec<[u64; 4]> = counts.collect();
                 let tokens = attributes.write(self.tokens);
                 tokens.clear();
                 tokens.extend(counts);
