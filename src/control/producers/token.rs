@@ -12,6 +12,7 @@ use smallvec::SmallVec;
 
 use super::media_tokens::{EstimateSettings, MediaEstimate, VideoHints};
 use super::token_metrics::TokenObserver;
+use crate::datalayer::Endpoint;
 use crate::kvcache::tokens::hub::Repo;
 use crate::kvcache::tokens::remote::{RemoteSettings, RemoteTokenizer};
 use crate::kvcache::tokens::service::{
@@ -436,6 +437,25 @@ impl DataProducer for TokenProducer {
         })
     }
 
+    /// The models whose prompts are tokenized here, and what became of their files.
+    fn overview(&self, _: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
+        let Tokenizer::Local(service) = &self.tokenizer else {
+            return None;
+        };
+        let models = service.models().into_iter().map(|model| {
+            serde_json::json!({
+                "model": model.name,
+                "loaded": model.loaded,
+                "repo": model.repo.as_ref().map(Repo::id),
+                "revision": model.repo.as_ref().map(Repo::revision),
+                "commit": model.commit,
+                "error": model.error,
+                "unsplittable": model.unsplittable,
+            })
+        });
+        Some(serde_json::json!({"models": models.collect::<Vec<_>>()}))
+    }
+
     fn produce_prepared(
         &self,
         prepared: Box<dyn Any + Send>,
@@ -670,6 +690,59 @@ mod tests {
         let mut others = pool.keys.new_attributes();
         producer.produce(&second, &[], &mut others).unwrap();
         assert_ne!(*others.get(producer.ids).unwrap()[0].ids, [591, 3105]);
+    }
+
+    #[test]
+    fn a_model_has_a_directory_or_a_repo() {
+        let resolve = |json: &str| {
+            let model: LocalModel = serde_json::from_str(json).unwrap();
+            model.resolve()
+        };
+        let hub = resolve(r#"{"repo": "meta-llama/Llama-3.1-8B-Instruct", "revision": "v1"}"#);
+        let hub = hub.unwrap();
+        assert_eq!(hub.name, "meta-llama/Llama-3.1-8B-Instruct");
+        let repo = hub.repo.unwrap();
+        assert_eq!((repo.id(), repo.revision()), (hub.name.as_str(), "v1"));
+        let named = resolve(r#"{"name": "llama", "repo": "a/b", "chatTemplate": "/t.jinja"}"#);
+        assert_eq!(named.unwrap().name, "llama");
+        for (json, reason) in [
+            (r#"{"name": "m"}"#, "directory or repo is required"),
+            (
+                r#"{"directory": "/m", "repo": "a/b"}"#,
+                "exclude each other",
+            ),
+            (
+                r#"{"directory": "/m", "revision": "v1"}"#,
+                "revision without repo",
+            ),
+            (r#"{"repo": "../b"}"#, "is not owner/name"),
+            (
+                r#"{"repo": "a/b", "revision": "../x"}"#,
+                "is not a branch, tag or commit",
+            ),
+            (
+                r#"{"repo": "a/b", "chatTemplate": "t.jinja"}"#,
+                "absolute path",
+            ),
+        ] {
+            let error = resolve(json).unwrap_err().to_string();
+            assert!(error.contains(reason), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn models_are_shown_with_what_became_of_their_files() {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer");
+        let parameters =
+            serde_json::json!({"local": {"models": [{"name": "m", "directory": directory}]}});
+        let producer: TokenProducer = Pool::new([]).plugin(&parameters.to_string());
+        let shown = producer.overview(&[]).unwrap();
+        let model = &shown["models"][0];
+        assert_eq!(model["model"], "m");
+        assert_eq!(model["loaded"], true);
+        assert!(model["error"].is_null() && model["repo"].is_null());
+        let estimate: TokenProducer = Pool::new([]).plugin("{}");
+        assert!(estimate.overview(&[]).is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -27,7 +27,7 @@ use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
 use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace, MediaSpan};
 use crate::kvcache::events::wire::without_adapter;
 use crate::kvcache::index::{CPU, KvIndex, Lookup, Trust};
-use crate::kvcache::redis::SharedIndex;
+use crate::kvcache::redis::{Found, SharedIndex};
 use crate::kvcache::tokens::service::PromptTokens;
 use crate::plugin::{
     Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
@@ -48,6 +48,8 @@ const KEYS: &str = "precise-prefix-keys";
 const PREDICTIONS: &str = "precise-prefix-predictions";
 /// Internal column with the keys of each prompt in a shared index.
 const SHARED_KEYS: &str = "precise-prefix-shared-keys";
+/// Internal column with what each candidate holds by a shared index.
+const SHARED_FOUND: &str = "precise-prefix-shared-found";
 /// The pool serves one base model, whatever name a request gives it; adapters have spaces of their own.
 const BASE_MODEL: &str = "";
 /// Labels of an endpoint whose sockets are not where the others' are, such as several engines behind one
@@ -80,6 +82,7 @@ pub struct PrecisePrefixProducer {
     predictions: Column<Prediction>,
     /// Keys of each prompt in an index that replicas share.
     shared_keys: Column<Vec<u64>>,
+    shared_found: Column<Found>,
     shared_failed: Counter,
     parity: Arc<Parity>,
     max_bytes: usize,
@@ -165,7 +168,7 @@ const PARAMETERS: &[ParamDoc] = &[
         name: "indexerConfig",
         kind: "object",
         default: "",
-        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
+        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379, or rediss:// checked against `caCertPath` or the system's certificates) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
     },
     ParamDoc {
         name: "kvEventsConfig",
@@ -244,6 +247,7 @@ impl PrecisePrefixProducer {
             keys: build.keys.produce(KEYS),
             predictions: build.keys.produce(PREDICTIONS),
             shared_keys: build.keys.produce(SHARED_KEYS),
+            shared_found: build.keys.produce(SHARED_FOUND),
             shared_failed: requests("shared_failed"),
             parity: Arc::default(),
             max_bytes: settings.index.max_bytes,
