@@ -85,7 +85,10 @@ impl EndpointListener for Delays {
 /// CPU time of this thread.
 fn cpu() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap())
+    Duration::new(
+        time.tv_sec.unsigned_abs(),
+        u32::try_from(time.tv_nsec).unwrap(),
+    )
 }
 
 fn resident_kib() -> u64 {
@@ -103,7 +106,11 @@ fn show(text: &str) {
 fn row(name: &str, values: &mut [f64]) {
     let at = |values: &mut [f64], share| pinpod::demo::report::percentile(values, share);
     let shares = [0.5, 0.99, 0.999, 1.0].map(|share| format!("{:.0}", at(values, share)));
-    show(&format!("| {name} | {} | {} |", values.len(), shares.join(" | ")));
+    show(&format!(
+        "| {name} | {} | {} |",
+        values.len(),
+        shares.join(" | ")
+    ));
 }
 
 fn numbered(n: usize) -> serde_json::Value {
@@ -135,7 +142,11 @@ fn timed<T>(work: impl FnOnce() -> T) -> (T, f64, f64) {
     let (at, busy) = (Instant::now(), cpu());
     let made = work();
     let on_cpu = cpu().checked_sub(busy).unwrap_or_default();
-    (made, at.elapsed().as_secs_f64() * 1e6, on_cpu.as_secs_f64() * 1e6)
+    (
+        made,
+        at.elapsed().as_secs_f64() * 1e6,
+        on_cpu.as_secs_f64() * 1e6,
+    )
 }
 
 /// Picks until `over`; the first times are those before `stormy`.
@@ -176,7 +187,10 @@ fn pick_on(
 fn intake(number: u64) -> Intake {
     let prompt = format!("conversation {} ", number % 100).repeat(100);
     let body = json!({"model": "m", "prompt": prompt}).to_string();
-    let headers = [(":path", "/v1/completions"), ("content-type", "application/json")];
+    let headers = [
+        (":path", "/v1/completions"),
+        ("content-type", "application/json"),
+    ];
     Intake {
         headers: headers
             .map(|(name, value)| (name.to_owned(), Bytes::from_static(value.as_bytes())))
@@ -250,7 +264,12 @@ fn main() -> anyhow::Result<()> {
         strip_control_headers: true,
         seed: None,
     };
-    let director = Director::new(Arc::clone(&store), config.activate(), options, Metrics::new());
+    let director = Director::new(
+        Arc::clone(&store),
+        config.activate(),
+        options,
+        Metrics::new(),
+    );
     let stop = CancellationToken::new();
     let (followed, stopped, address) = (Arc::clone(&store), stop.clone(), server.address());
     let before = resident_kib();
@@ -269,7 +288,10 @@ fn main() -> anyhow::Result<()> {
             ..EngineMetrics::default()
         });
     }
-    let (stormy, over) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (stormy, over) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicBool::new(false)),
+    );
     let (picked, storm, ended) = (Arc::clone(&store), Arc::clone(&stormy), Arc::clone(&over));
     let picks = std::thread::spawn(move || pick_on(&director, &picked, &storm, &ended));
     runtime.block_on(async {
