@@ -205,7 +205,7 @@ impl Sidecar {
             span,
             decoding: Span::default(),
         };
-        connectors::serve(exchange, &routing.encode).await
+        Box::pin(connectors::serve(exchange, &routing.encode)).await
     }
 
     /// What is known of a recorded request before its body is read.
