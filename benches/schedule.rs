@@ -82,7 +82,11 @@ fn pool(count: u16, roles: bool) -> Vec<EndpointSpec> {
     let spec = |n: u16| {
         let mut labels = BTreeMap::new();
         if roles {
-            let role = if n.is_multiple_of(2) { "prefill" } else { "decode" };
+            let role = if n.is_multiple_of(2) {
+                "prefill"
+            } else {
+                "decode"
+            };
             labels.insert("llm-d.ai/role".to_owned(), role.to_owned());
         }
         EndpointSpec {
