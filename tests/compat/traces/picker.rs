@@ -17,7 +17,7 @@ use pinpod::extproc::proto::{
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::collector::{Collector, Received, Running, until};
+use super::collector::{Collector, Moods, Received, Running, until};
 
 /// The example of the W3C recommendation.
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -713,6 +713,43 @@ async fn a_collector_that_hangs_holds_nobody_up() {
     // The flush is given 5 s.
     assert!(began.elapsed().as_secs() < 20, "{log}");
     assert!(log.contains("not all spans could be exported"), "{log}");
+}
+
+#[tokio::test]
+async fn a_collector_that_is_briefly_unable_gets_its_spans_again() {
+    let collector = Collector::with(Moods {
+        unavailable: 1,
+        rejects: 2,
+    });
+    let endpoint = collector.endpoint();
+    let picker = Picker::simple(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
+        ("OTEL_TRACES_SAMPLER_ARG", "1"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "300"),
+    ])
+    .await;
+    let channel = picker.channel().await;
+    exchange(&channel, &[], r#"{"model":"m","prompt":"p"}"#, "200").await;
+    until("all are counted", || async {
+        picker.total("exported").await > 0
+    })
+    .await;
+    let sent = collector.spans().len() as u64;
+    assert!(sent >= 7, "{sent}");
+    // In one batch or two, of each of which two are refused.
+    let rejected = picker.total("rejected").await;
+    assert!(rejected == 2 || rejected == 4, "{rejected}");
+    until("every span is counted", || async {
+        picker.total("exported").await + picker.total("rejected").await
+            == collector.spans().len() as u64
+    })
+    .await;
+    assert_eq!(picker.total("failed").await, 0);
+    let log = picker.process.terminate().await;
+    assert!(
+        log.contains("spans cannot be exported") && log.contains("spans are exported again"),
+        "{log}"
+    );
 }
 
 #[tokio::test]
