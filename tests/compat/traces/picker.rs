@@ -584,9 +584,10 @@ async fn a_parent_decides_and_new_traces_are_sampled() {
             }
         }
         // A new trace, also where what came cannot be read; state of no trace goes.
-        for given in [None, Some("00-nonsense")] {
+        let one = format!("00-{TRACE}-{PARENT}-01");
+        for given in [&[][..], &["00-nonsense"], &[&one, &one]] {
             let mut lines = vec![("tracestate", "a=1"), ("baggage", "k=v")];
-            lines.extend(given.map(|given| ("traceparent", given)));
+            lines.extend(given.iter().map(|given| ("traceparent", *given)));
             let replies = exchange(&channel, &lines, body, "200").await;
             let told = set_header(&replies, "traceparent").unwrap();
             assert!(
@@ -606,9 +607,9 @@ async fn a_parent_decides_and_new_traces_are_sampled() {
         let log = picker.process.terminate().await;
         assert!(log.contains("recording traces"), "{log}");
     }
-    // Per picker one request of a sampled parent; with the ratio 1 two more.
+    // Per picker one request of a sampled parent; with the ratio 1 three more.
     let roots = named(&collector.spans(), "gateway.request").len();
-    assert_eq!(roots, 1 + 3);
+    assert_eq!(roots, 1 + 4);
 }
 
 #[tokio::test]
@@ -663,6 +664,27 @@ async fn failures_are_seen_in_their_spans() {
         assert_eq!(errors, [at_root, at_decision], "{body}");
         assert!(!format!("{spans:?}").contains("secret"));
     }
+    // Nothing is decided by what a request without a body wants.
+    let trace = "8bf92f3577b34da6a3ce929d0e0e4736";
+    let given = format!("00-{trace}-{PARENT}-01");
+    let lines = [(":path", "/v1/models"), ("traceparent", given.as_str())];
+    let whole = message(Request::RequestHeaders(headers(&lines, true)));
+    let answered = message(Request::ResponseHeaders(headers(
+        &[(":status", "200")],
+        true,
+    )));
+    let mut client = ExternalProcessorClient::with_origin(channel.clone(), origin());
+    let messages = stream::iter([whole, answered]);
+    let mut replies = client.process(messages).await.unwrap().into_inner();
+    let first = replies.message().await.unwrap().unwrap();
+    while replies.message().await.unwrap().is_some() {}
+    let spans = collector.trace(trace, "gateway.request", 1).await;
+    assert_eq!(spans.len(), 1);
+    assert_eq!(
+        set_header(&[first], "traceparent").unwrap(),
+        format!("00-{trace}-{}-01", spans[0].id)
+    );
+    assert_eq!(spans[0].error, None);
     // Given up by the proxy before the body was there.
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     let given = format!("00-{trace}-{PARENT}-01");
