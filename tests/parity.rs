@@ -9,6 +9,8 @@
 
 #[path = "support/events.rs"]
 mod events;
+#[path = "parity_tiers.rs"]
+mod tiers;
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};

@@ -63,7 +63,9 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let store = Arc::new(EndpointStore::default());
     let shutdown = CancellationToken::new();
     let tasks = TaskTracker::new();
-    let control_plane = ControlPlane::connect(&options, &config).await?;
+    // Ends before anything else: another replica shall lead while this one serves what it has.
+    let candidacy = shutdown.child_token();
+    let mut control_plane = ControlPlane::connect(&options, &config, &candidacy).await?;
     let flags = LiveFlags {
         endpoints: options.endpoints.clone(),
         kubernetes: control_plane.as_ref().map(ControlPlane::discovery),
@@ -91,11 +93,10 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         metrics,
     );
     let director = Arc::new(director.with_rules(rules));
+    let populate_standbys = config.populate_standbys;
     loader.adopt(config);
-    // Ends before anything else: another replica shall lead while this one serves what it has.
-    let candidacy = shutdown.child_token();
     let mut health = HealthState::new(Arc::clone(&store));
-    if let Some(plane) = &control_plane {
+    if let Some(plane) = &mut control_plane {
         health = health
             .elected(plane.take_part_in_election(&tasks, &candidacy))
             .in_kubernetes(plane.protocol_check(&director), plane.contact());
@@ -109,6 +110,7 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
             live,
             director: Arc::clone(&director),
             metrics: ConfigReloads::new(),
+            populate_standbys,
         };
         tasks.spawn(reloader.run(shutdown.clone()));
     }

@@ -67,7 +67,7 @@ impl std::fmt::Display for LegFailure {
 
 impl LegFailure {
     /// Another endpoint would say the same: the request itself is refused.
-    fn is_final(&self) -> bool {
+    pub(super) fn is_final(&self) -> bool {
         let Self::Status(response) = self else {
             return false;
         };
@@ -254,6 +254,7 @@ impl Exchange {
             if head.status.is_success() {
                 return Ok(body);
             }
+            self.sidecar.metrics().failed(stage);
             Err(LegFailure::Status(Box::new(Response::from_parts(
                 head, body,
             ))))
@@ -296,6 +297,7 @@ impl Exchange {
         }
         let (head, body) = response.into_parts();
         let whole = Response::from_parts(head, body.whole().await?);
+        engines.metrics().failed(Stage::Prefill);
         Err(LegFailure::Status(Box::new(whole)))
     }
 
@@ -431,6 +433,11 @@ impl Exchange {
         Ok(Ok(response.map(|leg| AnswerBody::paired(leg, rest))))
     }
 
+    /// Whether the local engine may read a prompt that a prefill endpoint could not hand over.
+    pub(super) fn may_prefill_here(&self) -> bool {
+        self.sidecar.settings.prefill_fallback == PrefillFallback::Local
+    }
+
     /// Lets the engine beside us do all of it.
     pub(super) async fn decode_alone(&self, path: Path) -> Result<Answer, Refusal> {
         let response = self.decode(self.prompt.with(&[]), &[]).await?;
@@ -483,6 +490,10 @@ impl<'a> Attempts<'a> {
     /// Notes a failure; an error when trying others is no use.
     pub(super) fn failed(&mut self, target: &HostPort, failure: LegFailure) -> Result<(), Refusal> {
         tracing::warn!(prefill_target = %target, %failure, "prefill failed");
+        if matches!(failure, LegFailure::Garbage(_)) {
+            // All other failures are counted where they happen.
+            self.exchange.sidecar.metrics().failed(Stage::Prefill);
+        }
         if failure.is_final() {
             return Err(Box::new(failure.into_answer()));
         }

@@ -33,7 +33,9 @@ pub mod run;
 pub mod server;
 pub mod settings;
 mod spans;
+mod state;
 mod trace;
+mod upgrade;
 mod usage;
 
 #[cfg(test)]

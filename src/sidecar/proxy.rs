@@ -24,6 +24,7 @@ use super::routing::{PREFILL, Routing};
 use super::settings::Settings;
 use super::spans::{FORWARD, LegSpan, RequestSpan};
 use super::trace;
+use super::upgrade;
 use crate::telemetry::trace::{Span, Value};
 
 /// Everything that requests share.
@@ -94,10 +95,11 @@ impl Sidecar {
     async fn pass_through(
         &self,
         local: &HostPort,
-        request: Request<Incoming>,
+        mut request: Request<Incoming>,
         span: &RequestSpan,
     ) -> Result<Answer, Refusal> {
         let mut leg = LegSpan::new(span.child(FORWARD));
+        let upgrade = upgrade::Wanted::take(&mut request);
         let (mut head, body) = request.into_parts();
         // Nobody to tell apart here: the headers just have to go.
         Routing::take(&mut head.headers, &self.allowed, self.metrics());
@@ -113,9 +115,12 @@ impl Sidecar {
         *out.method_mut() = head.method;
         *out.uri_mut() = origin_form(&head.uri);
         *out.headers_mut() = head.headers;
+        if let Some(wanted) = &upgrade {
+            wanted.ask(out.headers_mut());
+        }
         let limit = self.settings.decode_timeout;
         let called = self.engines.call(Stage::Decode, local, out, limit).await;
-        let mut response = match called {
+        let response = match called {
             Ok(response) => response,
             Err(error) => {
                 tracing::warn!(decode_target = %local, %error, "the decode engine failed");
@@ -124,9 +129,14 @@ impl Sidecar {
             }
         };
         leg.answered(None, response.status());
+        let mut response = response.map(|body| body.with_span(leg));
+        let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        if let Some(wanted) = upgrade.filter(|_| switched) {
+            return wanted.switch(self, local, response);
+        }
         strip_hop_by_hop(response.headers_mut());
         self.metrics().served(Path::Plain);
-        Ok(response.map(|body| AnswerBody::leg(body.with_span(leg))))
+        Ok(response.map(AnswerBody::leg))
     }
 
     /// An inference request: who is named, what is in the body, and then the connector's part.

@@ -17,6 +17,7 @@ use super::options::SidecarOptions;
 use super::proxy::Sidecar;
 use super::server::{ListenerTls, RankServer};
 use super::settings::Settings;
+use super::state;
 use crate::datalayer::scrape::tls::client_config;
 use crate::datalayer::sources::HttpSource;
 use crate::epp::run::{Signals, wait_for_signal};
@@ -68,7 +69,7 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
         let listener = TcpListener::bind(any(port))
             .await
             .with_context(|| format!("--metrics-port {port}"))?;
-        let state: telemetry::server::PluginState = Arc::new(|| serde_json::json!({}));
+        let state = state::reader(Arc::clone(&sidecar), connections.clone());
         let pages = Pages::new(exposition, state, Arc::new(NoIndex));
         tasks.spawn(telemetry::server::serve(
             listener,
@@ -149,7 +150,7 @@ async fn allow_list(
     let members = kubernetes::AllowList::start(
         client,
         pool.namespace.clone(),
-        pool.name.clone(),
+        (pool.name.clone(), pool.legacy),
         tasks,
         stop.clone(),
     );

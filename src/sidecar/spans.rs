@@ -214,7 +214,7 @@ impl LegSpan {
         if let Some(name) = name {
             leg.span.record(|| [(name, status.as_u16().into())]);
         }
-        if !status.is_success() {
+        if status.is_client_error() || status.is_server_error() {
             leg.span.fail(format!("status {}", status.as_u16()));
         }
     }

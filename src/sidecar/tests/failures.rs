@@ -96,6 +96,70 @@ async fn the_failure_itself_when_that_is_wanted() {
 }
 
 #[tokio::test]
+async fn blocks_that_cannot_be_fetched_are_computed_here() {
+    let lost = Act::Reply(500, "application/json", r#"{"error":{}}"#.into());
+    let role = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n";
+    let error = "data: {\"error\": {\"code\": 500}}\n\n";
+    let word = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":null}]}\n\n";
+    let stream = |pieces: &[&str]| Act::Stream(pieces.iter().map(|p| (*p).to_owned()).collect());
+    // A stream has begun by then: it is its first event, or the one behind the role.
+    for (first, whole, calls) in [
+        (stream(&[error, "data: [DONE]\n\n"]), "{}".to_owned(), 2),
+        (stream(&[role, error]), "{}".to_owned(), 2),
+        (
+            stream(&[role, word, error]),
+            [role, word, error].concat(),
+            1,
+        ),
+        (stream(&[role, word]), [role, word].concat(), 1),
+    ] {
+        let prefill = Engine::start([prefilled(1)]).await;
+        let decode = Engine::start([first, Act::json("{}")]).await;
+        let sidecar = Running::start(&decode, quick()).await;
+        let answer = ask(&sidecar, &prefill.address.to_string()).await;
+        assert_eq!((answer.body, decode.seen().len()), (whole, calls));
+    }
+    for (prefill_act, fallback, second, status, calls) in [
+        (
+            prefilled(1),
+            PrefillFallback::Local,
+            Act::json("{}"),
+            200,
+            2,
+        ),
+        (prefilled(1), PrefillFallback::Local, lost.clone(), 500, 2),
+        (
+            prefilled(1),
+            PrefillFallback::Error,
+            Act::json("{}"),
+            500,
+            1,
+        ),
+        // Nothing was to be fetched: the failure is the engine's own.
+        (
+            Act::json("{}"),
+            PrefillFallback::Local,
+            Act::json("{}"),
+            500,
+            1,
+        ),
+    ] {
+        let prefill = Engine::start([prefill_act]).await;
+        let decode = Engine::start([lost.clone(), second]).await;
+        let settings = Settings {
+            prefill_fallback: fallback,
+            ..quick()
+        };
+        let sidecar = Running::start(&decode, settings).await;
+        let answer = ask(&sidecar, &prefill.address.to_string()).await;
+        let seen = decode.seen();
+        assert_eq!((answer.status.as_u16(), seen.len()), (status, calls));
+        assert!(seen.get(1).is_none_or(|second| second.body == BODY));
+        assert_eq!(prefill.seen().len(), 1);
+    }
+}
+
+#[tokio::test]
 async fn a_brief_failure_is_retried_at_the_same_endpoint() {
     let busy = Act::Reply(503, "application/json", "{}".into());
     let prefill = Engine::start([busy.clone(), busy, prefilled(1)]).await;
@@ -199,6 +263,16 @@ async fn a_decode_engine_that_dies_cuts_the_stream_off() {
     assert!(broken, "the client can tell that something is missing");
     assert!("data: 1\n\n".starts_with(&text));
     sidecar.nothing_left().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_before_it_says_anything_is_a_bad_gateway() {
+    let role = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n";
+    let prefill = Engine::start([prefilled(1)]).await;
+    let decode = Engine::start([Act::Break(vec![role.into()])]).await;
+    let sidecar = Running::start(&decode, quick()).await;
+    let answer = ask(&sidecar, &prefill.address.to_string()).await;
+    assert_eq!(answer.status, 502, "{}", answer.body);
 }
 
 #[tokio::test]

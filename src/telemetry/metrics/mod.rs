@@ -543,6 +543,27 @@ pub(crate) fn recorded(record: impl FnOnce()) -> String {
     recorder.exposition().render()
 }
 
+/// Runs `work` with a recorder of its own on this thread, whose text it can look at.
+#[cfg(test)]
+pub(crate) async fn recording<F: Future<Output = ()>>(work: impl FnOnce(Exposition) -> F) {
+    let recorder = Recorder::new();
+    let _local = metrics::set_default_local_recorder(&recorder);
+    work(recorder.exposition()).await;
+}
+
+/// Sum of the samples of `name` that have all these labels, as `key="value"`; `None` without one.
+#[cfg(test)]
+pub(crate) fn sample(shown: &Exposition, name: &str, labels: &[&str]) -> Option<f64> {
+    let text = shown.render();
+    let values = text.lines().filter_map(|line| {
+        let (head, value) = line.rsplit_once(' ')?;
+        let named = head.split('{').next() == Some(name);
+        (named && labels.iter().all(|label| head.contains(label))).then(|| value.parse::<f64>())
+    });
+    let values: Vec<f64> = values.map(Result::unwrap).collect();
+    (!values.is_empty()).then(|| values.iter().sum())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
