@@ -13,6 +13,8 @@ mod demo;
 mod grpc;
 #[path = "envoy_events.rs"]
 mod kv_events;
+#[path = "envoy_pd.rs"]
+mod pd;
 mod support;
 
 use std::io::Write;

@@ -83,6 +83,10 @@ pub struct Stats {
     pub pulled: usize,
     /// Share of blocks held.
     pub kv_usage: f64,
+    /// Blocks held: by requests, and for other pods.
+    pub held_blocks: usize,
+    /// Ended requests whose blocks wait for another pod.
+    pub kept: usize,
     /// Counters and distributions.
     pub totals: Totals,
     /// Adapters of running requests.
@@ -155,6 +159,8 @@ impl Engine {
             pulling,
             pulled: scheduler.pulled(),
             kv_usage: scheduler.pool.usage(),
+            held_blocks: scheduler.pool.held_blocks(),
+            kept: scheduler.kept(),
             totals: scheduler.totals.clone(),
             running_loras: owned(scheduler.running_loras()),
             waiting_loras: owned(scheduler.waiting_loras()),

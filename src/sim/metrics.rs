@@ -474,6 +474,8 @@ mod tests {
             pulling: 2,
             pulled: 1,
             kv_usage: 0.25,
+            held_blocks: 0,
+            kept: 0,
             totals,
             running_loras: loras.clone(),
             waiting_loras: loras,

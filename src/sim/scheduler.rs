@@ -168,6 +168,11 @@ impl Scheduler {
         lost.for_each(|sequence| sequence.progress.end(true));
     }
 
+    /// Ended requests whose blocks wait for another pod.
+    pub(super) fn kept(&self) -> usize {
+        self.kept.len()
+    }
+
     /// Prompt tokens kept under a name.
     pub(super) fn kept_tokens(&self, name: &str) -> Option<usize> {
         self.kept.get(name).map(|kept| kept.tokens)

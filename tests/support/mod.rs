@@ -222,6 +222,17 @@ pub async fn post_to(address: SocketAddr, path: &str, body: impl Into<Bytes>) ->
     send(address, false, request).await.unwrap()
 }
 
+/// The same with further headers.
+pub async fn post_with(
+    address: SocketAddr,
+    path: &str,
+    body: impl Into<Bytes>,
+    headers: &[(&str, &str)],
+) -> Answer {
+    let request = request("POST", path, body.into(), headers);
+    send(address, false, request).await.unwrap()
+}
+
 fn request(method: &str, uri: &str, body: Bytes, headers: &[(&str, &str)]) -> Request<Full<Bytes>> {
     let mut request = Request::builder()
         .method(method)
