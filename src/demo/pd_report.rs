@@ -176,8 +176,11 @@ impl PdReport {
     }
 }
 
+/// A measurement: its name, which values of it are better, and how it is read.
+type Compared = (&'static str, Better, fn(&Measured) -> f64);
+
 /// What a user of the gateway notices.
-const VERDICT: [(&str, Better, fn(&Measured) -> f64); 6] = [
+const VERDICT: [Compared; 6] = [
     ("time between tokens, p99", Better::Lower, |run| {
         flow(run).between_tokens.p99
     }),
