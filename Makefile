@@ -8,7 +8,7 @@ BIN := target/release/pinpod
 HELM_VERSION := v3.18.6
 HELM := .tools/helm
 
-.PHONY: build test test-real-vllm test-real-pd test-compose chart lint docs demo demo-full bench bench-index clean
+.PHONY: build test test-real-vllm test-real-pd test-real-kube test-compose chart lint docs demo demo-full demo-pd bench bench-index clean
 
 build: ## the release binary
 	$(CARGO) build --release --locked
@@ -64,6 +64,30 @@ PREFILL_PID ?=
 test-real-pd: $(ENVOY) build ## prefill and decode on two genuine engines, see PREFILL and DECODE
 	python3 tests/real_pd.py --prefill "$(PREFILL)" --decode "$(DECODE)" --prefill-pid "$(PREFILL_PID)"
 
+KUBERNETES_VERSION := 1.37.2
+APISERVER := .tools/kube-apiserver
+ETCD := .tools/etcd
+
+# Built from its module; needs Go and ten minutes of a core.
+$(APISERVER):
+	python3 tests/kube_apiserver.py $(KUBERNETES_VERSION) $(APISERVER)
+
+# The machine's etcd, or the one in Debian's package.
+$(ETCD):
+	mkdir -p .tools/debian
+	if command -v etcd >/dev/null; then \
+	  ln -sf "$$(command -v etcd)" $(ETCD).part; \
+	else \
+	  cd .tools/debian && apt-get download etcd-server && dpkg-deb -x etcd-server_*.deb . && cd ../.. && \
+	  cp .tools/debian/usr/bin/etcd $(ETCD).part; \
+	fi
+	rm -rf .tools/debian
+	$(ETCD).part --version | grep -q 'etcd Version'
+	mv $(ETCD).part $(ETCD)
+
+test-real-kube: $(ENVOY) $(APISERVER) $(ETCD) build ## discovery, election, rights and outages against a genuine kube-apiserver
+	python3 tests/real_kube.py --apiserver $(APISERVER) --etcd $(ETCD)
+
 # Helm is built from its module; needs Go.
 $(HELM):
 	GOBIN=$(CURDIR)/.tools go install helm.sh/helm/v3/cmd/helm@$(HELM_VERSION)
@@ -89,6 +113,9 @@ demo: $(ENVOY) build ## random picks against the recommended configuration, unde
 demo-full: $(ENVOY) build ## the published workload
 	$(BIN) demo --full
 
+demo-pd: $(ENVOY) build ## four pods that do both against prefill and decode apart, under two minutes
+	$(BIN) demo --pd
+
 bench: build ## a cycle, a decision, a request against a no-op picker, idle scraping; nine minutes
 	$(CARGO) bench --locked --bench schedule
 	$(CARGO) bench --locked --bench decision
@@ -97,7 +124,7 @@ bench: build ## a cycle, a decision, a request against a no-op picker, idle scra
 
 # A package of its own, whose peers need another tokio.
 bench-index: ## the exact index alone, then beside published ones; five minutes
-	$(CARGO) bench --locked --bench kv_index
+	$(CARGO) bench --locked --profile release --bench kv_index
 	$(CARGO) run --release --locked --manifest-path benches/peers/Cargo.toml --target-dir target/peers
 
 clean:

@@ -19,12 +19,16 @@ mod disagg;
 mod doctor;
 #[path = "compat/drop_in.rs"]
 mod drop_in;
+#[path = "compat/election.rs"]
+mod election;
 #[path = "compat/errors.rs"]
 mod errors;
 #[path = "compat/fuzz.rs"]
 mod fuzz;
 #[path = "compat/manifests.rs"]
 mod manifests;
+#[path = "compat/metrics_tls.rs"]
+mod metrics_tls;
 #[path = "compat/plugins.rs"]
 mod plugins;
 #[path = "compat/pool.rs"]
@@ -35,6 +39,14 @@ mod process;
 mod schema;
 #[path = "tidy.rs"]
 mod tidy;
+#[path = "compat/traces.rs"]
+mod traces;
+
+/// The scripted API server of the unit tests. It names rooms by `crate::`, hence the next line.
+#[path = "../src/kubernetes/testing.rs"]
+#[allow(dead_code, reason = "written for more tests than these")]
+mod api_server;
+use pinpod::{datalayer, kubernetes};
 
 use pinpod::config::{LoadOptions, builtin, load, show};
 
@@ -81,9 +93,13 @@ fn the_built_in_document_is_the_published_one() {
 
 #[test]
 fn shipped_documents_load_without_warnings() {
+    let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer");
+    let precise =
+        include_str!("../deploy/config/precise.yaml").replace("/models/my-model", tokenizer);
     for text in [
         include_str!("../deploy/config/random.yaml"),
         include_str!("../deploy/config/recommended.yaml"),
+        &precise,
     ] {
         let config = resolve(text).unwrap();
         assert!(config.warnings.is_empty(), "{:?}", config.warnings);

@@ -184,6 +184,7 @@ impl Gateway {
             early: None,
             subset: Subset::Any,
             received_at: Instant::now(),
+            trace: pinpod::telemetry::trace::Span::default(),
         };
         match self.director.decide(intake, BodyKnowledge::Complete) {
             Step::Done(decision) => decision.unwrap(),

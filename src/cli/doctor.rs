@@ -189,7 +189,7 @@ fn plan(args: &DoctorArgs) -> anyhow::Result<Plan> {
             health: args.picker_health,
             metrics: args.picker_metrics,
         },
-        endpoints: endpoints.iter().map(|e| e.address).collect(),
+        endpoints,
         scrape: endpoints::Scrape {
             tls: args.endpoints_tls,
             path: args.metrics_path.clone(),

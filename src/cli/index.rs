@@ -191,10 +191,31 @@ fn prompt_table(answer: &Value) -> String {
     out
 }
 
+/// Models that are tokenized in the process.
+fn models_table(producer: &Value) -> String {
+    let head = ["model", "tokenizer", "commit", "error"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for model in items(producer.get("models")) {
+        let loaded = model["loaded"] == true;
+        rows.push(vec![
+            text(&model["model"]),
+            if loaded { "loaded" } else { "missing" }.to_owned(),
+            text(&model["commit"]),
+            text(&model["error"]),
+        ]);
+    }
+    columns(&rows)
+}
+
 /// Endpoints, then publishers.
 fn totals_table(answer: &Value) -> String {
     let mut out = String::new();
     for (name, producer) in entries(answer.get("producers")) {
+        if producer.get("models").is_some() {
+            let _ = writeln!(out, "{name}");
+            out.push_str(&models_table(producer));
+            continue;
+        }
         let index = &producer["index"];
         let _ = writeln!(
             out,
@@ -364,6 +385,19 @@ mod tests {
         assert!(asked(&["--prompt", "hello"]).is_err(), "without a model");
         assert!(asked(&["--totals", "--body", file]).is_err());
         assert!(asked(&[]).is_err());
+    }
+
+    #[test]
+    fn totals_show_models_and_what_they_lack() {
+        let answer = json!({"producers": {"token-producer": {"models": [
+            {"model": "m", "loaded": true, "commit": "abc", "error": null},
+            {"model": "n", "loaded": false, "commit": null, "error": "hub: h: status 503"},
+        ]}}});
+        assert_eq!(
+            totals_table(&answer),
+            "token-producer\n  model  tokenizer  commit  error\n  m      loaded     abc     -\n  \
+             n      missing    -       hub: h: status 503\n"
+        );
     }
 
     /// A picker in a cluster: it answers whoever shows the token.

@@ -66,6 +66,8 @@ pub struct ResolvedConfig {
     pub sources: Vec<ResolvedSource>,
     /// Endpoint discovery, when the document names one.
     pub discovery: Option<Arc<dyn Discovery>>,
+    /// Whether replicas that do not lead fill their pool too (`haPopulateNonLeaderDatastore`).
+    pub populate_standbys: bool,
     /// Plugins that follow endpoints.
     pub listeners: Vec<Arc<dyn EndpointListener>>,
     /// The document, its data sources completed and its profiles as written.
@@ -255,7 +257,7 @@ impl Loader<'_> {
         mut document: Document,
         options: LoadOptions,
     ) -> Result<ResolvedConfig, ConfigError> {
-        self.check_envelope(&document)?;
+        let gates = self.check_envelope(&document)?;
         // Slot 0 belongs to the default producer, which always runs: it is the accounting of every pick.
         self.keys
             .in_flight(IN_FLIGHT_PRODUCER)
@@ -319,6 +321,7 @@ impl Loader<'_> {
             saturation_detector: detector,
             sources,
             discovery,
+            populate_standbys: gates.populate_standbys,
             listeners: instances
                 .iter()
                 .filter_map(|i| i.roles.listener.clone())
@@ -339,7 +342,7 @@ impl Loader<'_> {
         });
     }
 
-    fn check_envelope(&mut self, document: &Document) -> Result<(), ConfigError> {
+    fn check_envelope(&mut self, document: &Document) -> Result<Gates, ConfigError> {
         if document.api_version == LEGACY_API_VERSION {
             self.warn(
                 "apiVersion",
@@ -349,14 +352,14 @@ impl Loader<'_> {
                 ),
             );
         }
-        let queueing = flow_control_gate(&document.feature_gates)?;
+        let gates = feature_gates(&document.feature_gates)?;
         for (field, text) in flow::problems(document) {
-            if queueing {
+            if gates.flow_control {
                 return Err(Problem::Invalid(text).at(field));
             }
             self.warn(field, text);
         }
-        if queueing {
+        if gates.flow_control {
             let text = "feature gate 'flowControl' is known but not yet available in this version";
             return Err(Problem::Invalid(text.to_owned()).at("featureGates"));
         }
@@ -373,7 +376,7 @@ impl Loader<'_> {
             ))
             .at("dataLayer.crossReplicaSyncerPluginRef"));
         }
-        Ok(())
+        Ok(gates)
     }
 
     /// Checks the list, then builds it: instances that others refer to first, the rest as written.
@@ -683,9 +686,18 @@ impl Loader<'_> {
     }
 }
 
-/// Whether flow control is on; an unknown gate is an error.
-fn flow_control_gate(gates: &[String]) -> Result<bool, ConfigError> {
-    let mut on = false;
+/// What `featureGates` turns on and off.
+struct Gates {
+    flow_control: bool,
+    populate_standbys: bool,
+}
+
+/// Reads the gates; an unknown one is an error.
+fn feature_gates(gates: &[String]) -> Result<Gates, ConfigError> {
+    let mut read = Gates {
+        flow_control: false,
+        populate_standbys: true,
+    };
     for (position, gate) in gates.iter().enumerate() {
         let fail =
             |text: String| Err(Problem::Invalid(text).at(format!("featureGates[{position}]")));
@@ -702,12 +714,12 @@ fn flow_control_gate(gates: &[String]) -> Result<bool, ConfigError> {
             }
         };
         match name.trim() {
-            "flowControl" => on = enabled,
-            "haPopulateNonLeaderDatastore" => {}
+            "flowControl" => read.flow_control = enabled,
+            "haPopulateNonLeaderDatastore" => read.populate_standbys = enabled,
             other => return fail(format!("feature gate '{other}' is unknown or unregistered")),
         }
     }
-    Ok(on)
+    Ok(read)
 }
 
 /// Points an error of a plugin at its parameter, if the text names one.

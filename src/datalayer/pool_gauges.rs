@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use hashbrown::HashSet;
 use metrics::Gauge;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -19,7 +20,7 @@ pub struct PoolGauges {
     ready: Pair<Gauge>,
     measures: [Measure; 3],
     /// Endpoints whose queue gauge was set last time; cleared to 0 once they leave.
-    shown: Vec<String>,
+    shown: HashSet<String>,
 }
 
 /// One quantity: its mean and sample standard deviation.
@@ -61,7 +62,7 @@ impl PoolGauges {
             store,
             pool: pool.to_owned(),
             staleness,
-            shown: Vec::new(),
+            shown: HashSet::new(),
         }
     }
 
@@ -77,21 +78,22 @@ impl PoolGauges {
     }
 
     fn refresh(&mut self) {
+        self.store.forget_former();
         let pool = self.store.snapshot();
         let now = Instant::now();
         self.ready.set(pool.len() as f64);
-        let mut shown = Vec::with_capacity(pool.len());
+        let mut shown = HashSet::with_capacity(pool.len());
         let mut fresh = Vec::with_capacity(pool.len());
         for endpoint in pool.iter() {
             let metrics = endpoint.metrics();
             self.queue_gauge(&endpoint.spec.name)
                 .set(f64::from(metrics.waiting_requests));
-            shown.push(endpoint.spec.name.clone());
+            shown.insert(endpoint.spec.name.clone());
             if metrics.is_fresh(now, self.staleness) {
                 fresh.push(metrics);
             }
         }
-        for gone in self.shown.iter().filter(|name| !shown.contains(name)) {
+        for gone in self.shown.difference(&shown) {
             self.queue_gauge(gone).set(0.0);
         }
         self.shown = shown;

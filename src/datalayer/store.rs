@@ -1,5 +1,6 @@
 //! The pool as requests see it: an immutable list that discovery, the only writer, replaces whole.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -65,7 +66,13 @@ struct Writer {
     synced: bool,
     /// Where each endpoint is in the current snapshot.
     positions: HashMap<EndpointName, usize>,
+    /// Former snapshots that somebody may still hold, the oldest first. The last one to let go of a
+    /// snapshot gives back each of its pointers; kept here, that is never a request.
+    former: VecDeque<Arc<Vec<Arc<Endpoint>>>>,
 }
+
+/// Former snapshots kept. Each thread that decides holds one at most, and lets go at its next request.
+const MAX_FORMER: usize = 256;
 
 /// What listeners will be told.
 #[derive(Debug, Default)]
@@ -155,6 +162,7 @@ impl EndpointStore {
             })
             .collect();
         writer.positions = positions;
+        drop(old);
         self.publish(&mut writer, next, &changes);
     }
 
@@ -195,13 +203,22 @@ impl EndpointStore {
                 next.push(endpoint);
             }
         }
+        drop(old);
         if let Some(next) = next {
             self.publish(&mut writer, next, &changes);
         }
     }
 
+    /// Lets go of snapshots that no request holds any more. Happens with every change too; after the
+    /// last one, somebody has to ask for it.
+    pub fn forget_former(&self) {
+        self.writer.lock().forget_former();
+    }
+
     fn publish(&self, writer: &mut Writer, next: Vec<Arc<Endpoint>>, changes: &Changes) {
-        self.snapshot.store(Arc::new(next));
+        let former = self.snapshot.swap(Arc::new(next));
+        writer.former.push_back(former);
+        writer.forget_former();
         writer.synced = true;
         for endpoint in &changes.removed {
             endpoint.mark_removed();
@@ -224,6 +241,13 @@ impl EndpointStore {
 }
 
 impl Writer {
+    fn forget_former(&mut self) {
+        // None that is only here can be taken by a request: those take the current one.
+        self.former.retain(|list| Arc::strong_count(list) > 1);
+        let excess = self.former.len().saturating_sub(MAX_FORMER);
+        self.former.drain(..excess);
+    }
+
     /// The endpoint that `spec` describes: `current` when it is that very one, else one that goes on
     /// with the same index and load, or a new one.
     fn place(
@@ -436,6 +460,27 @@ mod tests {
         store.update(&[name("a")], vec![spec("a", 1)]);
         assert_eq!(log.take(), ["joining a#2", "removed a#0", "added a#2"]);
         assert_eq!(pool(&store), ["b#1", "a#2"]);
+    }
+
+    #[test]
+    fn the_last_to_hold_a_snapshot_is_the_store() {
+        let (store, _log) = started(&["a"]);
+        let kept = |store: &EndpointStore| store.writer.lock().former.len();
+        assert_eq!(kept(&store), 0, "nobody held the empty pool");
+        let mut held = Vec::new();
+        for n in 0..MAX_FORMER + 2 {
+            held.push(store.snapshot());
+            store.update(&[], vec![spec("b", u8::try_from(n % 200 + 2).unwrap())]);
+        }
+        assert_eq!(kept(&store), MAX_FORMER);
+        let left = Arc::downgrade(&held.pop().unwrap());
+        assert!(left.upgrade().is_some(), "the store has it still");
+        store.forget_former();
+        assert!(left.upgrade().is_none());
+        assert_eq!(kept(&store), MAX_FORMER - 1);
+        held.clear();
+        store.forget_former();
+        assert_eq!(kept(&store), 0);
     }
 
     #[test]

@@ -311,7 +311,46 @@ impl Sims {
 
     /// The pods as `--endpoints` takes them.
     pub fn endpoints_flag(&self) -> String {
+        format!("--endpoints={}", self.list())
+    }
+
+    /// Their addresses with commas between.
+    pub fn list(&self) -> String {
         let list: Vec<String> = self.addresses.iter().map(ToString::to_string).collect();
-        format!("--endpoints={}", list.join(","))
+        list.join(",")
+    }
+}
+
+/// A routing sidecar before one engine.
+#[derive(Debug)]
+pub struct Sidecar {
+    /// The process.
+    pub process: Process,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+impl Sidecar {
+    /// Starts `program sidecar` before the engine at `engine`, plaintext, with further flags.
+    pub async fn start(
+        program: &Path,
+        engine: SocketAddr,
+        flags: &[String],
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        let port = free_port_range(1)?;
+        let mut arguments = vec![
+            "sidecar".to_owned(),
+            format!("--port={port}"),
+            format!("--model-server-port={}", engine.port()),
+            "--secure-proxy=false".to_owned(),
+            "--workers=1".to_owned(),
+        ];
+        arguments.extend_from_slice(flags);
+        let name = format!("sidecar-{port}");
+        let mut process = Process::start(&name, program, &arguments, directory)?;
+        process.wait_for_port(port).await?;
+        let address = ([127, 0, 0, 1], port).into();
+        Ok(Self { process, address })
     }
 }

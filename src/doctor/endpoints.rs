@@ -8,6 +8,7 @@ use futures_util::StreamExt;
 use super::finding::Report;
 use super::http;
 use super::picker::samples;
+use crate::datalayer::EndpointSpec;
 use crate::datalayer::extractors::core_metrics::{EngineSeries, engine_series};
 
 /// Endpoints that are asked at once.
@@ -31,11 +32,11 @@ struct Seen {
 }
 
 /// Asks every endpoint.
-pub async fn check(endpoints: &[SocketAddr], scrape: &Scrape, report: &mut Report) {
+pub async fn check(endpoints: &[EndpointSpec], scrape: &Scrape, report: &mut Report) {
     let engines = engine_series();
-    let asked = endpoints.iter().map(|address| {
-        let engines = &engines;
-        async move { (*address, one(*address, scrape, engines).await) }
+    let asked = endpoints.iter().map(|endpoint| {
+        let (address, engines) = (endpoint.address, &engines);
+        async move { (address, one(address, scrape, engines).await) }
     });
     let mut seen: BTreeMap<SocketAddr, Seen> = futures_util::stream::iter(asked)
         .buffer_unordered(CONCURRENT)

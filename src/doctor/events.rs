@@ -1,5 +1,6 @@
 //! KV events: subscribes to every endpoint for a while, with the picker's own subscriber.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::finding::Report;
-use crate::datalayer::EndpointIndex;
+use crate::datalayer::{EndpointIndex, EndpointSpec};
 use crate::kvcache::events::pool::{PublisherKey, SubscriberPool};
 use crate::kvcache::events::stats::StatsSnapshot;
 use crate::kvcache::events::subscriber::{Source, SubscriberOptions};
@@ -19,9 +20,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Where endpoints publish, and for how long to listen.
 #[derive(Debug, Clone, Copy)]
 pub struct Events {
-    /// PUB socket of rank 0.
+    /// PUB socket of rank 0, unless an endpoint's label says otherwise.
     pub port: u16,
-    /// ROUTER socket; 0 for none.
+    /// ROUTER socket of rank 0; 0 for none.
     pub replay_port: u16,
     /// Longest wait for the first event of every endpoint.
     pub wait: Duration,
@@ -38,27 +39,40 @@ impl EventSink for Discard {
     fn set_state(&mut self, _: StreamState) {}
 }
 
-/// Listens until every endpoint was heard or the wait is over.
-pub async fn check(endpoints: &[SocketAddr], events: Events, report: &mut Report) {
+/// Listens to every rank of every endpoint until each was heard or the wait is over.
+pub async fn check(endpoints: &[EndpointSpec], events: Events, report: &mut Report) {
     let pool = SubscriberPool::new(SubscriberOptions::default(), CancellationToken::new());
-    let mut hosts: Vec<_> = endpoints.iter().map(SocketAddr::ip).collect();
-    hosts.sort_unstable();
-    hosts.dedup();
-    for (index, ip) in hosts.iter().enumerate() {
-        let (Some(source), Ok(index)) = (
-            Source::of_rank(*ip, events.port, events.replay_port, 0),
-            u32::try_from(index),
-        ) else {
+    let mut dialled = BTreeSet::new();
+    for (index, endpoint) in (0..).zip(endpoints) {
+        let name = endpoint.address.to_string();
+        let source = Source::of_endpoint(endpoint, events.port, events.replay_port);
+        let Some(source) = source else {
+            report.error(
+                "kv-events",
+                format!("KV events of {name}"),
+                format!(
+                    "rank {} has no port: {} and the rank",
+                    endpoint.rank, events.port
+                ),
+                "publish on a lower port: that of each rank is counted up from it",
+            );
             continue;
         };
+        // Endpoints without ranks of their own share the publisher of their address.
+        if !dialled.insert(source.live) {
+            continue;
+        }
         let key = PublisherKey {
             endpoint: EndpointIndex(index),
-            rank: 0,
+            rank: endpoint.rank,
         };
-        if pool
-            .add(key, &ip.to_string(), source, Box::new(Discard))
-            .is_err()
-        {
+        if let Err(full) = pool.add(key, &name, source, Box::new(Discard)) {
+            report.warning(
+                "kv-events",
+                format!("KV events of {name}"),
+                format!("not listened to: {full}"),
+                "look at a part of the pool",
+            );
             break;
         }
     }

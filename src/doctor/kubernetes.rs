@@ -3,13 +3,18 @@
 //! Objects are read as JSON: what is looked at here differs from what routing needs of them.
 
 use kube::Client;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::finding::Report;
+use crate::datalayer::EndpointSpec;
 use crate::kubernetes::objects::{LEGACY_GROUP, LLM_D_GROUP, POOL_GROUP};
 
-/// Pods that are looked at; a larger pool is judged by its first ones.
-const MAX_PODS: usize = 500;
+mod lease;
+mod pods;
+mod rights;
+
+/// Replicas of a picker that are looked at.
+const MAX_PICKERS: usize = 500;
 /// Names listed in a message.
 const MAX_NAMES: usize = 5;
 
@@ -52,8 +57,8 @@ enum Refusal {
     Other(String),
 }
 
-/// Looks at the cluster; returns the addresses of ready pods, with every port.
-pub async fn check(installation: &Installation, report: &mut Report) -> Vec<std::net::SocketAddr> {
+/// Looks at the cluster; returns the endpoints that the picker has.
+pub async fn check(installation: &Installation, report: &mut Report) -> Vec<EndpointSpec> {
     let cluster = Cluster(installation);
     let (selector, ports, picker) = match &installation.target {
         Target::Selector(selector, ports) => (selector.clone(), ports.clone(), None),
@@ -177,67 +182,6 @@ impl Cluster<'_> {
         None
     }
 
-    async fn pods(
-        &self,
-        selector: &str,
-        ports: &[u16],
-        report: &mut Report,
-    ) -> Vec<std::net::SocketAddr> {
-        let subject = format!("pods {selector}");
-        let path = self.path(
-            "api/v1",
-            &format!("pods?labelSelector={}&limit={MAX_PODS}", encoded(selector)),
-        );
-        let list = match self.get(&path).await {
-            Ok(list) => list,
-            Err(refusal) => {
-                self.unreadable("pods", refusal, report);
-                return Vec::new();
-            }
-        };
-        let pods: Vec<&Value> = list["items"].as_array().into_iter().flatten().collect();
-        if pods.is_empty() {
-            report.error(
-                "pods",
-                subject,
-                "the selector matches no pod",
-                format!(
-                    "compare it with `kubectl -n {} get pods --show-labels`; pool and pods must be in one namespace",
-                    self.0.namespace
-                ),
-            );
-            return Vec::new();
-        }
-        let (ready, waiting): (Vec<&Value>, Vec<&Value>) =
-            pods.into_iter().partition(|p| is_ready(p));
-        let waiting: Vec<&str> = waiting
-            .iter()
-            .map(|pod| name_of(pod))
-            .take(MAX_NAMES)
-            .collect();
-        if ready.is_empty() {
-            report.error(
-                "pods",
-                &subject,
-                format!("none is ready: {waiting:?}"),
-                "kubectl describe pod says why; models take minutes to load",
-            );
-        } else if waiting.is_empty() {
-            report.ok("pods", &subject, format!("{} ready", ready.len()));
-        } else {
-            report.warning(
-                "pods",
-                &subject,
-                format!("{} ready, not ready: {waiting:?}", ready.len()),
-                "kubectl describe pod says why",
-            );
-        }
-        if let Some(pod) = ready.first() {
-            declared_ports(pod, ports, &subject, report);
-        }
-        addresses(&ready, ports)
-    }
-
     /// The picker behind its Service; returns its account.
     async fn picker(&self, picker: &PickerRef, report: &mut Report) -> Option<String> {
         let subject = format!("Service {}/{}", self.0.namespace, picker.service);
@@ -278,7 +222,7 @@ impl Cluster<'_> {
             .map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or_default()))
             .collect();
         let query = format!(
-            "pods?labelSelector={}&limit={MAX_PODS}",
+            "pods?labelSelector={}&limit={MAX_PICKERS}",
             encoded(&pairs.join(","))
         );
         let list = self.get(&self.path("api/v1", &query)).await.ok()?;
@@ -292,12 +236,15 @@ impl Cluster<'_> {
             );
             return None;
         };
-        self.replicas(&pods, &subject, report);
+        if self.replicas(&pods, &subject, report) {
+            self.lease(&pods, report).await;
+        }
         let account = first["spec"]["serviceAccountName"].as_str();
         Some(account.unwrap_or("default").to_owned())
     }
 
-    fn replicas(&self, pods: &[&Value], subject: &str, report: &mut Report) {
+    /// Looks at the replicas together; true when they elect a leader.
+    fn replicas(&self, pods: &[&Value], subject: &str, report: &mut Report) -> bool {
         let ready = pods.iter().filter(|pod| is_ready(pod)).count();
         let elects = pods.iter().all(|pod| {
             let containers = pod["spec"]["containers"].as_array().into_iter().flatten();
@@ -336,6 +283,7 @@ impl Cluster<'_> {
             let message = format!("{ready} of {} pickers ready", pods.len());
             report.ok("picker-pods", subject, message);
         }
+        elects
     }
 
     /// Objects of the group that is passed over.
@@ -359,158 +307,7 @@ impl Cluster<'_> {
             }
         }
     }
-
-    /// Everything the picker needs to be allowed, asked of the API server.
-    async fn rights(&self, account: &str, report: &mut Report) {
-        let namespace = &self.0.namespace;
-        let subject = format!("ServiceAccount {namespace}/{account}");
-        let pool = matches!(self.0.target, Target::Pool(_));
-        let before = report.findings.len();
-        for (group, resource, verbs, without) in RIGHTS {
-            if *resource == "inferencepools" && !pool {
-                continue;
-            }
-            let mut lacking = Vec::new();
-            for verb in *verbs {
-                match self.may(account, group, resource, verb).await {
-                    Ok(true) => {}
-                    Ok(false) => lacking.push(*verb),
-                    Err(refusal) => {
-                        let why = match refusal {
-                            Refusal::Other(error) => error,
-                            _ => "you may not ask (subjectaccessreviews)".to_owned(),
-                        };
-                        report.warning(
-                            "rbac",
-                            subject,
-                            why,
-                            format!("kubectl auth can-i list pods -n {namespace} --as system:serviceaccount:{namespace}:{account}"),
-                        );
-                        return;
-                    }
-                }
-            }
-            if lacking.is_empty() {
-                continue;
-            }
-            let verbs = lacking.join(",");
-            let of = if group.is_empty() {
-                String::new()
-            } else {
-                format!(".{group}")
-            };
-            let message = format!("may not {verbs} {resource}{of}: {}", without.consequence());
-            let fix = without.fix(namespace, account, &verbs, &format!("{resource}{of}"));
-            match without {
-                Without::Routing => report.error("rbac", &subject, message, fix),
-                _ => report.warning("rbac", &subject, message, fix),
-            }
-        }
-        if report.findings.len() == before {
-            report.ok("rbac", subject, "may do all it needs");
-        }
-    }
-
-    async fn may(
-        &self,
-        account: &str,
-        group: &str,
-        resource: &str,
-        verb: &str,
-    ) -> Result<bool, Refusal> {
-        let namespace = &self.0.namespace;
-        let mut attributes = json!({"group": group, "resource": resource, "verb": verb});
-        if !matches!(resource, "tokenreviews" | "subjectaccessreviews") {
-            attributes["namespace"] = json!(namespace);
-        }
-        let review = json!({
-            "apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview",
-            "spec": {
-                "user": format!("system:serviceaccount:{namespace}:{account}"),
-                "groups": ["system:serviceaccounts", format!("system:serviceaccounts:{namespace}"), "system:authenticated"],
-                "resourceAttributes": attributes,
-            },
-        });
-        let request = http::Request::post("/apis/authorization.k8s.io/v1/subjectaccessreviews")
-            .header("content-type", "application/json")
-            .body(review.to_string().into_bytes())
-            .map_err(|error| Refusal::Other(error.to_string()))?;
-        let answer = self.send(request).await?;
-        Ok(answer["status"]["allowed"] == true)
-    }
 }
-
-/// What does not work without a right.
-#[derive(Debug, Clone, Copy)]
-enum Without {
-    Routing,
-    Objectives,
-    Election,
-    MetricsAuth,
-}
-
-impl Without {
-    fn consequence(self) -> &'static str {
-        match self {
-            Self::Routing => "it has no endpoints",
-            Self::Objectives => "priorities and rewrites are not read",
-            Self::Election => "needed with --ha-enable-leader-election",
-            Self::MetricsAuth => "scrapes with a token are refused",
-        }
-    }
-
-    fn fix(self, namespace: &str, account: &str, verbs: &str, resource: &str) -> String {
-        let name = format!(
-            "{account}-{}",
-            resource.split('.').next().unwrap_or_default()
-        );
-        let (role, scope) = match self {
-            Self::MetricsAuth => ("clusterrole", String::new()),
-            _ => ("role", format!(" -n {namespace}")),
-        };
-        format!(
-            "kubectl create {role} {name}{scope} --verb={verbs} --resource={resource}\nkubectl create {role}binding {name}{scope} --{role}={name} --serviceaccount={namespace}:{account}"
-        )
-    }
-}
-
-const WATCH: &[&str] = &["get", "list", "watch"];
-
-/// Group, resource, verbs, and what they are for.
-const RIGHTS: &[(&str, &str, &[&str], Without)] = &[
-    ("", "pods", WATCH, Without::Routing),
-    (POOL_GROUP, "inferencepools", WATCH, Without::Routing),
-    (
-        LLM_D_GROUP,
-        "inferenceobjectives",
-        WATCH,
-        Without::Objectives,
-    ),
-    (
-        LLM_D_GROUP,
-        "inferencemodelrewrites",
-        WATCH,
-        Without::Objectives,
-    ),
-    (
-        "coordination.k8s.io",
-        "leases",
-        &["get", "create", "update"],
-        Without::Election,
-    ),
-    (
-        "authentication.k8s.io",
-        "tokenreviews",
-        &["create"],
-        Without::MetricsAuth,
-    ),
-    (
-        "authorization.k8s.io",
-        "subjectaccessreviews",
-        &["create"],
-        Without::MetricsAuth,
-    ),
-];
 
 /// Selector, ports and picker of either version of a pool.
 fn shape(
@@ -606,38 +403,6 @@ fn is_ready(pod: &Value) -> bool {
         && conditions
             .into_iter()
             .any(|c| c["type"] == "Ready" && c["status"] == "True")
-}
-
-/// A container that declares ports should declare the pool's.
-fn declared_ports(pod: &Value, ports: &[u16], subject: &str, report: &mut Report) {
-    let containers = ["containers", "initContainers"]
-        .into_iter()
-        .flat_map(|kind| pod["spec"][kind].as_array().into_iter().flatten());
-    let declared: Vec<u64> = containers
-        .flat_map(|c| c["ports"].as_array().into_iter().flatten())
-        .filter_map(|port| port["containerPort"].as_u64())
-        .collect();
-    let strange: Vec<_> = ports
-        .iter()
-        .filter(|port| !declared.is_empty() && !declared.contains(&u64::from(**port)))
-        .collect();
-    if !strange.is_empty() {
-        report.warning(
-            "ports",
-            subject,
-            format!("target ports {strange:?} are not among the declared {declared:?}"),
-            "set the pool's targetPorts to the port of the server (vLLM: 8000, behind a routing sidecar the sidecar's)",
-        );
-    }
-}
-
-fn addresses(pods: &[&Value], ports: &[u16]) -> Vec<std::net::SocketAddr> {
-    let ips = pods.iter().filter_map(|pod| {
-        let ip: std::net::IpAddr = pod["status"]["podIP"].as_str()?.parse().ok()?;
-        Some(ip)
-    });
-    ips.flat_map(|ip| ports.iter().map(move |port| (ip, *port).into()))
-        .collect()
 }
 
 fn name_of(object: &Value) -> &str {

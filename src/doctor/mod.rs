@@ -16,6 +16,7 @@ pub mod picker;
 
 use std::net::SocketAddr;
 
+use crate::datalayer::EndpointSpec;
 pub use finding::{Finding, Report, Severity};
 
 /// What to look at; everything is optional.
@@ -24,7 +25,7 @@ pub struct Plan {
     /// The picker's ports.
     pub picker: picker::Ports,
     /// The model servers.
-    pub endpoints: Vec<SocketAddr>,
+    pub endpoints: Vec<EndpointSpec>,
     /// How they are scraped.
     pub scrape: endpoints::Scrape,
     /// Where they publish KV events.

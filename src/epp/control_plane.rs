@@ -16,6 +16,7 @@ use crate::config::{self, ResolvedConfig};
 use crate::control::Director;
 use crate::control::rules::{self, SharedRules};
 use crate::datalayer::discovery;
+use crate::kubernetes::leading::{LeaderDiscovery, Leadership};
 use crate::kubernetes::lease::{self, Election};
 use crate::kubernetes::review::Reviewer;
 use crate::kubernetes::rules::RulesOf;
@@ -31,10 +32,18 @@ const RULES_INTERVAL: Duration = Duration::from_millis(500);
 pub(super) struct ControlPlane {
     client: Client,
     options: KubernetesOptions,
-    pool_name: String,
     metrics_endpoint_auth: bool,
     discovery: Arc<KubernetesDiscovery>,
     contact: ApiContact,
+    election: Option<Candidate>,
+    /// Set where only the leader fills its pool and reads rules.
+    only_leading: Option<Leadership>,
+}
+
+/// What this process brings to an election that has not begun.
+struct Candidate {
+    election: Election,
+    leads: watch::Receiver<bool>,
 }
 
 impl ControlPlane {
@@ -43,6 +52,7 @@ impl ControlPlane {
     pub(super) async fn connect(
         options: &ServeOptions,
         config: &ResolvedConfig,
+        candidacy: &CancellationToken,
     ) -> anyhow::Result<Option<Self>> {
         let elsewhere = options.endpoints.is_some() || config.discovery.is_some();
         let Some(pool) = options.kubernetes.as_ref().filter(|_| !elsewhere) else {
@@ -65,19 +75,34 @@ impl ControlPlane {
             pool.source.clone(),
             contact.clone(),
         );
+        let election = pool.leader_election.then(|| {
+            let identity = lease::identity(&pool.pod_name);
+            let name = &options.pool_name;
+            let election = Election::new(client.clone(), &pool.namespace, name, identity);
+            let leads = election.leads();
+            Candidate { election, leads }
+        });
+        let only_leading = election.as_ref().filter(|_| !config.populate_standbys);
+        let only_leading =
+            only_leading.map(|own| Leadership::new(own.leads.clone(), candidacy.clone()));
         Ok(Some(Self {
             client,
             options: pool.clone(),
-            pool_name: options.pool_name.clone(),
             metrics_endpoint_auth: options.metrics_endpoint_auth,
             discovery: Arc::new(discovery),
             contact,
+            election,
+            only_leading,
         }))
     }
 
     /// Where endpoints come from.
     pub(super) fn discovery(&self) -> Arc<dyn discovery::Discovery> {
-        Arc::clone(&self.discovery) as Arc<dyn discovery::Discovery>
+        let all = Arc::clone(&self.discovery) as Arc<dyn discovery::Discovery>;
+        match &self.only_leading {
+            Some(leadership) => Arc::new(LeaderDiscovery::new(all, leadership.clone())),
+            None => all,
+        }
     }
 
     /// Whether the API server is heard.
@@ -101,26 +126,32 @@ impl ControlPlane {
             pool: name.clone(),
         };
         let (client, contact) = (self.client.clone(), self.contact());
-        let follow = kubernetes::rules::follow(client, of, contact, Arc::clone(rules));
-        let shutdown = shutdown.clone();
+        let (rules, shutdown) = (Arc::clone(rules), shutdown.clone());
+        let only_leading = self.only_leading.clone();
         tasks.spawn(async move {
-            shutdown.run_until_cancelled(follow).await;
+            let follow = || {
+                let (client, of, contact) = (client.clone(), of.clone(), contact.clone());
+                kubernetes::rules::follow(client, of, contact, Arc::clone(&rules))
+            };
+            let forget = || rules.store(Arc::default());
+            let followed = async {
+                match only_leading {
+                    Some(leadership) => leadership.run(follow, forget).await,
+                    None => follow().await,
+                }
+            };
+            shutdown.run_until_cancelled(followed).await;
         });
     }
 
-    /// Stands for election if the flags say so; tells whether this process leads.
+    /// Stands for election if the flags say so, until the candidacy ends; tells whether this process
+    /// leads.
     pub(super) fn take_part_in_election(
-        &self,
+        &mut self,
         tasks: &TaskTracker,
         candidacy: &CancellationToken,
     ) -> Option<watch::Receiver<bool>> {
-        if !self.options.leader_election {
-            return None;
-        }
-        let identity = lease::identity(&self.options.pod_name);
-        let namespace = &self.options.namespace;
-        let election = Election::new(self.client.clone(), namespace, &self.pool_name, identity);
-        let leads = election.leads();
+        let Candidate { election, leads } = self.election.take()?;
         tasks.spawn(election.run(candidacy.clone()));
         Some(leads)
     }

@@ -297,6 +297,8 @@ pub(super) struct Reloader {
     pub(super) director: Arc<Director>,
     /// How reloads went.
     pub(super) metrics: ConfigReloads,
+    /// What was decided at the start and stays.
+    pub(super) populate_standbys: bool,
 }
 
 impl Reloader {
@@ -338,6 +340,9 @@ impl Reloader {
         let leftovers = self.live.apply(&config).await?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
+        }
+        if config.populate_standbys != self.populate_standbys {
+            tracing::warn!("haPopulateNonLeaderDatastore changes with the next start only");
         }
         self.director.activate(config.activate());
         self.live.retire(&leftovers);
@@ -403,6 +408,7 @@ mod tests {
             Metrics::new(),
         );
         let director = Arc::new(director);
+        let populate_standbys = config.populate_standbys;
         loader.adopt(config);
         let reloader = Reloader {
             path: path.to_owned(),
@@ -411,6 +417,7 @@ mod tests {
             live,
             director: Arc::clone(&director),
             metrics: ConfigReloads::new(),
+            populate_standbys,
         };
         Running {
             director,
@@ -435,6 +442,7 @@ mod tests {
             early: None,
             subset: Subset::Any,
             received_at: Instant::now(),
+            trace: crate::telemetry::trace::Span::default(),
         };
         match director.decide(intake, BodyKnowledge::Complete) {
             Step::Done(decision) => decision.unwrap(),

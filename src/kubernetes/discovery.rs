@@ -82,6 +82,8 @@ impl KubernetesDiscovery {
     }
 
     async fn follow(&self, store: &EndpointStore) {
+        // May not be the first time: what an earlier one followed is followed no longer.
+        self.pool.send_replace(None);
         match &self.source {
             PoolSource::Selector { selector, ports } => {
                 let spec = PoolSpec {
@@ -273,7 +275,5 @@ async fn next_of(pods: Option<&mut Pods>, store: &EndpointStore) -> bool {
     }
 }
 
-#[cfg(test)]
-mod scale;
 #[cfg(test)]
 mod tests;

@@ -54,9 +54,13 @@ pub fn lease_name(namespace: &str, pool: &str) -> String {
     format!("epp-{namespace}-{pool}.llm-d.ai")
 }
 
-/// A name for this process that no other has: the host's, and something random.
-pub fn identity(host: &str) -> String {
-    format!("{host}_{}", uuid::Uuid::new_v4())
+/// A name for this process that no other has: the pod's, else the host's, and something random.
+pub fn identity(pod: &str) -> String {
+    let host = match pod {
+        "" => std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default(),
+        pod => pod.to_owned(),
+    };
+    format!("{}_{}", host.trim(), uuid::Uuid::new_v4())
 }
 
 /// What a try came to.
@@ -372,9 +376,40 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn metrics_say_who_leads() {
+        use crate::telemetry::metrics::{recording, sample};
+        recording(|shown| async move {
+            let server = ApiServer::start().await;
+            let leader = || sample(&shown, "pinpod_leader", &[]);
+            let tries = |result: &str| {
+                let label = format!("result=\"{result}\"");
+                sample(&shown, "pinpod_lease_tries_total", &[&label]).unwrap_or_default()
+            };
+            let (leads, stop) = join(&server, "a");
+            assert_eq!(leader(), Some(0.0));
+            eventually("a leads", || *leads.borrow()).await;
+            assert_eq!((leader(), tries("held")), (Some(1.0), 1.0));
+            server.refuse(KEY, 503);
+            sleep(Duration::from_secs(12)).await;
+            assert_eq!(leader(), Some(0.0), "it stepped down");
+            assert!(tries("error") >= 2.0);
+            server.refuse(KEY, 0);
+            sleep(Duration::from_secs(5)).await;
+            eventually("a leads again", || leader() == Some(1.0)).await;
+            stop.cancel();
+            eventually("released", || leader() == Some(0.0)).await;
+            assert_eq!(tries("taken"), 0.0);
+        })
+        .await;
+    }
+
     #[test]
     fn the_lease_has_the_references_name() {
         assert_eq!(lease_name("default", "pool"), NAME);
         assert_ne!(identity("h"), identity("h"));
+        assert!(identity("h").starts_with("h_"));
+        // Without POD_NAME the host's, which in a pod is the same.
+        assert!(!identity("").starts_with('_'));
     }
 }

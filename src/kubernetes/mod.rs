@@ -1,6 +1,6 @@
 //! The Kubernetes control plane: which endpoints a pool has ([`discovery`]) and what operators say about
-//! requests ([`rules`]), both from the API server's watches ([`watch`]); who leads ([`lease`]); who may
-//! read the metrics port ([`review`]).
+//! requests ([`rules`]), both from the API server's watches ([`watch`]); who leads ([`lease`]) and what only
+//! a leader does ([`leading`]); who may read the metrics port ([`review`]).
 //!
 //! Everything here writes into snapshots that requests read; no request ever waits for the API server.
 //! While it is away, what was known last stands.
@@ -8,6 +8,7 @@
 pub mod allow_list;
 pub mod client;
 pub mod discovery;
+pub mod leading;
 pub mod lease;
 pub mod objects;
 mod pods;
@@ -21,6 +22,7 @@ pub mod watch;
 pub use allow_list::AllowList;
 pub use client::{ClientError, ClientOptions, client};
 pub use discovery::{KubernetesDiscovery, PoolSource};
+pub use pods::endpoints as endpoints_of;
 
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Limited};

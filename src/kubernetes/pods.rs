@@ -97,7 +97,7 @@ impl PodTable {
 }
 
 /// The endpoints of a pod: none unless it is ready and stays, else one per active port.
-fn endpoints(pod: &Pod, ports: &[u16]) -> Vec<EndpointSpec> {
+pub fn endpoints(pod: &Pod, ports: &[u16]) -> Vec<EndpointSpec> {
     let Some(ip) = address(pod).filter(|_| is_ready(pod)) else {
         return Vec::new();
     };

@@ -51,6 +51,8 @@ struct State {
     requests: Vec<String>,
     /// Status by resource, instead of an answer.
     refused: HashMap<String, u16>,
+    /// `Retry-After` of refusals, in seconds.
+    retry_after: Option<u32>,
     reviews: HashMap<String, Review>,
 }
 
@@ -260,6 +262,11 @@ impl ApiServer {
             .insert(resource.to_owned(), status);
     }
 
+    /// Refusals come with this `Retry-After`, in seconds.
+    pub(crate) fn retry_after(&self, seconds: u32) {
+        self.shared.state.lock().retry_after = Some(seconds);
+    }
+
     /// Answers reviews posted to the resource.
     pub(crate) fn review(&self, resource: &str, answer: impl Fn(&Value) -> Value + Send + 'static) {
         let mut state = self.shared.state.lock();
@@ -431,7 +438,14 @@ impl Shared {
         ));
         match state.refused.get(&resource) {
             None | Some(0) => {}
-            Some(status) => return reply(*status, &failure(*status, "Refused")),
+            Some(status) => {
+                let mut refusal = reply(*status, &failure(*status, "Refused"));
+                if let Some(seconds) = state.retry_after {
+                    let headers = refusal.headers_mut();
+                    headers.insert(http::header::RETRY_AFTER, seconds.into());
+                }
+                return refusal;
+            }
         }
         if head.method == Method::GET && query.contains_key("watch") {
             return state.watch(resource, query);

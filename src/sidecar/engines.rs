@@ -29,6 +29,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::body::EngineBody;
 use super::host_port::HostPort;
 use super::metrics::{ActiveLeg, SidecarMetrics, Stage};
+use super::spans::LegSpan;
 
 /// Engines whose connections are kept; beyond, those of the least recently used are closed.
 const MAX_HOSTS: usize = 1024;
@@ -173,6 +174,7 @@ impl Engines {
                         held: Some((active, connection, key)),
                         idle: Arc::clone(&self.idle),
                         max_idle: self.settings.max_idle_per_host,
+                        span: None,
                     };
                     if leg.body.is_end_stream() && !switched {
                         leg.release();
@@ -288,9 +290,28 @@ pub(super) struct LegBody {
     held: Option<(ActiveLeg, Connection, PoolKey)>,
     idle: Arc<Mutex<Idle>>,
     max_idle: usize,
+    /// Of the call, while its answer is not read to the end.
+    span: Option<LegSpan>,
 }
 
 impl LegBody {
+    /// Its end is the end of `span`.
+    pub(super) fn with_span(mut self, span: LegSpan) -> Self {
+        if self.held.is_some() {
+            self.span = Some(span);
+        } else {
+            span.end();
+        }
+        self
+    }
+
+    /// Nothing more is read, and that is no failure.
+    pub(super) fn end(mut self) {
+        if let Some(span) = self.span.take() {
+            span.end();
+        }
+    }
+
     /// Reads the rest, at most [`MAX_WHOLE_BYTES`] of it.
     pub(super) async fn whole(mut self) -> Result<Bytes, CallError> {
         let mut first = Bytes::new();
@@ -351,6 +372,9 @@ impl LegBody {
     }
 
     fn release(&mut self) {
+        if let Some(span) = self.span.take() {
+            span.end();
+        }
         let Some((_active, mut connection, key)) = self.held.take() else {
             return;
         };

@@ -32,6 +32,7 @@ mod routing;
 pub mod run;
 pub mod server;
 pub mod settings;
+mod spans;
 mod state;
 mod trace;
 mod upgrade;

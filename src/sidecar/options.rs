@@ -307,7 +307,7 @@ struct Flags {
         help_heading = "Process"
     )]
     workers: usize,
-    /// Give requests without one a trace context
+    /// Record traces, if OTEL_TRACES_EXPORTER or OTEL_EXPORTER_OTLP_ENDPOINT says where to; give requests without a trace context one
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false, help_heading = "Process")]
     tracing: bool,
     /// Verbosity: up to 3 info, 4 debug, 5 trace

@@ -15,15 +15,17 @@ use super::api::Api;
 use super::body::{AnswerBody, EngineBody};
 use super::connectors;
 use super::engines::{EngineSettings, Engines};
-use super::exchange::{Exchange, Refusal, set_host};
+use super::exchange::{CONNECTOR, Exchange, Refusal, set_host};
 use super::health;
 use super::host_port::HostPort;
 use super::metrics::{Path, SidecarMetrics, Stage};
 use super::prompt::Prompt;
-use super::routing::Routing;
+use super::routing::{PREFILL, Routing};
 use super::settings::Settings;
+use super::spans::{FORWARD, LegSpan, RequestSpan};
 use super::trace;
 use super::upgrade;
+use crate::telemetry::trace::{Span, Value};
 
 /// Everything that requests share.
 #[derive(Debug)]
@@ -63,7 +65,7 @@ impl Sidecar {
 
     /// Answers one request that came in on the listener of `rank`. Dropped, it ends every call that
     /// was made for it.
-    pub async fn answer(self: &Arc<Self>, rank: u16, request: Request<Incoming>) -> Answer {
+    pub async fn answer(self: &Arc<Self>, rank: u16, mut request: Request<Incoming>) -> Answer {
         let began = Instant::now();
         let Some(local) = self.local_engine(rank) else {
             return answer::bad_gateway("The decode node failed.");
@@ -72,14 +74,21 @@ impl Sidecar {
         if method == Method::GET && path == "/health" {
             return health::probe(self, &local).await;
         }
-        let outcome = match Api::of(method, path) {
-            Some(api) => Box::pin(self.infer(api, rank, local, request, began)).await,
-            None => self.pass_through(&local, request).await,
+        let api = Api::of(method, path);
+        let span = RequestSpan::start(&self.settings.tracer, &mut request);
+        let outcome = match api {
+            Some(api) => {
+                let since = (began, span.clone());
+                Box::pin(self.infer(api, rank, local, request, since)).await
+            }
+            None => self.pass_through(&local, request, &span).await,
         };
-        outcome.unwrap_or_else(|refusal| {
+        let answer = outcome.unwrap_or_else(|refusal| {
             self.metrics().served(Path::Error);
             *refusal
-        })
+        });
+        span.answered(answer.status());
+        answer.map(|body| body.with_span(span))
     }
 
     /// Anything but inference, as it comes and goes.
@@ -87,13 +96,16 @@ impl Sidecar {
         &self,
         local: &HostPort,
         mut request: Request<Incoming>,
+        span: &RequestSpan,
     ) -> Result<Answer, Refusal> {
+        let mut leg = LegSpan::new(span.child(FORWARD));
         let upgrade = upgrade::Wanted::take(&mut request);
         let (mut head, body) = request.into_parts();
         // Nobody to tell apart here: the headers just have to go.
         Routing::take(&mut head.headers, &self.allowed, self.metrics());
         strip_hop_by_hop(&mut head.headers);
         set_host(&mut head.headers, local);
+        leg.inject(&mut head.headers);
         let body = if body.is_end_stream() {
             EngineBody::empty()
         } else {
@@ -103,15 +115,25 @@ impl Sidecar {
         *out.method_mut() = head.method;
         *out.uri_mut() = origin_form(&head.uri);
         *out.headers_mut() = head.headers;
-        if let Some(wanted) = upgrade {
-            return wanted.pass(self, local, out).await;
+        if let Some(wanted) = &upgrade {
+            wanted.ask(out.headers_mut());
         }
         let limit = self.settings.decode_timeout;
         let called = self.engines.call(Stage::Decode, local, out, limit).await;
-        let mut response = called.map_err(|error| {
-            tracing::warn!(decode_target = %local, %error, "the decode engine failed");
-            Box::new(answer::decode_failed(&error))
-        })?;
+        let response = match called {
+            Ok(response) => response,
+            Err(error) => {
+                tracing::warn!(decode_target = %local, %error, "the decode engine failed");
+                leg.fail(|| error.to_string());
+                return Err(Box::new(answer::decode_failed(&error)));
+            }
+        };
+        leg.answered(None, response.status());
+        let mut response = response.map(|body| body.with_span(leg));
+        let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        if let Some(wanted) = upgrade.filter(|_| switched) {
+            return wanted.switch(self, local, response);
+        }
         strip_hop_by_hop(response.headers_mut());
         self.metrics().served(Path::Plain);
         Ok(response.map(AnswerBody::leg))
@@ -124,15 +146,27 @@ impl Sidecar {
         rank: u16,
         local: HostPort,
         request: Request<Incoming>,
-        began: Instant,
+        (began, span): (Instant, RequestSpan),
     ) -> Result<Answer, Refusal> {
         let (head, body) = request.into_parts();
         let mut headers = head.headers;
+        let named = headers
+            .get(PREFILL)
+            .filter(|_| span.is_recording())
+            .cloned();
         let mut routing = Routing::take(&mut headers, &self.allowed, self.metrics());
+        self.describe(&span, head.uri.path(), &routing);
         let length = content_length(&headers);
         clean(&mut headers);
         if routing.prefill_denied {
             self.discard(body).await;
+            span.record(|| {
+                let named = named.as_ref().and_then(|v| v.to_str().ok());
+                [(
+                    "llm_d.pd_proxy.denied_target",
+                    named.unwrap_or_default().to_owned().into(),
+                )]
+            });
             return Err(Box::new(answer::text(
                 StatusCode::FORBIDDEN,
                 "Forbidden: prefill target not allowed by SSRF protection\n",
@@ -169,8 +203,59 @@ impl Sidecar {
             kv_source: routing.kv_source,
             rank,
             began,
+            span,
+            decoding: Span::default(),
         };
         connectors::serve(exchange, &routing.encode).await
+    }
+
+    /// What is known of a recorded request before its body is read.
+    fn describe(&self, span: &RequestSpan, path: &str, routing: &Routing) {
+        if !span.is_recording() {
+            return;
+        }
+        let connector = self.settings.kv_connector.name();
+        let disaggregated = !routing.prefill.is_empty();
+        span.record(|| {
+            [
+                ("llm_d.pd_proxy.connector", connector.into()),
+                (CONNECTOR, connector.into()),
+                ("llm_d.pd_proxy.request_path", path.to_owned().into()),
+                ("llm_d.pd_proxy.disaggregation_used", disaggregated.into()),
+                (
+                    "llm_d.pd_proxy.prefill_candidates",
+                    routing.prefill.len().into(),
+                ),
+            ]
+        });
+        if !disaggregated {
+            let reason = if routing.prefill_denied {
+                "ssrf_protection_denied"
+            } else {
+                "no_prefill_header"
+            };
+            span.record(|| [("llm_d.pd_proxy.reason", reason.into())]);
+        }
+        if let Some(source) = &routing.kv_source {
+            span.record(|| [("llm_d.pd_proxy.kv_cache_source", source.to_string().into())]);
+        }
+        if let Some(connector) = self.settings.ec_connector {
+            let encoders = routing.encode.iter().map(HostPort::to_string);
+            span.record(|| {
+                [
+                    ("llm_d.pd_proxy.ec_connector", connector.name().into()),
+                    (
+                        "llm_d.ec_proxy.encode_disaggregation_used",
+                        (!routing.encode.is_empty()).into(),
+                    ),
+                    ("llm_d.ec_proxy.encoder_count", routing.encode.len().into()),
+                    (
+                        "llm_d.ec_proxy.encoder_candidates",
+                        Value::Texts(encoders.collect()),
+                    ),
+                ]
+            });
+        }
     }
 
     /// The local engine, or the rank that a header names; only rank 0 listens to it, and SGLang has

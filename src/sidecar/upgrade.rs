@@ -6,7 +6,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use http::{HeaderMap, HeaderValue, Request, StatusCode, Version, header};
+use http::{HeaderMap, HeaderValue, Request, Response, Version, header};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
@@ -14,10 +14,11 @@ use parking_lot::Mutex;
 use tokio::io::copy_bidirectional;
 
 use super::answer::{self, Answer, strip_hop_by_hop};
-use super::body::{AnswerBody, EngineBody};
+use super::body::AnswerBody;
+use super::engines::LegBody;
 use super::exchange::Refusal;
 use super::host_port::HostPort;
-use super::metrics::{Path, Stage};
+use super::metrics::Path;
 use super::proxy::Sidecar;
 
 /// What follows the last answer of a connection. The listener's task waits for it, so that a tunnel counts
@@ -60,26 +61,20 @@ impl Wanted {
         })
     }
 
-    /// Asks the engine for the same; what it answers instead passes as it is.
-    pub(super) async fn pass(
+    /// Asks the engine for the same.
+    pub(super) fn ask(&self, headers: &mut HeaderMap) {
+        set(headers, &self.protocol);
+    }
+
+    /// The engine switched: to that protocol, or the answer is refused.
+    pub(super) fn switch(
         self,
         sidecar: &Sidecar,
         local: &HostPort,
-        mut out: Request<EngineBody>,
+        mut response: Response<LegBody>,
     ) -> Result<Answer, Refusal> {
-        ask(out.headers_mut(), &self.protocol);
-        let limit = sidecar.settings.decode_timeout;
-        let called = sidecar.engines.call(Stage::Decode, local, out, limit).await;
-        let mut response = called.map_err(|error| {
-            tracing::warn!(decode_target = %local, %error, "the decode engine failed");
-            Box::new(answer::decode_failed(&error))
-        })?;
         let agreed = protocol(response.headers()).cloned();
         strip_hop_by_hop(response.headers_mut());
-        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            sidecar.metrics().served(Path::Plain);
-            return Ok(response.map(AnswerBody::leg));
-        }
         let same = |agreed: &HeaderValue| {
             agreed
                 .as_bytes()
@@ -98,11 +93,11 @@ impl Wanted {
                 // Whoever breaks off, both are closed.
                 let _ = copy_bidirectional(&mut client, &mut engine).await;
             }
-            drop(leg);
+            leg.end();
         }));
         sidecar.metrics().served(Path::Plain);
         let mut answer = Answer::from_parts(head, AnswerBody::whole(""));
-        ask(answer.headers_mut(), &self.protocol);
+        set(answer.headers_mut(), &self.protocol);
         Ok(answer)
     }
 }
@@ -118,7 +113,7 @@ fn protocol(headers: &HeaderMap) -> Option<&HeaderValue> {
         .then(|| headers.get(header::UPGRADE))?
 }
 
-fn ask(headers: &mut HeaderMap, protocol: &HeaderValue) {
+fn set(headers: &mut HeaderMap, protocol: &HeaderValue) {
     headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     headers.insert(header::UPGRADE, protocol.clone());
 }

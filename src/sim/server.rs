@@ -154,7 +154,7 @@ struct Pod {
 /// Serves `config` on `listener` until `shutdown`. Fails when a socket for events or KV cannot be
 /// had, and when a request ends the engine.
 pub async fn serve(
-    config: SimConfig,
+    mut config: SimConfig,
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
@@ -163,12 +163,9 @@ pub async fn serve(
     let shutdown = shutdown.child_token();
     let _ends = shutdown.clone().drop_guard();
     let (publisher, hasher) = config.events.start(&host, &shutdown).await?.unzip();
-    let engine_config = EngineConfig {
-        hands_over: config.transfer.is_some(),
-        ..config.engine.clone()
-    };
-    let time_scale = engine_config.time_scale;
-    let engine = Engine::new(engine_config, publisher);
+    config.engine.kv_role = config.transfer.as_ref().map(|setup| setup.role);
+    let time_scale = config.engine.time_scale;
+    let engine = Engine::new(config.engine.clone(), publisher);
     let transfer = match config.transfer.clone() {
         None => None,
         Some(setup) => {
@@ -510,10 +507,15 @@ impl Pod {
         };
         let cached = self.engine.cached_tokens(&work.hashes, work.prompt_tokens);
         let missing = work.prompt_tokens - cached;
-        if transfer.pull(&remote, missing).await.is_err() {
+        let block_tokens = self.config.engine.block_tokens;
+        let pulling = self.engine.begin_pull();
+        let pulled = transfer.pull(&remote, missing, block_tokens).await;
+        drop(pulling);
+        let Ok(pull) = pulled else {
             self.engine.count_failed_pull();
             return Err(Refusal::pull_failed());
-        }
+        };
+        self.engine.observe_pull(&pull);
         work.handover = Handover::Pulled;
         Ok(told)
     }

@@ -558,7 +558,7 @@ impl Container {
     }
 }
 
-fn local(port: u16) -> SocketAddr {
+pub(super) fn local(port: u16) -> SocketAddr {
     ([127, 0, 0, 1], port).into()
 }
 
@@ -571,7 +571,7 @@ fn certificate(directory: &Path) {
 }
 
 /// One completion in full duplex; the value of the destination header.
-async fn destination(channel: &Channel) -> String {
+pub(super) async fn destination(channel: &Channel) -> String {
     let header = |key: &str, value: &str| HeaderValue {
         key: key.to_owned(),
         raw_value: Bytes::copy_from_slice(value.as_bytes()),
@@ -625,7 +625,7 @@ async fn destination(channel: &Channel) -> String {
     String::from_utf8(option.unwrap().to_vec()).unwrap()
 }
 
-async fn get(port: u16, path: &str) -> (u16, String) {
+pub(super) async fn get(port: u16, path: &str) -> (u16, String) {
     let stream = tokio::net::TcpStream::connect(local(port)).await.unwrap();
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await

@@ -3,8 +3,10 @@
 use serde_json::{Value, json};
 
 use super::{Installation, Target, check, encoded};
+use crate::datalayer::EndpointSpec;
 use crate::doctor::finding::{Finding, Report, Severity};
-use crate::kubernetes::testing::{ApiServer, pod, pool};
+use crate::kubernetes::testing::{ApiServer, eventually, pod, pool};
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 /// A pool with two ready pods, a picker behind a Service, and every right.
 async fn healthy() -> ApiServer {
@@ -59,7 +61,8 @@ async fn look(server: &ApiServer, target: Target) -> (Vec<Finding>, Vec<String>)
     let endpoints = check(&installation, &mut report).await;
     let mut bad = report.findings;
     bad.retain(|finding| finding.severity != Severity::Ok);
-    (bad, endpoints.iter().map(ToString::to_string).collect())
+    let shown = |e: &EndpointSpec| format!("{}#{}", e.address, e.rank);
+    (bad, endpoints.iter().map(shown).collect())
 }
 
 async fn pool_findings(server: &ApiServer) -> Vec<(Severity, &'static str, String)> {
@@ -76,7 +79,7 @@ async fn a_healthy_installation_has_no_findings_and_its_endpoints_are_told() {
     let server = healthy().await;
     let (bad, endpoints) = look(&server, Target::Pool("pool".to_owned())).await;
     assert_eq!(bad, []);
-    assert_eq!(endpoints, ["10.0.0.1:8000", "10.0.0.2:8000"]);
+    assert_eq!(endpoints, ["10.0.0.1:8000#0", "10.0.0.2:8000#0"]);
 }
 
 #[tokio::test]
@@ -107,7 +110,7 @@ async fn pods_that_do_not_serve_are_named() {
         messages,
         [
             "1 ready, not ready: [\"b\"]",
-            "target ports [8000] are not among the declared [8080]"
+            "target ports [8000] are not among the declared [8080] of [\"a\"]"
         ]
     );
     server.delete("pods", "a");
@@ -155,6 +158,7 @@ async fn replicas_must_elect_or_share_nothing() {
     let elect = ["--ha-enable-leader-election"];
     server.apply(picker("epp-0", true, &elect));
     server.apply(picker("epp-1", false, &elect));
+    server.apply(lease("epp-0_1", 0));
     assert_eq!(pool_findings(&server).await, []);
     server.apply(picker("epp-1", true, &elect));
     let found = pool_findings(&server).await;
@@ -166,6 +170,121 @@ async fn replicas_must_elect_or_share_nothing() {
         server.apply(picker(name, false, &elect));
     }
     assert_eq!(pool_findings(&server).await[0].1, "picker-pods");
+}
+
+/// The pool's lease, renewed so many seconds ago.
+fn lease(holder: &str, age: i64) -> Value {
+    let renewed = Timestamp::now() - SignedDuration::from_secs(age);
+    json!({
+        "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+        "metadata": {"name": "epp-default-pool.llm-d.ai", "namespace": "default"},
+        "spec": {"holderIdentity": holder, "leaseDurationSeconds": 15, "renewTime": renewed.to_string()},
+    })
+}
+
+async fn electing() -> ApiServer {
+    let server = healthy().await;
+    let elect = ["--ha-enable-leader-election=true"];
+    server.apply(picker("epp-0", true, &elect));
+    server.apply(picker("epp-1", false, &elect));
+    server
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_must_be_kept_by_a_ready_picker() {
+    let server = electing().await;
+    let look = async || {
+        let found = pool_findings(&server).await;
+        assert!(found.len() < 2, "{found:?}");
+        found.into_iter().next().map(|(severity, check, message)| {
+            assert_eq!(check, "lease");
+            (severity, message)
+        })
+    };
+    let says = |found: Option<(Severity, String)>, severity, part: &str| {
+        let (seen, message) = found.expect("a finding");
+        assert!(
+            seen == severity && message.contains(part),
+            "{seen:?} {message}"
+        );
+    };
+    says(look().await, Severity::Error, "there is no such lease");
+    server.apply(lease("epp-0_abc", 3));
+    assert_eq!(look().await, None);
+    server.apply(lease("epp-0_abc", 40));
+    says(look().await, Severity::Error, "has not renewed it for 40 s");
+    server.apply(lease("", 0));
+    says(look().await, Severity::Error, "nobody holds it");
+    server.apply(lease("epp-1_abc", 3));
+    says(look().await, Severity::Warning, "is not ready");
+    server.apply(lease("stranger_abc", 3));
+    says(look().await, Severity::Warning, "none of the pickers");
+    server.refuse("coordination.k8s.io/v1/leases", 403);
+    let found = pool_findings(&server).await;
+    assert_eq!(
+        (found[0].1, found[0].2.as_str()),
+        ("kubernetes", "you may not read it")
+    );
+}
+
+#[tokio::test]
+async fn a_leader_whose_clock_is_off_is_a_leader() {
+    let server = electing().await;
+    server.apply(lease("epp-0_abc", 100));
+    // It renews while doctor looks a second time.
+    let renew = async {
+        eventually("a first look", || {
+            let requests = server.requests();
+            requests
+                .iter()
+                .any(|r| r.contains("/leases/epp-default-pool"))
+        })
+        .await;
+        server.apply(lease("epp-0_abc", 98));
+    };
+    let (found, ()) = tokio::join!(pool_findings(&server), renew);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!((found[0].0, found[0].1), (Severity::Warning, "lease"));
+    assert!(found[0].2.contains("s behind this one"), "{found:?}");
+}
+
+#[tokio::test]
+async fn every_rank_of_every_pod_of_a_large_pool_is_looked_at() {
+    let server = ApiServer::start().await;
+    allow(&server, |_| true);
+    for n in 0..1201 {
+        server.apply(pod(&format!("p{n:04}"), 1));
+    }
+    let mut waiting = pod("p0700", 1);
+    waiting["status"]["conditions"][0]["status"] = json!("False");
+    server.apply(waiting);
+    // One rank of this pod serves, of that one none, and the last declares other ports.
+    let mut half = pod("p0800", 1);
+    half["metadata"]["annotations"] = json!({"llm-d.ai/active-ports": "8001"});
+    server.apply(half);
+    let mut closed = pod("p0900", 1);
+    closed["metadata"]["annotations"] = json!({"llm-d.ai/active-ports": "9"});
+    server.apply(closed);
+    let mut strange = pod("p1200", 7);
+    strange["spec"]["containers"] = json!([{"ports": [{"containerPort": 8000}]}]);
+    server.apply(strange);
+    let target = Target::Selector("app=llm".to_owned(), vec![8000, 8001]);
+    let (found, endpoints) = look(&server, target).await;
+    // 1201 pods less one that waits and one that is closed, two ranks each, less one.
+    assert_eq!(endpoints.len(), 1199 * 2 - 1);
+    assert!(endpoints.ends_with(&["10.0.0.7:8000#0".to_owned(), "10.0.0.7:8001#1".to_owned()]));
+    let messages: Vec<_> = found.iter().map(|f| f.message.as_str()).collect();
+    assert_eq!(
+        messages,
+        [
+            "1200 ready, not ready: [\"p0700\"]",
+            "ready, but without an endpoint: [\"p0900\"]",
+            "target ports [8001] are not among the declared [8000] of [\"p1200\"]",
+            "the picker's service account is not known",
+        ]
+    );
+    let pages = server.requests();
+    assert_eq!(pages.iter().filter(|r| r.contains("limit=500")).count(), 3);
 }
 
 #[tokio::test]

@@ -28,6 +28,11 @@ impl Backoff {
         pause.mul_f64(0.5 + fastrand::f64() / 2.0)
     }
 
+    /// True once the pauses grow no more.
+    pub fn is_longest(&self) -> bool {
+        self.next >= LONGEST
+    }
+
     /// Something worked.
     pub fn reset(&mut self) {
         *self = Self::default();
@@ -49,7 +54,9 @@ mod tests {
                 "{pause} of {longest}"
             );
         }
+        assert!(backoff.is_longest());
         backoff.reset();
+        assert!(!backoff.is_longest());
         assert!(backoff.pause() <= FIRST);
     }
 }

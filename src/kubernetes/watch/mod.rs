@@ -54,8 +54,12 @@ const WATCH_SECONDS: std::ops::RangeInclusive<u32> = 240..=330;
 const SILENCE: Duration = Duration::from_secs(90);
 /// A watch that lasted this long was one: what comes after it starts without delay.
 const STABLE: Duration = Duration::from_secs(10);
+/// How long a server must say of a collection it has shown that there is none.
+const ABSENT_AFTER: Duration = Duration::from_mins(2);
 /// How often a collection is asked for that is not there or not ours to see.
 const ABSENT_INTERVAL: Duration = Duration::from_mins(1);
+/// Longest wait that a server's `Retry-After` is followed for.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_mins(1);
 /// Updates on their way to the reader. When it is full the watch waits, and with it the server.
 pub const UPDATE_QUEUE: usize = 1024;
 
@@ -170,6 +174,12 @@ pub struct Watcher<K> {
     version: String,
     /// Absence was reported since the last list.
     absent: bool,
+    /// Nobody answered the last request.
+    unreachable: bool,
+    /// Since when the server says that it is not there, or not ours to see.
+    absent_since: Option<Instant>,
+    /// That was believed, and it was not seen since.
+    given_up: bool,
     objects: PhantomData<fn() -> K>,
 }
 
@@ -195,6 +205,9 @@ impl<K: Object> Watcher<K> {
             backoff: Backoff::default(),
             version: String::new(),
             absent: false,
+            unreachable: false,
+            absent_since: None,
+            given_up: false,
             objects: PhantomData,
         }
     }
@@ -266,13 +279,27 @@ impl<K: Object> Watcher<K> {
             resource, group, ..
         } = self.collection;
         self.standing.failed(failure.reason());
-        if self.collection.optional && failure.is_absence() {
-            if self.standing.is_unsettled() {
+        let unreachable = matches!(failure, Failure::Connection(_) | Failure::Timeout);
+        if std::mem::replace(&mut self.unreachable, unreachable) && !unreachable {
+            // Somebody answers again, if not yet what is wanted: it will not be long.
+            self.backoff.reset();
+        }
+        if self.collection.optional && failure.is_absence() && self.is_given_up() {
+            if !self.standing.is_absent() {
                 tracing::info!(resource, group, %failure, "not followed, asked again every minute");
             }
             self.standing.absent();
-            tokio::time::sleep(jittered(ABSENT_INTERVAL)).await;
+            // At first more often: the cluster may just be set up.
+            let pause = if self.backoff.is_longest() {
+                jittered(ABSENT_INTERVAL)
+            } else {
+                self.backoff.pause()
+            };
+            tokio::time::sleep(pause).await;
             return;
+        }
+        if !failure.is_absence() {
+            self.absent_since = None;
         }
         if self.standing.is_unsettled() || self.standing.is_connected() {
             tracing::warn!(resource, group, doing, %failure, "Kubernetes API: the last known state stays");
@@ -280,8 +307,28 @@ impl<K: Object> Watcher<K> {
             tracing::debug!(resource, group, doing, %failure, "Kubernetes API");
         }
         self.standing.lost();
-        let after = failure.retry_after().unwrap_or_default();
-        tokio::time::sleep(self.backoff.pause().max(after)).await;
+        let pause = match failure.retry_after() {
+            // The server knows best, and says so to everybody at once.
+            Some(after) => after
+                .min(LONGEST_RETRY_AFTER)
+                .mul_f64(1.0 + fastrand::f64() / 2.0),
+            None => self.backoff.pause(),
+        };
+        tokio::time::sleep(pause).await;
+    }
+
+    /// Whether a collection that cannot be seen is taken for absent. One that was never seen is, at once;
+    /// of one that was, a server says so too while it starts, before it has read its rules and resources.
+    fn is_given_up(&mut self) -> bool {
+        let since = *self.absent_since.get_or_insert_with(Instant::now);
+        self.given_up |= self.version.is_empty() || since.elapsed() >= ABSENT_AFTER;
+        self.given_up
+    }
+
+    /// The server showed the collection.
+    fn seen(&mut self) {
+        self.absent_since = None;
+        self.given_up = false;
     }
 
     /// All objects at one version.
@@ -311,6 +358,7 @@ impl<K: Object> Watcher<K> {
             if params.continue_token.is_none() {
                 self.version = page.metadata.resource_version;
                 self.standing.listed();
+                self.seen();
                 return Ok(objects);
             }
         }
@@ -340,6 +388,7 @@ impl<K: Object> Watcher<K> {
             Err(failure) => return Ok(Err(failure)),
         };
         self.standing.connected();
+        self.seen();
         loop {
             let line = match timeout(SILENCE, lines.next()).await {
                 Ok(Ok(Some(line))) => line,

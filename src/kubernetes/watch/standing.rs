@@ -88,6 +88,10 @@ impl Standing {
         self.state == State::Unsettled
     }
 
+    pub(super) fn is_absent(&self) -> bool {
+        self.state == State::Absent
+    }
+
     pub(super) fn is_connected(&self) -> bool {
         self.state == State::Connected
     }

@@ -1,7 +1,9 @@
 use super::*;
 use crate::kubernetes::objects::Pod;
 use crate::kubernetes::testing::{ApiServer, eventually, pod};
+use crate::telemetry::metrics::{recording, sample};
 use serde_json::json;
+use std::time::SystemTime;
 
 fn pods() -> Collection {
     Collection {
@@ -119,6 +121,11 @@ async fn what_may_be_missing_is_asked_for_every_minute() {
     let (mut updates, contact) = watch(&server, optional);
     assert_eq!(next(&mut updates).await, "absent");
     eventually("fine", || contact.is_complete()).await;
+    // First after 0.5, 1, 2, 4 and 8 seconds at most: the cluster may just be set up.
+    tokio::time::sleep(Duration::from_secs(16)).await;
+    assert!(contact.is_complete());
+    assert!(server.lists("pods") >= 6, "{}", server.lists("pods"));
+    tokio::time::sleep(ABSENT_INTERVAL).await;
     let before = server.lists("pods");
     tokio::time::sleep(ABSENT_INTERVAL * 5).await;
     // Every 60 to 66 seconds.
@@ -138,6 +145,71 @@ async fn what_may_be_missing_is_asked_for_every_minute() {
     while let Ok(update) = updates.try_recv() {
         assert!(matches!(update, Update::Absent), "{update:?}");
     }
+}
+
+/// For its first seconds a genuine server forbids everything and does not know custom resources.
+#[tokio::test(start_paused = true)]
+async fn what_was_there_is_soon_asked_for_again() {
+    let server = ApiServer::start().await;
+    let optional = Collection {
+        optional: true,
+        ..pods()
+    };
+    let (mut updates, contact) = watch(&server, optional);
+    assert_eq!(next(&mut updates).await, "listed 0");
+    eventually("a watch", || contact.is_complete()).await;
+    server.go_down();
+    tokio::time::sleep(Duration::from_mins(2)).await;
+    for status in [403, 404] {
+        let asked = server.requests().len();
+        server.refuse("pods", status);
+        server.come_back().await;
+        // Within the longest pause somebody answers; from then on the pauses are short.
+        tokio::time::sleep(Duration::from_secs(16)).await;
+        assert!(server.requests().len() > asked);
+        assert!(!contact.is_complete(), "it is not known to be gone");
+        let name = format!("pod-{status}");
+        server.apply(pod(&name, 1));
+        server.refuse("pods", 0);
+        let begun = Instant::now();
+        assert_eq!(next(&mut updates).await, format!("applied {name}"));
+        // 8 s, or the longest pause if all shorter ones fell into the wait before.
+        assert!(
+            begun.elapsed() < Duration::from_secs(16),
+            "{:?}",
+            begun.elapsed()
+        );
+        assert!(contact.is_complete());
+        server.go_down();
+        tokio::time::sleep(Duration::from_mins(2)).await;
+    }
+    // What stays away is given up, without a word about its objects.
+    server.refuse("pods", 404);
+    server.come_back().await;
+    tokio::time::sleep(Duration::from_mins(1)).await;
+    assert!(!contact.is_complete());
+    tokio::time::sleep(Duration::from_mins(2)).await;
+    assert!(contact.is_complete() && updates.try_recv().is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_says_when_is_asked_then() {
+    let server = ApiServer::start().await;
+    server.refuse("pods", 429);
+    server.retry_after(1);
+    let (_updates, _) = watch(&server, pods());
+    tokio::time::sleep(Duration::from_mins(2)).await;
+    // Every 1 to 1.5 s; by itself it would have come to 15 s.
+    let tries = server.lists("pods");
+    assert!((75..=125).contains(&tries), "{tries}");
+    // Nobody waits for an hour.
+    server.retry_after(3600);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = server.lists("pods");
+    tokio::time::sleep(LONGEST_RETRY_AFTER * 6).await;
+    // Every 60 to 90 s.
+    let tries = server.lists("pods") - before;
+    assert!((3..=6).contains(&tries), "{tries}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -164,4 +236,52 @@ async fn a_watcher_ends_with_its_receiver() {
     drop(updates);
     eventually("no watch", || server.watches("pods") == 0).await;
     assert!(contact.is_complete());
+}
+
+#[tokio::test]
+async fn metrics_say_whether_and_how_a_collection_is_followed() {
+    recording(|shown| async move {
+        let of = |name: &str, labels: &[&str]| {
+            let own = [&[r#"resource="pods""#], labels].concat();
+            sample(&shown, &format!("pinpod_kubernetes_{name}"), &own)
+        };
+        let now = || {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            now.unwrap().as_secs_f64()
+        };
+        let server = ApiServer::start().await;
+        server.apply(pod("a", 1));
+        let begun = now();
+        let (mut updates, _) = watch(&server, pods());
+        assert_eq!(
+            of("watch_connected", &[]),
+            Some(0.0),
+            "nothing was heard yet"
+        );
+        assert_eq!(next(&mut updates).await, "listed 1");
+        let connected = |value| move || of("watch_connected", &[]) == Some(value);
+        eventually("connected", connected(1.0)).await;
+        server.apply(pod("b", 2));
+        server.delete("pods", "a");
+        assert_eq!(next(&mut updates).await, "applied b");
+        assert_eq!(next(&mut updates).await, "deleted a");
+        assert_eq!(of("events_total", &[r#"type="applied""#]), Some(1.0));
+        assert_eq!(of("events_total", &[r#"type="deleted""#]), Some(1.0));
+        let contact = || of("last_contact_timestamp_seconds", &[]).unwrap();
+        assert!((begun..=now()).contains(&contact()), "{}", contact());
+        assert_eq!(of("failures_total", &[]), None);
+        server.go_down();
+        eventually("not connected", connected(0.0)).await;
+        let gone = now();
+        assert!(of("failures_total", &[r#"reason="connection""#]).unwrap() >= 1.0);
+        assert!(contact() <= gone);
+        server.come_back().await;
+        eventually("connected again", connected(1.0)).await;
+        assert!(contact() >= gone);
+        // The watch went on where it was.
+        assert_eq!(of("lists_total", &[]), Some(1.0));
+        drop(updates);
+        eventually("nobody follows it", connected(0.0)).await;
+    })
+    .await;
 }

@@ -36,6 +36,14 @@ pub fn install() -> anyhow::Result<Exposition> {
     Ok(exposition)
 }
 
+/// Runs `test` under a recorder of its own; handles made on this thread meanwhile count there.
+#[cfg(test)]
+pub(crate) fn counted(test: impl FnOnce()) -> Exposition {
+    let recorder = Recorder::new();
+    metrics::with_local_recorder(&recorder, test);
+    recorder.exposition()
+}
+
 fn describe() {
     for series in TABLE {
         let help = format!("[ALPHA] {}", series.help);
@@ -533,6 +541,27 @@ pub(crate) fn recorded(record: impl FnOnce()) -> String {
     let recorder = Recorder::new();
     metrics::with_local_recorder(&recorder, record);
     recorder.exposition().render()
+}
+
+/// Runs `work` with a recorder of its own on this thread, whose text it can look at.
+#[cfg(test)]
+pub(crate) async fn recording<F: Future<Output = ()>>(work: impl FnOnce(Exposition) -> F) {
+    let recorder = Recorder::new();
+    let _local = metrics::set_default_local_recorder(&recorder);
+    work(recorder.exposition()).await;
+}
+
+/// Sum of the samples of `name` that have all these labels, as `key="value"`; `None` without one.
+#[cfg(test)]
+pub(crate) fn sample(shown: &Exposition, name: &str, labels: &[&str]) -> Option<f64> {
+    let text = shown.render();
+    let values = text.lines().filter_map(|line| {
+        let (head, value) = line.rsplit_once(' ')?;
+        let named = head.split('{').next() == Some(name);
+        (named && labels.iter().all(|label| head.contains(label))).then(|| value.parse::<f64>())
+    });
+    let values: Vec<f64> = values.map(Result::unwrap).collect();
+    (!values.is_empty()).then(|| values.iter().sum())
 }
 
 #[cfg(test)]

@@ -10,8 +10,8 @@ use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
+use super::BASE_MODEL;
 use super::sink::{Slot, Tap, Totals};
-use super::{BASE_MODEL, EVENTS_PORT, REPLAY_PORT};
 use crate::datalayer::{Endpoint, EndpointIndex};
 use crate::kvcache::events::EventSink;
 use crate::kvcache::events::central::{self, Attributed, Topic};
@@ -268,12 +268,7 @@ impl Shared {
             return;
         };
         let spec = &endpoint.spec;
-        let port = |label: &str, default| {
-            let own = spec.labels.get(label).and_then(|port| port.parse().ok());
-            own.unwrap_or(default)
-        };
-        let (live, replay) = (port(EVENTS_PORT, live), port(REPLAY_PORT, replay));
-        let Some(source) = Source::of_rank(spec.address.ip(), live, replay, spec.rank) else {
+        let Some(source) = Source::of_endpoint(spec, live, replay) else {
             tracing::warn!(endpoint = spec.name, "no KV events: no such port");
             return;
         };
