@@ -289,10 +289,10 @@ impl Exchange {
         self.phase = Phase::Undecided;
         self.received_at = Instant::now();
         self.headers = read_headers(message.headers);
-        self.trace = self.settings.tracer.start(
-            || SpanContext::parse(self.headers.get_str(TRACEPARENT)?),
-            || names::GATEWAY_REQUEST,
-        );
+        self.trace = self
+            .settings
+            .tracer
+            .start(|| trace_context(&self.headers), || names::GATEWAY_REQUEST);
         self.read_subset(metadata);
         if message.end_of_stream {
             self.request_ended = true;
@@ -715,6 +715,13 @@ impl Exchange {
             Phase::Passive => "passive",
         }
     }
+}
+
+/// Where in a trace the request is; two contexts are none.
+fn trace_context(headers: &Headers) -> Option<SpanContext> {
+    let mut given = headers.iter().filter(|h| h.name == TRACEPARENT);
+    let only = given.next().filter(|_| given.next().is_none())?;
+    SpanContext::parse(std::str::from_utf8(&only.value).ok()?)
 }
 
 fn content_length(bytes: usize) -> (Cow<'static, str>, Bytes) {

@@ -51,3 +51,57 @@ impl InferenceRequest {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::super::openai::OpenAiParser;
+    use super::super::{Body, Parser};
+    use super::*;
+    use crate::telemetry::trace::span::Finished;
+    use crate::telemetry::trace::{Tracer, Value, names};
+
+    /// The span of a chat with this content.
+    fn span(model: &str, content: &serde_json::Value) -> Finished {
+        let messages = serde_json::json!([{"role": "user", "content": content}]);
+        let text = serde_json::json!({"model": model, "messages": messages}).to_string();
+        let body = Body::from(Bytes::from(text));
+        let payload = OpenAiParser.parse("/v1/chat/completions", &body).unwrap();
+        let mut request = InferenceRequest::new("id", payload, body);
+        let (tracer, mut spans) = Tracer::into_queue(1);
+        request.trace = tracer.start(|| None, || names::ORCHESTRATION).span;
+        drop(request.span(names::PROFILE));
+        spans.try_recv().unwrap()
+    }
+
+    fn text(value: &str) -> Value {
+        value.to_owned().into()
+    }
+
+    #[test]
+    fn a_span_names_its_request_and_the_kinds_of_media() {
+        let image = |n: u32| {
+            let url = format!("https://example.com/{n}.png");
+            serde_json::json!({"type": "image_url", "image_url": {"url": url}})
+        };
+        let audio = serde_json::json!({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}});
+        let content =
+            serde_json::json!([image(1), audio, image(2), {"type": "text", "text": "secret"}]);
+        let found = span("m", &content);
+        assert_eq!(
+            found.attributes,
+            [
+                (MODEL, text("m")),
+                (REQUEST_ID, text("id")),
+                (MODALITY, text("audio,image")),
+                (MEDIA_COUNT, 3usize.into()),
+            ]
+        );
+        // A model of unbounded length is the client's to name, and cut.
+        let long = span(&"m".repeat(5000), &"secret".into());
+        assert_eq!(long.attributes[0].1, text(&"m".repeat(1024)));
+        assert_eq!(long.attributes[2].1, text("none"));
+        assert!(!format!("{found:?}{long:?}").contains("secret"));
+    }
+}

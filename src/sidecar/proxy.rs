@@ -159,7 +159,6 @@ impl Sidecar {
         let length = content_length(&headers);
         clean(&mut headers);
         if routing.prefill_denied {
-            self.discard(body).await;
             span.record(|| {
                 let named = named.as_ref().and_then(|v| v.to_str().ok());
                 [(
@@ -167,6 +166,7 @@ impl Sidecar {
                     named.unwrap_or_default().to_owned().into(),
                 )]
             });
+            self.discard(body).await;
             return Err(Box::new(answer::text(
                 StatusCode::FORBIDDEN,
                 "Forbidden: prefill target not allowed by SSRF protection\n",
@@ -206,7 +206,7 @@ impl Sidecar {
             span,
             decoding: Span::default(),
         };
-        connectors::serve(exchange, &routing.encode).await
+        Box::pin(connectors::serve(exchange, &routing.encode)).await
     }
 
     /// What is known of a recorded request before its body is read.

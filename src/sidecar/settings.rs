@@ -174,3 +174,23 @@ impl Default for Settings {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::ValueEnum;
+
+    use super::*;
+
+    #[test]
+    fn traces_name_connectors_as_flags_do() {
+        fn spelled<T: ValueEnum>(value: &T) -> String {
+            value.to_possible_value().unwrap().get_name().to_owned()
+        }
+        for connector in KvConnector::value_variants() {
+            assert_eq!(connector.name(), spelled(connector));
+        }
+        for connector in EcConnector::value_variants() {
+            assert_eq!(connector.name(), spelled(connector));
+        }
+    }
+}

@@ -19,12 +19,7 @@ fn limits() -> BatchLimits {
 
 /// A tracer that records everything into a queue.
 fn tracer(limits: &BatchLimits) -> (Tracer, mpsc::Receiver<Finished>) {
-    let (sink, spans) = queue(limits);
-    let tracing = Tracing {
-        sampler: Sampler::new(1.0),
-        sink,
-    };
-    (Tracer(Some(Arc::new(tracing))), spans)
+    Tracer::into_queue(limits.max_queue)
 }
 
 fn start(tracer: &Tracer) -> Span {

@@ -64,6 +64,18 @@ pub struct RequestTrace {
 }
 
 impl Tracer {
+    /// Records everything into a queue for so many spans.
+    #[cfg(test)]
+    pub(crate) fn into_queue(max: usize) -> (Self, tokio::sync::mpsc::Receiver<span::Finished>) {
+        let limits = settings::BatchLimits {
+            max_queue: max,
+            ..settings::BatchLimits::default()
+        };
+        let (sink, spans) = queue(&limits);
+        let sampler = Sampler::new(1.0);
+        (Self(Some(Arc::new(Tracing { sampler, sink }))), spans)
+    }
+
     /// Starts exporting; needs a tokio runtime and the metrics recorder. `tls` is for collectors that
     /// are [`settings::OtlpSettings::is_secure`].
     pub fn install(settings: Settings, tls: Option<Arc<ClientConfig>>) -> (Self, Export) {

@@ -308,3 +308,85 @@ pub(super) fn endpoint(text: &str, scheme: &str) -> Result<Uri, String> {
         _ => Err(format!("{text:?} is neither http nor https")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use prost::Message;
+
+    use super::super::context::SpanContext;
+    use super::super::span::Site;
+    use super::*;
+
+    /// Made by the Python package opentelemetry-proto 1.45.2 from a request with these values.
+    const REFERENCE: &str = "0ae5010a150a130a0c736572766963652e6e616d6512030a017312cb010a100a0574657374731207\
+        756e6b6e6f776e12b6010a104bf92f3577b34da6a3ce929d0e0e4736120800f067aa0ba902b72208b9c7c989f97918e1\
+        2a0e7069636b5f656e64706f696e747330023901002a36fe9c97174102002a36fe9c97174a080a017412030a01784a10\
+        0a0169120b18f9ffffffffffffffff014a0e0a0166120921000000000000f43f4a070a0162120210014a120a02747312\
+        0c2a0a0a030a01610a030a01624a130a026673120d2a0b0a0921000000000000e03f7a0612026e6f1802850101000000";
+
+    #[test]
+    fn a_batch_is_encoded_as_the_reference_encodes_it() {
+        let context = |text: &str| SpanContext::parse(text).unwrap();
+        let own = context("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
+        let parent = context("00-4bf92f3577b34da6a3ce929d0e0e4736-b9c7c989f97918e1-01");
+        let finished = Finished {
+            trace: own.trace,
+            id: own.span,
+            parent: Some(parent.span),
+            site: Site::server("tests", "pick_endpoints"),
+            start_unix_nanos: 1_700_000_000_000_000_001,
+            end_unix_nanos: 1_700_000_000_000_000_002,
+            attributes: vec![
+                ("t", "x".into()),
+                ("i", (-7i64).into()),
+                ("f", 1.25.into()),
+                ("b", true.into()),
+                ("ts", Value::Texts(vec!["a".to_owned(), "b".to_owned()])),
+                ("fs", Value::Floats(vec![0.5])),
+            ],
+            error: Some(Cow::Borrowed("no")),
+        };
+        let resource = Resource {
+            attributes: vec![key_value("service.name", "s".into())],
+        };
+        let mut message = request(&resource, &[finished]);
+        for of_resource in &mut message.resource_spans {
+            for of_scope in &mut of_resource.scope_spans {
+                // That of the build.
+                of_scope.scope.as_mut().unwrap().version = "unknown".to_owned();
+            }
+        }
+        let hex = message
+            .encode_to_vec()
+            .iter()
+            .fold(String::new(), |mut text, byte| {
+                use std::fmt::Write;
+                write!(text, "{byte:02x}").unwrap();
+                text
+            });
+        assert_eq!(hex, REFERENCE);
+    }
+
+    #[test]
+    fn what_the_protocol_calls_retryable_is_tried_again() {
+        // The list of the OTLP specification; RESOURCE_EXHAUSTED only with a delay that nobody gives.
+        for (code, again) in [
+            (Code::Cancelled, true),
+            (Code::DeadlineExceeded, true),
+            (Code::Aborted, true),
+            (Code::OutOfRange, true),
+            (Code::Unavailable, true),
+            (Code::DataLoss, true),
+            (Code::ResourceExhausted, false),
+            (Code::InvalidArgument, false),
+            (Code::Unauthenticated, false),
+            (Code::Unimplemented, false),
+            (Code::Internal, false),
+        ] {
+            let error = OtlpError::Status(Box::new(Status::new(code, "x")));
+            assert_eq!(error.is_passing(), again, "{code:?}");
+        }
+    }
+}

@@ -17,7 +17,8 @@ use pinpod::telemetry::trace::proto::span::SpanKind;
 use pinpod::telemetry::trace::proto::status::StatusCode;
 use pinpod::telemetry::trace::proto::trace_service_server::{TraceService, TraceServiceServer};
 use pinpod::telemetry::trace::proto::{
-    AnyValue, ExportTraceServiceRequest, ExportTraceServiceResponse, KeyValue,
+    AnyValue, ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse,
+    KeyValue,
 };
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
@@ -56,10 +57,20 @@ impl Received {
 
 type Metadata = BTreeMap<String, String>;
 
+/// How a collector misbehaves.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Moods {
+    /// Calls that it is too busy for, before it takes any.
+    pub(super) unavailable: usize,
+    /// Spans that it says it refused of each call.
+    pub(super) rejects: i64,
+}
+
 #[derive(Clone, Default)]
 struct Taken {
     spans: Arc<Mutex<Vec<Received>>>,
     metadata: Arc<Mutex<Metadata>>,
+    moods: Arc<Mutex<Moods>>,
 }
 
 #[tonic::async_trait]
@@ -74,6 +85,14 @@ impl TraceService for Taken {
                 self.metadata.lock().insert(name.to_string(), value);
             }
         }
+        let rejects = {
+            let mut moods = self.moods.lock();
+            if let Some(left) = moods.unavailable.checked_sub(1) {
+                moods.unavailable = left;
+                return Err(tonic::Status::unavailable("busy"));
+            }
+            moods.rejects
+        };
         let mut spans = self.spans.lock();
         for of_resource in request.into_inner().resource_spans {
             let resource = attributes(of_resource.resource.unwrap().attributes);
@@ -97,7 +116,12 @@ impl TraceService for Taken {
                 }
             }
         }
-        Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
+        Ok(tonic::Response::new(ExportTraceServiceResponse {
+            partial_success: (rejects > 0).then(|| ExportTracePartialSuccess {
+                rejected_spans: rejects,
+                error_message: "no".to_owned(),
+            }),
+        }))
     }
 }
 
@@ -137,6 +161,12 @@ pub(super) struct Collector {
 impl Collector {
     pub(super) fn start() -> Self {
         Self::serve(None)
+    }
+
+    pub(super) fn with(moods: Moods) -> Self {
+        let collector = Self::start();
+        *collector.taken.moods.lock() = moods;
+        collector
     }
 
     /// With the certificate of this directory.

@@ -17,7 +17,7 @@ use pinpod::extproc::proto::{
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::collector::{Collector, Received, Running, until};
+use super::collector::{Collector, Moods, Received, Running, until};
 
 /// The example of the W3C recommendation.
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -584,9 +584,10 @@ async fn a_parent_decides_and_new_traces_are_sampled() {
             }
         }
         // A new trace, also where what came cannot be read; state of no trace goes.
-        for given in [None, Some("00-nonsense")] {
+        let one = format!("00-{TRACE}-{PARENT}-01");
+        for given in [&[][..], &["00-nonsense"], &[&one, &one]] {
             let mut lines = vec![("tracestate", "a=1"), ("baggage", "k=v")];
-            lines.extend(given.map(|given| ("traceparent", given)));
+            lines.extend(given.iter().map(|given| ("traceparent", *given)));
             let replies = exchange(&channel, &lines, body, "200").await;
             let told = set_header(&replies, "traceparent").unwrap();
             assert!(
@@ -606,9 +607,9 @@ async fn a_parent_decides_and_new_traces_are_sampled() {
         let log = picker.process.terminate().await;
         assert!(log.contains("recording traces"), "{log}");
     }
-    // Per picker one request of a sampled parent; with the ratio 1 two more.
+    // Per picker one request of a sampled parent; with the ratio 1 three more.
     let roots = named(&collector.spans(), "gateway.request").len();
-    assert_eq!(roots, 1 + 3);
+    assert_eq!(roots, 1 + 4);
 }
 
 #[tokio::test]
@@ -663,6 +664,27 @@ async fn failures_are_seen_in_their_spans() {
         assert_eq!(errors, [at_root, at_decision], "{body}");
         assert!(!format!("{spans:?}").contains("secret"));
     }
+    // Nothing is decided by what a request without a body wants.
+    let trace = "8bf92f3577b34da6a3ce929d0e0e4736";
+    let given = format!("00-{trace}-{PARENT}-01");
+    let lines = [(":path", "/v1/models"), ("traceparent", given.as_str())];
+    let whole = message(Request::RequestHeaders(headers(&lines, true)));
+    let answered = message(Request::ResponseHeaders(headers(
+        &[(":status", "200")],
+        true,
+    )));
+    let mut client = ExternalProcessorClient::with_origin(channel.clone(), origin());
+    let messages = stream::iter([whole, answered]);
+    let mut replies = client.process(messages).await.unwrap().into_inner();
+    let first = replies.message().await.unwrap().unwrap();
+    while replies.message().await.unwrap().is_some() {}
+    let spans = collector.trace(trace, "gateway.request", 1).await;
+    assert_eq!(spans.len(), 1);
+    assert_eq!(
+        set_header(&[first], "traceparent").unwrap(),
+        format!("00-{trace}-{}-01", spans[0].id)
+    );
+    assert_eq!(spans[0].error, None);
     // Given up by the proxy before the body was there.
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     let given = format!("00-{trace}-{PARENT}-01");
@@ -713,6 +735,43 @@ async fn a_collector_that_hangs_holds_nobody_up() {
     // The flush is given 5 s.
     assert!(began.elapsed().as_secs() < 20, "{log}");
     assert!(log.contains("not all spans could be exported"), "{log}");
+}
+
+#[tokio::test]
+async fn a_collector_that_is_briefly_unable_gets_its_spans_again() {
+    let collector = Collector::with(Moods {
+        unavailable: 1,
+        rejects: 2,
+    });
+    let endpoint = collector.endpoint();
+    let picker = Picker::simple(&[
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint),
+        ("OTEL_TRACES_SAMPLER_ARG", "1"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "300"),
+    ])
+    .await;
+    let channel = picker.channel().await;
+    exchange(&channel, &[], r#"{"model":"m","prompt":"p"}"#, "200").await;
+    until("all are counted", || async {
+        picker.total("exported").await > 0
+    })
+    .await;
+    let sent = collector.spans().len() as u64;
+    assert!(sent >= 7, "{sent}");
+    // In one batch or two, of each of which two are refused.
+    let rejected = picker.total("rejected").await;
+    assert!(rejected == 2 || rejected == 4, "{rejected}");
+    until("every span is counted", || async {
+        picker.total("exported").await + picker.total("rejected").await
+            == collector.spans().len() as u64
+    })
+    .await;
+    assert_eq!(picker.total("failed").await, 0);
+    let log = picker.process.terminate().await;
+    assert!(
+        log.contains("spans cannot be exported") && log.contains("spans are exported again"),
+        "{log}"
+    );
 }
 
 #[tokio::test]
