@@ -200,6 +200,7 @@ fn intake(number: u64) -> Intake {
         early: None,
         subset: Subset::Any,
         received_at: Instant::now(),
+        trace: pinpod::telemetry::trace::Span::default(),
     }
 }
 

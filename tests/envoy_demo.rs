@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::support::{self, eventually, program};
+use super::support::{self, eventually, program, send_signal};
 
 /// Longest that a demonstration may take to end once it was told to.
 const END_TIME: Duration = Duration::from_secs(20);
@@ -107,14 +107,6 @@ impl Drop for Demonstration {
             let _ = self.child.wait();
         }
     }
-}
-
-/// Sends a signal to a process, or to a group when `target` begins with a minus.
-fn send_signal(name: &str, target: &str) {
-    let status = Command::new("kill")
-        .args([&format!("-{name}"), "--", target])
-        .status();
-    assert!(status.unwrap().success());
 }
 
 /// Processes whose parent is `parent`.

@@ -121,6 +121,7 @@ async fn decide(document: &str, nodes: &[Node], header: &str) -> (String, Option
         early: None,
         subset: Subset::Any,
         received_at: Instant::now(),
+        trace: pinpod::telemetry::trace::Span::default(),
     };
     let Step::Done(decision) = director.decide(intake, BodyKnowledge::Complete) else {
         panic!("nothing to wait for");

@@ -11,7 +11,7 @@ use pinpod::demo::processes::{Envoy, Picker, Process, Sims, free_port_range};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::super::support::{Answer, Gateway, get, post_to, program};
+use super::super::support::{Answer, Gateway, get, post_to, program, send_signal};
 
 /// Longest wait for a condition.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -92,7 +92,7 @@ impl Pod {
     /// Signals it while others look at it.
     pub(super) fn signal(&self, name: &str) {
         let process = self.process.as_ref().unwrap();
-        super::super::send_signal(name, &process.id().to_string());
+        send_signal(name, &process.id().to_string());
     }
 
     /// Waits until it ended by itself.

@@ -8,7 +8,9 @@ use pinpod::demo::envoy::ORIGINAL_DST;
 use pinpod::demo::processes::{Envoy, Picker, Process, Sims, free_port_range};
 use serde_json::Value;
 
-use super::super::support::{Answer, Gateway, completion, get, post_to, post_with, program};
+use super::super::support::{
+    Answer, Gateway, completion, get, post_to, post_with, program, send_signal,
+};
 use super::pods::{text, until};
 
 const RANKS: u16 = 3;
@@ -159,7 +161,7 @@ async fn every_rank_has_a_listener_and_the_first_speaks_for_all() {
     .await;
 
     // All listeners end together.
-    super::super::send_signal("TERM", &sidecar.id().to_string());
+    send_signal("TERM", &sidecar.id().to_string());
     let ended = async {
         while sidecar.check().is_ok() {
             tokio::time::sleep(Duration::from_millis(20)).await;

@@ -279,3 +279,11 @@ pub fn completion(prompt: &str, max_tokens: usize, stream: bool) -> String {
     }
     body.to_string()
 }
+
+/// Sends a signal to a process, or to a group when `target` begins with a minus.
+pub fn send_signal(name: &str, target: &str) {
+    let status = std::process::Command::new("kill")
+        .args([&format!("-{name}"), "--", target])
+        .status();
+    assert!(status.unwrap().success());
+}
