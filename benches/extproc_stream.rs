@@ -4,7 +4,7 @@
 //! sends them. The servers are child processes; their CPU is read from `/proc`, so the generator's
 //! own does not count.
 //!
-//! `cargo bench --bench extproc_stream -- [--address HOST:PORT] [--case TEXT] [--streams N]
+//! `make bench`, or `PINPOD_PROGRAM=... cargo bench --bench extproc_stream -- [--address HOST:PORT] [--case TEXT] [--streams N]
 //! [--seconds N] [--rounds N] [--json] [--idle | --precise]`
 
 #[path = "extproc_stream/precise.rs"]
@@ -164,20 +164,14 @@ fn show(text: &str) {
     println!("{text}");
 }
 
-/// The release binary beside this bench.
+/// The binary to measure, which must be told: `cargo bench` puts one without link-time optimisation where the
+/// release binary was.
 fn program() -> anyhow::Result<PathBuf> {
-    let bench = std::env::current_exe()?;
-    let release = bench
-        .ancestors()
-        .nth(2)
-        .context("no target directory")?
-        .join("pinpod");
-    ensure!(
-        release.is_file(),
-        "{} is missing: run `make build` first",
-        release.display()
-    );
-    Ok(release)
+    let told = std::env::var_os("PINPOD_PROGRAM").map(PathBuf::from);
+    let program =
+        told.context("run `make bench`, or set PINPOD_PROGRAM to a copy of the release binary")?;
+    ensure!(program.is_file(), "{} is missing", program.display());
+    Ok(program)
 }
 
 async fn recommended(

@@ -51,14 +51,7 @@ pub(super) struct IndexArgs {
 /// Asks and prints.
 #[expect(clippy::print_stdout, reason = "the output that was asked for")]
 pub(super) fn run(args: &IndexArgs) -> anyhow::Result<()> {
-    let question = question(args)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let asking = tokio::time::timeout(TIMEOUT, ask(args, question));
-    let answer: Value = runtime
-        .block_on(asking)
-        .with_context(|| format!("no answer from {} within {TIMEOUT:?}", args.server))??;
+    let answer = answer(args)?;
     if args.json || !std::io::stdout().is_terminal() {
         println!("{}", serde_json::to_string_pretty(&answer)?);
     } else if args.totals {
@@ -67,6 +60,18 @@ pub(super) fn run(args: &IndexArgs) -> anyhow::Result<()> {
         print!("{}", prompt_table(&answer));
     }
     Ok(())
+}
+
+fn answer(args: &IndexArgs) -> anyhow::Result<Value> {
+    let question = question(args)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    // Made inside: a timeout needs the runtime's clock from the start.
+    let asking = async { tokio::time::timeout(TIMEOUT, ask(args, question)).await };
+    runtime
+        .block_on(asking)
+        .with_context(|| format!("no answer from {} within {TIMEOUT:?}", args.server))?
 }
 
 /// Path and body to ask with; no body asks for totals.
@@ -440,6 +445,19 @@ mod tests {
         let error = ask(&args, totals(&args)).await.unwrap_err().to_string();
         assert_eq!(error, "401: Unauthorized");
         task.abort();
+    }
+
+    #[test]
+    fn the_command_asks_by_itself() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"));
+        let listener = listener.unwrap();
+        let server = listener.local_addr().unwrap().to_string();
+        runtime.spawn(guarded(listener));
+        let line = ["index", "--totals", "--server", &server];
+        let args = <Line as clap::Parser>::try_parse_from(line).unwrap().args;
+        let error = answer(&args).unwrap_err().to_string();
+        assert_eq!(error, "401: Unauthorized");
     }
 
     #[test]

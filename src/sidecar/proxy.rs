@@ -166,6 +166,7 @@ impl Sidecar {
                     named.unwrap_or_default().to_owned().into(),
                 )]
             });
+            self.discard(body).await;
             return Err(Box::new(answer::text(
                 StatusCode::FORBIDDEN,
                 "Forbidden: prefill target not allowed by SSRF protection\n",
@@ -205,7 +206,7 @@ impl Sidecar {
             span,
             decoding: Span::default(),
         };
-        connectors::serve(exchange, &routing.encode).await
+        Box::pin(connectors::serve(exchange, &routing.encode)).await
     }
 
     /// What is known of a recorded request before its body is read.
@@ -281,6 +282,19 @@ impl Sidecar {
         rank.filter(|rank| *rank < self.settings.data_parallel_size)
             .and_then(|rank| self.local_engine(rank))
             .ok_or_else(|| Box::new(answer::bad_request("unknown data parallel endpoint")))
+    }
+
+    /// Reads a body that nobody needs: a client that still sends when its connection is closed may not
+    /// see the answer.
+    async fn discard(&self, mut body: Incoming) {
+        let mut left = self.settings.max_request_body_bytes;
+        while let Some(Ok(frame)) = body.frame().await {
+            let read = frame.data_ref().map_or(0, Bytes::len);
+            let Some(rest) = left.checked_sub(read) else {
+                return;
+            };
+            left = rest;
+        }
     }
 
     /// The body, which must be known whole before any of it can be sent on.

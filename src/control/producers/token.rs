@@ -131,7 +131,7 @@ impl Plugin for TokenProducer {
             name: "local",
             kind: "object",
             default: "",
-            help: "Tokenize in this process: `models`, each with `name`, `directory` (tokenizer.json, tokenizer_config.json, chat template), `adapters` and `chatTemplate` (a file). Instead of a directory, `repo` (owner/name on the Hugging Face hub, which `name` defaults to) and `revision` (main) are fetched in the background into the hub's cache; `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE` mean what they mean to engines.",
+            help: "Tokenize in this process: `models`, each with `name`, `directory` (tokenizer.json, tokenizer_config.json, chat template), `adapters` and `chatTemplate` (a file). Instead of a directory, `repo` (owner/name on the Hugging Face hub, which `name` defaults to) and `revision` (main) are fetched in the background into the hub's cache; `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and `HTTPS_PROXY` mean what they mean to engines.",
         },
         ParamDoc {
             name: "modelName",

@@ -1,5 +1,7 @@
 //! What the client gets when a stage fails, and that nothing is left behind.
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use super::super::settings::PrefillFallback;
 use super::*;
 
@@ -191,6 +193,20 @@ async fn an_endpoint_that_is_not_allowed_is_not_called() {
     );
     assert!(decode.seen().is_empty());
 
+    // A body that takes a while is read to its end, or a client that reads only then would meet a closed
+    // connection.
+    let mut stream = TcpStream::connect(sidecar.address).await.unwrap();
+    let text = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: x\r\nx-prefiller-host-port: {}\r\ncontent-length: {}\r\n\r\n{}",
+        evil.address,
+        8 << 20,
+        " ".repeat(8 << 20),
+    );
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let mut status = [0; 12];
+    stream.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 403");
+
     let answer = ask(&sidecar, &format!("{},{}", evil.address, good.address)).await;
     assert_eq!(answer.status, 200);
     assert_eq!(good.seen().len(), 1);
@@ -211,9 +227,7 @@ async fn a_client_that_leaves_ends_the_prefill() {
                 "POST {CHAT} HTTP/1.1\r\nhost: x\r\nx-prefiller-host-port: {target}\r\ncontent-length: {}\r\n\r\n{BODY}",
                 BODY.len()
             );
-            tokio::io::AsyncWriteExt::write_all(&mut stream, text.as_bytes())
-                .await
-                .unwrap();
+            stream.write_all(text.as_bytes()).await.unwrap();
             stream
         })
     };

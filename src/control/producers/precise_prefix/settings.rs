@@ -383,11 +383,11 @@ mod tests {
         for (text, error) in [
             (
                 r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"address": "rediss://h?skip_verify=true"}}}}"#,
-                "redisConfig.address: skip_verify is not available",
+                "redisConfig.address: skip_verify is not available: give caCertPath",
             ),
             (
                 r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"caCertPath": "/no/such"}}}}"#,
-                "redisConfig.caCertPath: No such file",
+                "redisConfig.caCertPath: No such file or directory (os error 2)",
             ),
             (
                 r#"{"tokenProcessorConfig": {"hashAlgorithm": "md5"}}"#,

@@ -13,6 +13,7 @@ use tokio_rustls::rustls::ClientConfig;
 
 use super::cache::{Cache, TOKENIZER, blob_name};
 use super::http::{Client, exchange, host, location, protocol, same_origin};
+use super::proxy::Proxy;
 use super::settings::HubSettings;
 use super::{HubError, Repo, is_commit};
 use crate::kvcache::tokens::tiktoken;
@@ -106,9 +107,12 @@ impl Hub {
         if !known || endpoint.host().is_none_or(str::is_empty) || endpoint.query().is_some() {
             return Err(wrong());
         }
+        let proxy = settings.proxy.as_ref();
+        let proxy = proxy.map(|(url, except)| Proxy::new(url, except));
         Ok(Self {
             client: Client {
                 timeout: settings.timeout,
+                proxy: proxy.transpose()?,
                 tls,
             },
             settings,

@@ -16,6 +16,7 @@ use tokio_rustls::rustls::ClientConfig;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::HubError;
+use super::proxy::Proxy;
 use crate::datalayer::scrape::tls::system_trust;
 
 const USER_AGENT: &str = concat!("pinpod/", env!("CARGO_PKG_VERSION"));
@@ -43,6 +44,7 @@ pub(super) fn protocol(url: &Uri, reason: impl Into<String>) -> HubError {
 #[derive(Debug, Clone)]
 pub(super) struct Client {
     pub(super) timeout: Duration,
+    pub(super) proxy: Option<Proxy>,
     /// Instead of what the system trusts.
     pub(super) tls: Option<Arc<ClientConfig>>,
 }
@@ -90,12 +92,31 @@ impl Client {
         };
         let name = url.host().unwrap_or_default().trim_matches(['[', ']']);
         let port = url.port_u16().unwrap_or(if secure { 443 } else { 80 });
-        let stream = TcpStream::connect((name, port))
-            .await
-            .map_err(|error| exchange(url, format!("cannot connect: {error}")))?;
         if !secure {
-            return ask(stream, url, token).await;
+            return ask(connect(url, name, port).await?, url, token).await;
         }
+        match self.proxy.as_ref().filter(|proxy| proxy.serves(name)) {
+            Some(proxy) => {
+                let stream = proxy.tunnel(name, port).await?;
+                self.ask_securely(stream, url, name, token).await
+            }
+            None => {
+                let stream = connect(url, name, port).await?;
+                self.ask_securely(stream, url, name, token).await
+            }
+        }
+    }
+
+    async fn ask_securely<S>(
+        &self,
+        stream: S,
+        url: &Uri,
+        name: &str,
+        token: Option<&str>,
+    ) -> Result<Response<Incoming>, HubError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let config = match &self.tls {
             Some(config) => Arc::clone(config),
             None => system_trust().map_err(|error| exchange(url, error))?,
@@ -105,6 +126,11 @@ impl Client {
         let stream = stream.map_err(|error| exchange(url, format!("no TLS: {error}")))?;
         ask(stream, url, token).await
     }
+}
+
+async fn connect(url: &Uri, name: &str, port: u16) -> Result<TcpStream, HubError> {
+    let stream = TcpStream::connect((name, port)).await;
+    stream.map_err(|error| exchange(url, format!("cannot connect: {error}")))
 }
 
 async fn ask<S>(stream: S, url: &Uri, token: Option<&str>) -> Result<Response<Incoming>, HubError>

@@ -12,9 +12,11 @@ mod cache;
 mod fetch;
 pub(super) mod follow;
 mod http;
+mod proxy;
 mod settings;
 
 pub use self::fetch::{Hub, Snapshot};
+pub use self::proxy::Proxy;
 pub use self::settings::{HubSettings, Token};
 
 use std::time::Duration;

@@ -40,7 +40,7 @@ impl Token {
 }
 
 /// What a hub's client needs to know.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct HubSettings {
     /// URL of the hub or of a mirror, without a slash at the end.
     pub endpoint: String,
@@ -52,11 +52,28 @@ pub struct HubSettings {
     pub offline: bool,
     /// For connecting, for the head of an answer and for each further piece of it.
     pub timeout: Duration,
+    /// URL of a proxy for https and, with commas, the hosts that are reached without it.
+    pub proxy: Option<(String, String)>,
+}
+
+impl std::fmt::Debug for HubSettings {
+    /// Without the proxy's URL, which may hold a password.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HubSettings")
+            .field("endpoint", &self.endpoint)
+            .field("cache", &self.cache)
+            .field("token", &self.token)
+            .field("offline", &self.offline)
+            .field("timeout", &self.timeout)
+            .field("proxy", &self.proxy.is_some())
+            .finish()
+    }
 }
 
 impl HubSettings {
     /// As the process's environment says: `HF_ENDPOINT`, `HF_HUB_CACHE`, `HF_HOME`, `HF_TOKEN`,
-    /// `HF_TOKEN_PATH`, `HF_HUB_OFFLINE`, `HF_HUB_DOWNLOAD_TIMEOUT` and their older names.
+    /// `HF_TOKEN_PATH`, `HF_HUB_OFFLINE`, `HF_HUB_DOWNLOAD_TIMEOUT` and their older names; `HTTPS_PROXY`
+    /// and `NO_PROXY` in either case.
     pub fn from_env() -> Self {
         Self::from_variables(|name| std::env::var(name).ok())
     }
@@ -95,6 +112,10 @@ impl HubSettings {
                 Token::default()
             },
             offline: first(&["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"]).is_some_and(|v| is_on(&v)),
+            proxy: first(&["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]).map(|url| {
+                let except = first(&["NO_PROXY", "no_proxy"]);
+                (url.trim().to_owned(), except.unwrap_or_default())
+            }),
             timeout: seconds
                 .filter(|seconds| *seconds > 0)
                 .map_or(DEFAULT_TIMEOUT, Duration::from_secs),
@@ -139,6 +160,7 @@ mod tests {
         let file = plain.token.file.unwrap();
         assert_eq!(file, Path::new("/home/u/.cache/huggingface/token"));
         assert!(!plain.offline);
+        assert_eq!(plain.proxy, None);
         assert_eq!(plain.timeout, Duration::from_secs(10));
     }
 
@@ -151,14 +173,18 @@ mod tests {
             ("HF_TOKEN", " hf_x\n"),
             ("HF_HUB_OFFLINE", "yes"),
             ("HF_HUB_DOWNLOAD_TIMEOUT", "3"),
+            ("https_proxy", "http://u:secret@proxy:3128"),
+            ("NO_PROXY", "localhost"),
         ]);
+        let proxy = ("http://u:secret@proxy:3128".to_owned(), "localhost".to_owned());
+        assert_eq!(given.proxy, Some(proxy));
         assert_eq!(given.endpoint, "http://mirror:8080");
         assert_eq!(given.cache, Path::new("/home/u/hf/hub"));
         assert_eq!(given.token.read().unwrap(), "hf_x");
         assert!(given.offline);
         assert_eq!(given.timeout, Duration::from_secs(3));
         let debug = format!("{given:?}");
-        assert!(!debug.contains("hf_x"), "{debug}");
+        assert!(!debug.contains("hf_x") && !debug.contains("secret"), "{debug}");
         let cache = settings(&[("HF_HUB_CACHE", "/models"), ("HF_HOME", "/hf")]).cache;
         assert_eq!(cache, Path::new("/models"));
         let older = settings(&[

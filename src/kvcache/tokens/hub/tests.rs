@@ -193,6 +193,7 @@ fn settings(endpoint: &str, cache: &Path) -> HubSettings {
         },
         offline: false,
         timeout: Duration::from_secs(20),
+        proxy: None,
     }
 }
 
@@ -491,12 +492,11 @@ async fn redirects_are_bounded_and_never_leave_https() {
     assert!(next("http://hub/b").is_err());
 }
 
-#[tokio::test]
-async fn https_is_spoken_and_foreign_certificates_are_refused() {
+/// `owner/tiny` over TLS, and a client's configuration that believes its certificate.
+async fn secure() -> (Server, Arc<ClientConfig>) {
     let issued = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    let provider = || Arc::new(crypto::ring::default_provider());
     let key = issued.signing_key.serialize_der().try_into().unwrap();
-    let config = ServerConfig::builder_with_provider(provider())
+    let config = ServerConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
@@ -504,23 +504,97 @@ async fn https_is_spoken_and_foreign_certificates_are_refused() {
         .unwrap();
     let tls = TlsAcceptor::from(Arc::new(config));
     let origin = Script::default().tiny(COMMIT).serve_with(Some(tls)).await;
-    let client = |roots: RootCertStore| {
-        let builder = ClientConfig::builder_with_provider(provider());
-        let builder = builder.with_safe_default_protocol_versions().unwrap();
-        Arc::new(builder.with_root_certificates(roots).with_no_client_auth())
-    };
+    let mut roots = RootCertStore::empty();
+    roots.add(issued.cert.der().clone()).unwrap();
+    (origin, trusting(roots))
+}
+
+fn trusting(roots: RootCertStore) -> Arc<ClientConfig> {
+    let provider = Arc::new(crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider);
+    let builder = builder.with_safe_default_protocol_versions().unwrap();
+    Arc::new(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
+#[tokio::test]
+async fn https_is_spoken_and_foreign_certificates_are_refused() {
+    let (origin, trust) = secure().await;
     let cache = tempfile::tempdir().unwrap();
-    let with = |roots| {
-        let settings = settings(&origin.url, cache.path());
-        Hub::with_tls(settings, Some(client(roots))).unwrap()
-    };
-    let error = with(RootCertStore::empty()).fetch(&repo()).await;
+    let with = |tls| Hub::with_tls(settings(&origin.url, cache.path()), Some(tls)).unwrap();
+    let error = with(trusting(RootCertStore::empty())).fetch(&repo()).await;
     let error = error.unwrap_err().to_string();
     assert!(error.contains("no TLS"), "{error}");
     assert!(origin.seen.lock().is_empty());
-    let mut roots = RootCertStore::empty();
-    roots.add(issued.cert.der().clone()).unwrap();
-    assert!(with(roots).fetch(&repo()).await.is_ok());
+    assert!(with(trust).fetch(&repo()).await.is_ok());
+}
+
+/// A proxy that notes the heads of its requests and opens tunnels, or refuses to.
+async fn proxy(opens: bool) -> (String, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let heads = Arc::<Mutex<Vec<String>>>::default();
+    let seen = Arc::clone(&heads);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let seen = Arc::clone(&seen);
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(stream.read_u8().await?);
+                }
+                let head = String::from_utf8(head).unwrap();
+                let target = head.split(' ').nth(1).unwrap().to_owned();
+                seen.lock().push(head);
+                if !opens {
+                    let refused = answer(403, &[], b"");
+                    return stream.write_all(&refused).await;
+                }
+                let mut target = TcpStream::connect(target).await?;
+                stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await?;
+                tokio::io::copy_bidirectional(&mut stream, &mut target).await?;
+                Ok::<_, std::io::Error>(())
+            });
+        }
+    });
+    (format!("http://user:pw@{address}"), heads)
+}
+
+#[tokio::test]
+async fn https_goes_through_the_proxy_unless_the_host_is_excepted() {
+    let (origin, trust) = secure().await;
+    let (url, heads) = proxy(true).await;
+    let fetched = async |url: &str, except: &str| {
+        let cache = tempfile::tempdir().unwrap();
+        let settings = HubSettings {
+            proxy: Some((url.to_owned(), except.to_owned())),
+            ..settings(&origin.url, cache.path())
+        };
+        let hub = Hub::with_tls(settings, Some(Arc::clone(&trust))).unwrap();
+        hub.fetch(&repo()).await
+    };
+    fetched(&url, "").await.unwrap();
+    let target = origin.url.strip_prefix("https://").unwrap();
+    let first = heads.lock()[0].to_ascii_lowercase();
+    assert!(
+        first.starts_with(&format!("connect {target} http/1.1")),
+        "{first}"
+    );
+    // base64 of "user:pw"; what is for the hub stays inside the tunnel.
+    assert!(
+        first.contains("proxy-authorization: basic dxnlcjpwdw=="),
+        "{first}"
+    );
+    assert!(!first.contains("hf_secret"), "{first}");
+    assert_eq!(heads.lock().len(), origin.paths().len());
+
+    let before = heads.lock().len();
+    fetched(&url, "example.org,localhost").await.unwrap();
+    assert_eq!(heads.lock().len(), before);
+
+    let (closed, _) = proxy(false).await;
+    let error = fetched(&closed, "").await.unwrap_err().to_string();
+    assert!(error.contains("proxy: localhost"), "{error}");
+    assert!(error.contains("status 403"), "{error}");
 }
 
 #[test]
