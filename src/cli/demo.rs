@@ -30,17 +30,17 @@ const PD_PODS: u16 = 4;
 /// Flags of `demo`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Starts simulated pods, pinpod and Envoy on loopback; no GPU is involved. The small ladder takes about 75
+Starts simulated pods, pinpod and Envoy on loopback; no GPU is involved. The small ladder takes about 75 \
 seconds for both configurations together, the published one (--full) about ten minutes.
 
-With --pd: first four pods that compute prompts and output with the recommended configuration, then as many
-of which some only compute prompts, the others, each behind a `pinpod sidecar`, the output, with
-deploy/config/pd.yaml. Every prompt is long and new. What to expect: output flows evenly, since no prompt
-interrupts it; first tokens come later, since fewer pods compute prompts and the KV cache has to travel.
-About 100 seconds for both.
+With --pd: first four pods that compute prompts and output, with the recommended configuration; then as many, \
+of which some only compute prompts and the others, each behind a `pinpod sidecar`, the output, with \
+deploy/config/pd.yaml. Every prompt is long and new. What to expect: output flows evenly, since no prompt \
+interrupts it; first tokens come later, since fewer pods compute prompts and the KV cache has to travel. About \
+100 seconds for both.
 
-Exit status: 0 done, 1 a part failed (its logs are kept, the message says where), 130 after Ctrl-C,
-143 after SIGTERM, 129 after SIGHUP; then every part is stopped and nothing is left behind.")]
+Exit status: 0 done, 1 a part failed (its logs are kept, the message says where), 130 after Ctrl-C, 143 after \
+SIGTERM, 129 after SIGHUP; then every part is stopped and nothing is left behind.")]
 #[expect(
     clippy::struct_excessive_bools,
     reason = "independent switches of a command line"

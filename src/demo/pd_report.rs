@@ -60,7 +60,8 @@ impl PdReport {
              Traffic: prompts of {prompt} tokens that nobody has seen, {} out; {}.\n\
              Each rate starts once all requests of the one before have ended; what is unanswered {} s after a rate's last\n\
              arrival counts as failed.\n\
-             Times are those of the simulated engines, which run {} times faster than real ones.\n",
+             Times are those of the simulated engines, which run {} times faster than real ones; what Envoy, pinpod and\n\
+             sidecars take counts as often.\n",
             self.kv_tokens,
             pods - prefill,
             self.kv_bytes_per_second / 1e9,
@@ -175,8 +176,11 @@ impl PdReport {
     }
 }
 
+/// A measurement: its name, which values of it are better, and how it is read.
+type Compared = (&'static str, Better, fn(&Measured) -> f64);
+
 /// What a user of the gateway notices.
-const VERDICT: [(&str, Better, fn(&Measured) -> f64); 6] = [
+const VERDICT: [Compared; 6] = [
     ("time between tokens, p99", Better::Lower, |run| {
         flow(run).between_tokens.p99
     }),
