@@ -5,10 +5,11 @@ ENVOY := .tools/envoy
 REDIS := .tools/redis-server
 CARGO := cargo
 BIN := target/release/pinpod
+MEASURED := $(CURDIR)/target/measured/pinpod
 HELM_VERSION := v3.18.6
 HELM := .tools/helm
 
-.PHONY: build test test-real-vllm test-real-pd test-real-kube test-compose chart lint docs demo demo-full bench bench-index clean
+.PHONY: build test test-real-vllm test-real-pd test-real-kube test-compose chart lint docs demo demo-full demo-pd bench bench-index clean
 
 build: ## the release binary
 	$(CARGO) build --release --locked
@@ -113,15 +114,22 @@ demo: $(ENVOY) build ## random picks against the recommended configuration, unde
 demo-full: $(ENVOY) build ## the published workload
 	$(BIN) demo --full
 
-bench: build ## a cycle, a decision, a request against a no-op picker, idle scraping; nine minutes
+demo-pd: $(ENVOY) build ## four pods that do both against prefill and decode apart, under two minutes
+	$(BIN) demo --pd
+
+# Benches are built without link-time optimisation, and a binary like them would be measured: hence the copy.
+bench: build ## a cycle, a decision, requests against a no-op picker and by exact prefixes, idle scraping
+	mkdir -p $(dir $(MEASURED))
+	cp $(BIN) $(MEASURED)
 	$(CARGO) bench --locked --bench schedule
 	$(CARGO) bench --locked --bench decision
-	$(CARGO) bench --locked --bench extproc_stream
-	$(CARGO) bench --locked --bench extproc_stream -- --idle
+	PINPOD_PROGRAM=$(MEASURED) $(CARGO) bench --locked --bench extproc_stream
+	PINPOD_PROGRAM=$(MEASURED) $(CARGO) bench --locked --bench extproc_stream -- --precise
+	PINPOD_PROGRAM=$(MEASURED) $(CARGO) bench --locked --bench extproc_stream -- --idle
 
 # A package of its own, whose peers need another tokio.
 bench-index: ## the exact index alone, then beside published ones; five minutes
-	$(CARGO) bench --locked --bench kv_index
+	$(CARGO) bench --locked --profile release --bench kv_index
 	$(CARGO) run --release --locked --manifest-path benches/peers/Cargo.toml --target-dir target/peers
 
 clean:

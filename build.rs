@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let protos = [
         "proto/ext_proc.proto",
         "proto/health.proto",
+        "proto/otlp_trace.proto",
         "proto/vertex_ai.proto",
         "proto/vllm_engine.proto",
     ];

@@ -70,6 +70,7 @@ fn measure(endpoints: usize, prompt_bytes: usize) -> anyhow::Result<(f64, f64)> 
             early: None,
             subset: Subset::Any,
             received_at: Instant::now(),
+            trace: pinpod::telemetry::trace::Span::default(),
         };
         let started = Instant::now();
         let Step::Done(decision) = director.decide(intake, BodyKnowledge::Complete) else {

@@ -4,8 +4,13 @@
 //! sends them. The servers are child processes; their CPU is read from `/proc`, so the generator's
 //! own does not count.
 //!
-//! `cargo bench --bench extproc_stream -- [--address HOST:PORT] [--case TEXT] [--streams N]
-//! [--seconds N] [--rounds N] [--json] [--idle]`
+//! `make bench`, or `PINPOD_PROGRAM=... cargo bench --bench extproc_stream -- [--address HOST:PORT] [--case TEXT] [--streams N]
+//! [--seconds N] [--rounds N] [--json] [--idle | --precise]`
+
+#[path = "extproc_stream/precise.rs"]
+mod precise;
+#[path = "tokens/vocabulary.rs"]
+mod vocabulary;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -113,16 +118,24 @@ fn main() -> anyhow::Result<()> {
         .enable_all()
         .build()?;
     runtime.block_on(async {
+        let loads: Vec<Load> = CASES.iter().map(Load::new).collect();
         if let Some(address) = value("--address") {
             let server = Server {
                 name: "given".to_owned(),
                 address: address.parse()?,
                 pid: None,
             };
-            return report(&measure_all(&[server], &plan).await?, has("--json"));
+            let results = measure_all(&[server], &loads, &plan).await?;
+            return report(&results, has("--json"));
         }
         let directory = tempfile::tempdir()?;
         let program = program()?;
+        if has("--precise") {
+            let pair = precise::Pair::start(&program, directory.path()).await?;
+            let results = measure_all(&pair.servers(), &[pair.load()], &plan).await?;
+            pair.check().await?;
+            return report(&results, has("--json"));
+        }
         if has("--idle") {
             return idle(&program, directory.path()).await;
         }
@@ -132,20 +145,11 @@ fn main() -> anyhow::Result<()> {
         noop.wait_for_port(noop_port).await?;
         let pods = exposition_servers(ENDPOINTS).await?;
         let picker = recommended(&program, &pods, "1s", directory.path()).await?;
-        let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
         let servers = [
-            Server {
-                name: "no-op".to_owned(),
-                address: local(noop_port),
-                pid: Some(noop.id()),
-            },
-            Server {
-                name: "pinpod".to_owned(),
-                address: local(picker.grpc),
-                pid: Some(picker.process.id()),
-            },
+            Server::local("no-op", noop_port, &noop),
+            Server::local("pinpod", picker.grpc, &picker.process),
         ];
-        let results = measure_all(&servers, &plan).await?;
+        let results = measure_all(&servers, &loads, &plan).await?;
         report(&results, has("--json"))?;
         show(&format!(
             "resident memory of pinpod after the run: {} MB",
@@ -160,20 +164,14 @@ fn show(text: &str) {
     println!("{text}");
 }
 
-/// The release binary beside this bench.
+/// The binary to measure, which must be told: `cargo bench` puts one without link-time optimisation where the
+/// release binary was.
 fn program() -> anyhow::Result<PathBuf> {
-    let bench = std::env::current_exe()?;
-    let release = bench
-        .ancestors()
-        .nth(2)
-        .context("no target directory")?
-        .join("pinpod");
-    ensure!(
-        release.is_file(),
-        "{} is missing: run `make build` first",
-        release.display()
-    );
-    Ok(release)
+    let told = std::env::var_os("PINPOD_PROGRAM").map(PathBuf::from);
+    let program =
+        told.context("run `make bench`, or set PINPOD_PROGRAM to a copy of the release binary")?;
+    ensure!(program.is_file(), "{} is missing", program.display());
+    Ok(program)
 }
 
 async fn recommended(
@@ -246,6 +244,33 @@ struct Server {
     pid: Option<u32>,
 }
 
+impl Server {
+    fn local(name: &str, port: u16, process: &Process) -> Self {
+        Self {
+            name: name.to_owned(),
+            address: ([127, 0, 0, 1], port).into(),
+            pid: Some(process.id()),
+        }
+    }
+}
+
+/// Requests of one kind.
+struct Load {
+    name: String,
+    response_pieces: usize,
+    scripts: Arc<Vec<Script>>,
+}
+
+impl Load {
+    fn new(case: &Case) -> Self {
+        Self {
+            name: case.name.to_owned(),
+            response_pieces: case.response_pieces,
+            scripts: Arc::new(Script::prompts(case)),
+        }
+    }
+}
+
 /// What to measure.
 struct Plan {
     /// Of load, each time.
@@ -260,16 +285,19 @@ struct Plan {
 
 /// Every case and stream count, servers in turn, round after round: the machine's speed drifts, so a
 /// ratio is that of two neighbours. The round with the median CPU and the median ratio count.
-async fn measure_all(servers: &[Server], plan: &Plan) -> anyhow::Result<Vec<Measured>> {
+async fn measure_all(
+    servers: &[Server],
+    loads: &[Load],
+    plan: &Plan,
+) -> anyhow::Result<Vec<Measured>> {
     let mut results: Vec<Measured> = Vec::new();
-    for case in CASES.iter().filter(|c| c.name.contains(&plan.case)) {
-        let messages = Arc::new(Script::prompts(case));
+    for load in loads.iter().filter(|load| load.name.contains(&plan.case)) {
         for &streams in &plan.streams {
             let mut rounds: Vec<Vec<Measured>> = vec![Vec::new(); servers.len()];
             for _ in 0..plan.rounds {
                 let mut first = None;
                 for (server, rounds) in servers.iter().zip(&mut rounds) {
-                    let mut round = measure(server, case, streams, plan.seconds, &messages).await?;
+                    let mut round = measure(server, load, streams, plan.seconds).await?;
                     let base = *first.get_or_insert(round.cpu_us_per_request);
                     round.ratio = round.cpu_us_per_request / base;
                     rounds.push(round);
@@ -291,11 +319,11 @@ async fn measure_all(servers: &[Server], plan: &Plan) -> anyhow::Result<Vec<Meas
 
 async fn measure(
     server: &Server,
-    case: &Case,
+    load: &Load,
     streams: usize,
     seconds: f64,
-    scripts: &Arc<Vec<Script>>,
 ) -> anyhow::Result<Measured> {
+    let scripts = &load.scripts;
     // Envoy with two workers holds two connections.
     let connections = [
         connect(server.address).await?,
@@ -305,7 +333,7 @@ async fn measure(
     let next = Arc::new(AtomicUsize::new(0));
     // Prompts become known before the clock runs, as in production.
     for script in scripts.iter().take(PROMPTS) {
-        exchange(connections[0].clone(), script, case.response_pieces).await?;
+        exchange(connections[0].clone(), script, load.response_pieces).await?;
     }
     let before = server.pid.map(cpu_seconds).transpose()?;
     let started = Instant::now();
@@ -318,7 +346,7 @@ async fn measure(
             Arc::clone(&next),
             Arc::clone(&decisions),
         );
-        let pieces = case.response_pieces;
+        let pieces = load.response_pieces;
         tasks.spawn(async move {
             let mut own = Vec::new();
             while Instant::now() < end {
@@ -347,9 +375,9 @@ async fn measure(
     };
     let mut decisions = decisions.lock().await;
     let requests = decisions.len();
-    ensure!(requests > 0, "{}: no request finished", case.name);
+    ensure!(requests > 0, "{}: no request finished", load.name);
     Ok(Measured {
-        case: case.name.to_owned(),
+        case: load.name.clone(),
         server: server.name.clone(),
         streams,
         requests,
@@ -373,6 +401,15 @@ async fn connect(
     Ok(sender)
 }
 
+/// A chat.
+fn body(prompt: &str) -> Bytes {
+    let body = serde_json::json!({
+        "model": "sim-model", "stream": true, "max_tokens": 100,
+        "messages": [{"role": "system", "content": "You are helpful."}, {"role": "user", "content": prompt}],
+    });
+    body.to_string().into()
+}
+
 /// Encoded messages of one request, made once.
 struct Script {
     headers: Bytes,
@@ -386,11 +423,11 @@ struct Script {
 impl Script {
     fn prompts(case: &Case) -> Vec<Self> {
         (0..PROMPTS)
-            .map(|number| Self::new(number, case.prompt_bytes))
+            .map(|number| Self::numbered(number, case.prompt_bytes))
             .collect()
     }
 
-    fn new(number: usize, prompt_bytes: usize) -> Self {
+    fn numbered(number: usize, prompt_bytes: usize) -> Self {
         let text = |seed: usize, bytes: usize| -> String {
             let mut rng = fastrand::Rng::with_seed(seed as u64);
             (0..bytes)
@@ -399,11 +436,10 @@ impl Script {
         };
         let shared = prompt_bytes / 4 * 3;
         let prompt = text(number % GROUPS, shared) + &text(1000 + number, prompt_bytes - shared);
-        let body = serde_json::json!({
-            "model": "sim-model", "stream": true, "max_tokens": 100,
-            "messages": [{"role": "system", "content": "You are helpful."}, {"role": "user", "content": prompt}],
-        });
-        let body = Bytes::from(body.to_string());
+        Self::new(&body(&prompt))
+    }
+
+    fn new(body: &Bytes) -> Self {
         let length = body.len().to_string();
         let lines = [
             (":authority", "gateway.test"),

@@ -1,7 +1,7 @@
 //! The exact block index alone: keys, wire bytes to index, and look-ups while writers work. `make
 //! bench-index` compares it with published ones.
 //!
-//! `cargo bench --bench kv_index`
+//! `cargo bench --profile release --bench kv_index`, so that it is built as the binary is
 
 #[path = "kv_index/messages.rs"]
 mod messages;

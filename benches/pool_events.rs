@@ -86,7 +86,10 @@ impl EndpointListener for Delays {
 /// CPU time of this thread.
 fn cpu() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap())
+    Duration::new(
+        time.tv_sec.unsigned_abs(),
+        u32::try_from(time.tv_nsec).unwrap(),
+    )
 }
 
 fn resident_kib() -> u64 {
@@ -104,7 +107,11 @@ fn show(text: &str) {
 fn row(name: &str, values: &mut [f64]) {
     let at = |values: &mut [f64], share| pinpod::demo::report::percentile(values, share);
     let shares = [0.5, 0.99, 0.999, 1.0].map(|share| format!("{:.0}", at(values, share)));
-    show(&format!("| {name} | {} | {} |", values.len(), shares.join(" | ")));
+    show(&format!(
+        "| {name} | {} | {} |",
+        values.len(),
+        shares.join(" | ")
+    ));
 }
 
 fn numbered(n: usize) -> serde_json::Value {
@@ -136,7 +143,11 @@ fn timed<T>(work: impl FnOnce() -> T) -> (T, f64, f64) {
     let (at, busy) = (Instant::now(), cpu());
     let made = work();
     let on_cpu = cpu().checked_sub(busy).unwrap_or_default();
-    (made, at.elapsed().as_secs_f64() * 1e6, on_cpu.as_secs_f64() * 1e6)
+    (
+        made,
+        at.elapsed().as_secs_f64() * 1e6,
+        on_cpu.as_secs_f64() * 1e6,
+    )
 }
 
 /// Picks until `over`; returns the times of each phase.
@@ -177,7 +188,10 @@ fn pick_on(
 fn intake(number: u64) -> Intake {
     let prompt = format!("conversation {} ", number % 100).repeat(100);
     let body = json!({"model": "m", "prompt": prompt}).to_string();
-    let headers = [(":path", "/v1/completions"), ("content-type", "application/json")];
+    let headers = [
+        (":path", "/v1/completions"),
+        ("content-type", "application/json"),
+    ];
     Intake {
         headers: headers
             .map(|(name, value)| (name.to_owned(), Bytes::from_static(value.as_bytes())))
@@ -187,6 +201,7 @@ fn intake(number: u64) -> Intake {
         early: None,
         subset: Subset::Any,
         received_at: Instant::now(),
+        trace: pinpod::telemetry::trace::Span::default(),
     }
 }
 
@@ -251,7 +266,12 @@ fn main() -> anyhow::Result<()> {
         strip_control_headers: true,
         seed: None,
     };
-    let director = Director::new(Arc::clone(&store), config.activate(), options, Metrics::new());
+    let director = Director::new(
+        Arc::clone(&store),
+        config.activate(),
+        options,
+        Metrics::new(),
+    );
     let stop = CancellationToken::new();
     let (followed, stopped, address) = (Arc::clone(&store), stop.clone(), server.address());
     let resident = resident_kib();
@@ -270,7 +290,10 @@ fn main() -> anyhow::Result<()> {
             ..EngineMetrics::default()
         });
     }
-    let (phase, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let (phase, over) = (
+        Arc::new(AtomicUsize::new(0)),
+        Arc::new(AtomicBool::new(false)),
+    );
     let (picked, during, ended) = (Arc::clone(&store), Arc::clone(&phase), Arc::clone(&over));
     let picks = std::thread::spawn(move || pick_on(&director, &picked, &during, &ended));
     runtime.block_on(async {

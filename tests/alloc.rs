@@ -18,6 +18,7 @@ use pinpod::request::openai::OpenAiParser;
 use pinpod::request::{Body, InferenceRequest, Parser};
 use pinpod::scheduling::scheduler::Scratch;
 use pinpod::scheduling::{Candidate, Cycle};
+use pinpod::telemetry::trace::{Tracer, names, settings};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -68,6 +69,37 @@ fn the_allocator_counts() {
     let before = ALLOCATIONS.get();
     drop(std::hint::black_box(Box::new(1)));
     assert_eq!(ALLOCATIONS.get() - before, 1);
+}
+
+/// Nine requests of ten, where tracing is on.
+#[test]
+fn a_request_that_is_not_recorded_allocates_its_trace_context_alone() {
+    let settings = settings::read("test", |name| match name {
+        "OTEL_TRACES_EXPORTER" => Some("console".to_owned()),
+        "OTEL_TRACES_SAMPLER_ARG" => Some("0".to_owned()),
+        _ => None,
+    });
+    let settings = settings.unwrap().settings.unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let (tracer, export) = Tracer::install(settings, None);
+        let start = || {
+            let before = ALLOCATIONS.get();
+            let mut trace = tracer.start(|| None, || names::GATEWAY_REQUEST);
+            trace.span.record(|| [("a", "b".to_owned().into())]);
+            let child = trace.span.child(names::ORCHESTRATION);
+            drop((trace.span, child));
+            let in_spans = ALLOCATIONS.get() - before;
+            let header = Bytes::from(trace.context.unwrap().traceparent());
+            (in_spans, ALLOCATIONS.get() - before, header.len())
+        };
+        start();
+        assert_eq!(start(), (0, 1, 55));
+        export.finish().await;
+    });
 }
 
 #[test]

@@ -39,6 +39,8 @@ mod process;
 mod schema;
 #[path = "tidy.rs"]
 mod tidy;
+#[path = "compat/traces.rs"]
+mod traces;
 
 /// The scripted API server of the unit tests. It names rooms by `crate::`, hence the next line.
 #[path = "../src/kubernetes/testing.rs"]
@@ -91,9 +93,13 @@ fn the_built_in_document_is_the_published_one() {
 
 #[test]
 fn shipped_documents_load_without_warnings() {
+    let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer");
+    let precise =
+        include_str!("../deploy/config/precise.yaml").replace("/models/my-model", tokenizer);
     for text in [
         include_str!("../deploy/config/random.yaml"),
         include_str!("../deploy/config/recommended.yaml"),
+        &precise,
     ] {
         let config = resolve(text).unwrap();
         assert!(config.warnings.is_empty(), "{:?}", config.warnings);

@@ -7,10 +7,14 @@
     reason = "a test fails by panicking, and its tables are long"
 )]
 
+#[path = "envoy_demo.rs"]
+mod demo;
 #[path = "envoy_grpc.rs"]
 mod grpc;
 #[path = "envoy_events.rs"]
 mod kv_events;
+#[path = "envoy_pd.rs"]
+mod pd;
 mod support;
 
 use std::io::Write;
@@ -529,155 +533,4 @@ async fn soak(requests: usize) {
 #[tokio::test]
 async fn a_soak_of_twenty_thousand_leaves_nothing_behind() {
     soak(20_000).await;
-}
-
-/// A demonstration under way: `pinpod demo` with a process group and a temporary directory of its own.
-struct Demonstration {
-    child: std::process::Child,
-    directory: tempfile::TempDir,
-    parts: Vec<u32>,
-}
-
-impl Demonstration {
-    /// Starts it and waits until requests flow through all of its parts.
-    async fn start() -> Self {
-        use std::os::unix::process::CommandExt;
-        let directory = tempfile::tempdir().unwrap();
-        let errors = std::fs::File::create(directory.path().join("stderr")).unwrap();
-        let scratch = directory.path().join("scratch");
-        std::fs::create_dir(&scratch).unwrap();
-        let child = std::process::Command::new(program())
-            .args(["demo", "--ladder=2x600", "--json"])
-            .env("TMPDIR", &scratch)
-            .process_group(0)
-            .stdout(std::process::Stdio::null())
-            .stderr(errors)
-            .spawn()
-            .unwrap();
-        let mut demonstration = Self {
-            child,
-            directory,
-            parts: Vec::new(),
-        };
-        eventually("requests flow", || async {
-            demonstration.requests().await.unwrap_or(0.0) >= 3.0
-        })
-        .await;
-        demonstration.parts = children(demonstration.child.id());
-        assert_eq!(demonstration.parts.len(), 3, "pods, picker, Envoy");
-        demonstration
-    }
-
-    /// Requests that the picker saw.
-    async fn requests(&self) -> Option<f64> {
-        let port = self.picker().and_then(|pid| flag(pid, "--metrics-port="))?;
-        let address = ([127, 0, 0, 1], port.parse().ok()?).into();
-        let text = support::get(address, "/metrics").await.ok()?.text();
-        let line = text
-            .lines()
-            .find(|l| l.starts_with("llm_d_epp_request_total"))?;
-        line.rsplit_once(' ')?.1.parse().ok()
-    }
-
-    fn picker(&self) -> Option<u32> {
-        let own = children(self.child.id());
-        own.into_iter()
-            .find(|pid| flag(*pid, "--metrics-port=").is_some())
-    }
-
-    /// Its exit code, and what it wrote to stderr; by then its parts are gone.
-    async fn end(mut self) -> (Option<i32>, String, tempfile::TempDir) {
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            assert!(
-                tokio::time::Instant::now() < deadline,
-                "the demonstration does not end"
-            );
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        };
-        for part in &self.parts {
-            assert!(
-                !std::path::Path::new(&format!("/proc/{part}")).exists(),
-                "{part} is left"
-            );
-        }
-        let errors = std::fs::read_to_string(self.directory.path().join("stderr")).unwrap();
-        assert!(!errors.contains("panicked"), "{errors}");
-        let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().unwrap());
-        (status.code(), errors, directory)
-    }
-}
-
-impl Drop for Demonstration {
-    /// A test that failed leaves nothing running either.
-    fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            send_signal("KILL", &format!("-{}", self.child.id()));
-            let _ = self.child.wait();
-        }
-    }
-}
-
-/// Sends a signal to a process, or to a group when `target` begins with a minus.
-fn send_signal(name: &str, target: &str) {
-    let status = std::process::Command::new("kill")
-        .args([&format!("-{name}"), "--", target])
-        .status();
-    assert!(status.unwrap().success());
-}
-
-/// Processes whose parent is `parent`.
-fn children(parent: u32) -> Vec<u32> {
-    let is_child = |pid: &u32| {
-        // "pid (name) state ppid ..."; the name may hold anything.
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-        fields.split_whitespace().nth(1) == Some(&parent.to_string())
-    };
-    std::fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(is_child)
-        .collect()
-}
-
-/// The value of a flag on the command line of `pid`.
-fn flag(pid: u32, name: &str) -> Option<String> {
-    let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
-    line.split('\0')
-        .find_map(|argument| argument.strip_prefix(name).map(str::to_owned))
-}
-
-#[tokio::test]
-async fn an_interrupted_demonstration_leaves_nothing_behind() {
-    // Ctrl-C reaches the whole group, parts included; an init system signals one process.
-    for (signal, to_group, code) in [("INT", true, 130), ("TERM", false, 143)] {
-        let demonstration = Demonstration::start().await;
-        let target = demonstration.child.id().to_string();
-        let group = if to_group { "-" } else { "" };
-        send_signal(signal, &format!("{group}{target}"));
-        let (status, errors, directory) = demonstration.end().await;
-        assert_eq!(status, Some(code), "{errors}");
-        let left = std::fs::read_dir(directory.path().join("scratch")).unwrap();
-        assert_eq!(left.count(), 0, "temporary files are gone");
-    }
-}
-
-#[tokio::test]
-async fn a_demonstration_that_loses_a_part_names_its_log() {
-    let demonstration = Demonstration::start().await;
-    let picker = demonstration.picker().unwrap();
-    send_signal("KILL", &picker.to_string());
-    let (status, errors, _directory) = demonstration.end().await;
-    assert_eq!(status, Some(1), "{errors}");
-    assert!(errors.contains("ended early with signal: 9"), "{errors}");
-    let log = errors
-        .split("its log is ")
-        .nth(1)
-        .and_then(|rest| rest.split(',').next())
-        .unwrap();
-    assert!(std::path::Path::new(log).is_file(), "{errors}");
 }

@@ -9,6 +9,8 @@
 
 #[path = "support/events.rs"]
 mod events;
+#[path = "parity_tiers.rs"]
+mod tiers;
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -182,6 +184,7 @@ impl Gateway {
             early: None,
             subset: Subset::Any,
             received_at: Instant::now(),
+            trace: pinpod::telemetry::trace::Span::default(),
         };
         match self.director.decide(intake, BodyKnowledge::Complete) {
             Step::Done(decision) => decision.unwrap(),

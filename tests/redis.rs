@@ -41,6 +41,8 @@ struct Redis {
     port: u16,
     directory: tempfile::TempDir,
     process: Child,
+    /// Its certificate, where it speaks TLS.
+    certificate: Option<String>,
 }
 
 /// `.tools/redis-server`, or the machine's.
@@ -80,11 +82,52 @@ impl Redis {
             port,
             process: spawn(port, directory.path()),
             directory,
+            certificate: None,
+        }
+    }
+
+    /// One that speaks TLS as `localhost`.
+    fn start_with_tls() -> Self {
+        let port = free_port();
+        let directory = tempfile::tempdir().unwrap();
+        let issued = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let (certificate, key) = (issued.cert.pem(), issued.signing_key.serialize_pem());
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("tls.crt"), &certificate).unwrap();
+        std::fs::write(path("tls.key"), key).unwrap();
+        let process = Command::new(program())
+            .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .args(["--port", "0", "--tls-auth-clients", "no", "--tls-port"])
+            .arg(port.to_string())
+            .arg("--tls-cert-file")
+            .arg(path("tls.crt"))
+            .arg("--tls-key-file")
+            .arg(path("tls.key"))
+            .arg("--tls-ca-cert-file")
+            .arg(path("tls.crt"))
+            .arg("--dir")
+            .arg(directory.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self {
+            port,
+            process,
+            directory,
+            certificate: Some(certificate),
         }
     }
 
     fn address(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+        match self.certificate {
+            None => format!("redis://127.0.0.1:{}", self.port),
+            Some(_) => format!("rediss://localhost:{}", self.port),
+        }
+    }
+
+    fn ca_certificates(&self) -> Option<Vec<u8>> {
+        let pem = self.certificate.as_ref()?;
+        Some(pem.as_bytes().to_vec())
     }
 
     fn kill(&mut self) {
@@ -137,6 +180,7 @@ impl Replica {
     async fn start(redis: &Redis, block_tokens: usize) -> Self {
         let settings = SharedSettings {
             address: redis.address(),
+            ca_certificates: redis.ca_certificates(),
             scheme: KeyScheme::new(Algorithm::CborFnv, "", block_tokens),
             tier_weights: vec![("gpu".to_owned(), 1.0), ("cpu".to_owned(), 0.8)],
         };
@@ -267,15 +311,18 @@ async fn replicas_share_keys_and_layout() {
     assert_eq!(
         found,
         [
+            // By the names of `TIERS`: gpu, cpu, storage, speculative, other.
             Found {
                 blocks: 2,
                 stored: 2,
-                score: 2.0
+                score: 2.0,
+                by_tier: [2, 0, 0, 0, 0],
             },
             Found {
                 blocks: 1,
                 stored: 1,
-                score: 0.8
+                score: 0.8,
+                by_tier: [0, 1, 0, 0, 0],
             },
         ]
     );
@@ -294,6 +341,34 @@ async fn replicas_share_keys_and_layout() {
         reader.index.stats().without_parent.load(Ordering::Relaxed) == 1
     })
     .await;
+}
+
+#[tokio::test]
+async fn the_server_may_speak_tls_and_has_to_be_believed() {
+    let redis = Redis::start_with_tls();
+    let replica = Replica::start(&redis, 4).await;
+    let prompt = ids(8);
+    apply(&mut replica.engine("a"), store(&[1, 2], None, &prompt, 4));
+    replica.until_blocks(&prompt, [2, 0]).await;
+    // Nobody the system trusts issued its certificate.
+    let settings = SharedSettings {
+        address: redis.address(),
+        ca_certificates: None,
+        scheme: KeyScheme::new(Algorithm::CborFnv, "", 4),
+        tier_weights: Vec::new(),
+    };
+    let (stranger, queue) = SharedIndex::new(&settings).unwrap();
+    let stop = CancellationToken::new();
+    let task = tokio::spawn(Arc::clone(&stranger).run(queue, || {}, stop.clone()));
+    // Long enough for several attempts; that they fail cannot be waited for.
+    let connected = tokio::time::timeout(Duration::from_secs(1), async {
+        while !stranger.stats().up.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    assert!(connected.await.is_err(), "it believed anybody");
+    stop.cancel();
+    task.await.unwrap();
 }
 
 #[tokio::test]
@@ -336,6 +411,7 @@ async fn blocks_go_with_their_last_copy() {
             blocks: 2,
             stored: 2,
             score: 1.8,
+            by_tier: [1, 0, 0, 0, 0],
         }
     })
     .await;
@@ -517,6 +593,14 @@ impl Engine {
     }
 }
 
+/// Tiers of the first endpoint's match, by name.
+async fn tiers(director: &Director, ids: &[u32]) -> Value {
+    let body = json!({"model": "m", "prompt": ids}).to_string();
+    let answer = director.explain("/v1/completions", Bytes::from(body)).await;
+    let producer = &answer.unwrap()["producers"]["precise-prefix-cache-producer"];
+    producer["prompts"][0]["endpoints"][0]["tiers"].clone()
+}
+
 /// (trust, matched, total) of each endpoint for a prompt.
 async fn matched(director: &Director, ids: &[u32]) -> Vec<(Value, Value, Value)> {
     let body = json!({"model": "m", "prompt": ids}).to_string();
@@ -570,6 +654,7 @@ async fn requests_go_on_while_the_server_is_killed_and_find_it_whole_afterwards(
         matched(&director, &prompt).await == whole
     })
     .await;
+    assert_eq!(tiers(&director, &prompt).await, json!({"gpu": 4}));
 
     redis.kill();
     // The approximate producer knows nothing of this prompt: its one block of 64 tokens is not matched.

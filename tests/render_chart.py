@@ -39,7 +39,7 @@ def main():
         rendered = result.stdout
         (OUTPUT / values.name).write_text(f"# {values.name} of tests/chart, rendered.\n{rendered}")
     # What the schema of the values must refuse.
-    for wrong in ("mode=sidecar", "pool.targetPorts={70000}", "pool.failureMode=FailClosed", "replica=2"):
+    for wrong in ("mode=sidecar", "pool.targetPorts={70000}", "pool.failureMode=FailClosed", "replica=2", "tracing.ratio=2"):
         command = [helm, "template", "demo", CHART, "--set", wrong, *KUBERNETES]
         result = subprocess.run(command, capture_output=True, text=True)
         if "don't meet the specifications of the schema" not in result.stderr:

@@ -51,14 +51,7 @@ pub(super) struct IndexArgs {
 /// Asks and prints.
 #[expect(clippy::print_stdout, reason = "the output that was asked for")]
 pub(super) fn run(args: &IndexArgs) -> anyhow::Result<()> {
-    let question = question(args)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let asking = tokio::time::timeout(TIMEOUT, ask(args, question));
-    let answer: Value = runtime
-        .block_on(asking)
-        .with_context(|| format!("no answer from {} within {TIMEOUT:?}", args.server))??;
+    let answer = answer(args)?;
     if args.json || !std::io::stdout().is_terminal() {
         println!("{}", serde_json::to_string_pretty(&answer)?);
     } else if args.totals {
@@ -67,6 +60,18 @@ pub(super) fn run(args: &IndexArgs) -> anyhow::Result<()> {
         print!("{}", prompt_table(&answer));
     }
     Ok(())
+}
+
+fn answer(args: &IndexArgs) -> anyhow::Result<Value> {
+    let question = question(args)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    // Made inside: a timeout needs the runtime's clock from the start.
+    let asking = async { tokio::time::timeout(TIMEOUT, ask(args, question)).await };
+    runtime
+        .block_on(asking)
+        .with_context(|| format!("no answer from {} within {TIMEOUT:?}", args.server))?
 }
 
 /// Path and body to ask with; no body asks for totals.
@@ -191,10 +196,31 @@ fn prompt_table(answer: &Value) -> String {
     out
 }
 
+/// Models that are tokenized in the process.
+fn models_table(producer: &Value) -> String {
+    let head = ["model", "tokenizer", "commit", "error"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for model in items(producer.get("models")) {
+        let loaded = model["loaded"] == true;
+        rows.push(vec![
+            text(&model["model"]),
+            if loaded { "loaded" } else { "missing" }.to_owned(),
+            text(&model["commit"]),
+            text(&model["error"]),
+        ]);
+    }
+    columns(&rows)
+}
+
 /// Endpoints, then publishers.
 fn totals_table(answer: &Value) -> String {
     let mut out = String::new();
     for (name, producer) in entries(answer.get("producers")) {
+        if producer.get("models").is_some() {
+            let _ = writeln!(out, "{name}");
+            out.push_str(&models_table(producer));
+            continue;
+        }
         let index = &producer["index"];
         let _ = writeln!(
             out,
@@ -366,6 +392,19 @@ mod tests {
         assert!(asked(&[]).is_err());
     }
 
+    #[test]
+    fn totals_show_models_and_what_they_lack() {
+        let answer = json!({"producers": {"token-producer": {"models": [
+            {"model": "m", "loaded": true, "commit": "abc", "error": null},
+            {"model": "n", "loaded": false, "commit": null, "error": "hub: h: status 503"},
+        ]}}});
+        assert_eq!(
+            totals_table(&answer),
+            "token-producer\n  model  tokenizer  commit  error\n  m      loaded     abc     -\n  \
+             n      missing    -       hub: h: status 503\n"
+        );
+    }
+
     /// A picker in a cluster: it answers whoever shows the token.
     async fn guarded(listener: tokio::net::TcpListener) {
         let service =
@@ -406,6 +445,19 @@ mod tests {
         let error = ask(&args, totals(&args)).await.unwrap_err().to_string();
         assert_eq!(error, "401: Unauthorized");
         task.abort();
+    }
+
+    #[test]
+    fn the_command_asks_by_itself() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"));
+        let listener = listener.unwrap();
+        let server = listener.local_addr().unwrap().to_string();
+        runtime.spawn(guarded(listener));
+        let line = ["index", "--totals", "--server", &server];
+        let args = <Line as clap::Parser>::try_parse_from(line).unwrap().args;
+        let error = answer(&args).unwrap_err().to_string();
+        assert_eq!(error, "401: Unauthorized");
     }
 
     #[test]

@@ -48,7 +48,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Real Envoy, pinpod and simulated pods: random picks against the recommended configuration
+    /// Real Envoy, pinpod and simulated pods: random picks against the recommended configuration, or
+    /// pods that do everything against prefill and decode apart
     Demo(demo::DemoArgs),
     /// Simulated vLLM pods: same API and metrics, a modelled engine
     Sim(sim::SimArgs),

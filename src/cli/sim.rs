@@ -138,15 +138,13 @@ impl SimArgs {
     /// How pod `number` hands over KV, if it does.
     fn transfer(&self, number: u16) -> anyhow::Result<Option<TransferSetup>> {
         let config = &self.kv_transfer_config;
-        let connector = match (&config.kv_connector, self.kv_role) {
+        let (connector, role) = match (&config.kv_connector, self.kv_role) {
             (None, None) => return Ok(None),
-            (None, Some(_)) => "NixlConnector",
+            (None, Some(role)) => ("NixlConnector", role),
             (Some(connector), role) => {
-                anyhow::ensure!(
-                    config.kv_role.or(role).is_some(),
-                    "--kv-transfer-config: kv_role is missing"
-                );
-                connector
+                let role = config.kv_role.or(role);
+                let role = role.context("--kv-transfer-config: kv_role is missing")?;
+                (connector.as_str(), role)
             }
         };
         anyhow::ensure!(
@@ -165,6 +163,7 @@ impl SimArgs {
         };
         let engine_id = || uuid::Uuid::new_v4().to_string();
         Ok(Some(TransferSetup {
+            role,
             engine_id: config.engine_id.clone().unwrap_or_else(engine_id),
             host: self.kv_side_channel_host.clone(),
             port,
@@ -207,7 +206,7 @@ pub(super) fn run(args: &SimArgs) -> anyhow::Result<()> {
         steps_per_tick: args.steps_per_tick.max(1),
         max_loras: args.max_loras,
         max_model_len: args.max_model_len.unwrap_or(kv_tokens),
-        hands_over: false,
+        kv_role: None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::kvcache::tokens::hub::{DEFAULT_REVISION, Hub, HubSettings, Repo};
 use crate::kvcache::tokens::service::{
     MAX_BODY_BYTES, ModelSettings, Settings, TokenService, Tokenized,
 };
@@ -31,8 +32,14 @@ ids. A body with `messages` is a chat, one with `input` a response, another a co
 )]
 pub(super) struct TokenizeArgs {
     /// Directory with the tokenizer, tokenizer_config.json and the chat template
+    #[arg(long, required_unless_present = "repo", conflicts_with = "repo")]
+    model_dir: Option<PathBuf>,
+    /// Model on the Hugging Face hub, owner/name, instead of a directory
     #[arg(long)]
-    model_dir: PathBuf,
+    repo: Option<String>,
+    /// Its branch, tag or commit
+    #[arg(long, requires = "repo", default_value = DEFAULT_REVISION)]
+    revision: String,
     /// Chat template instead of the model's own
     #[arg(long)]
     chat_template: Option<PathBuf>,
@@ -64,17 +71,25 @@ enum Line<'a> {
 
 /// Answers every line of standard input with the ids that `serve` would compute.
 pub(super) fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let directory = match (&args.model_dir, &args.repo) {
+        (Some(directory), _) => directory.clone(),
+        (None, Some(repo)) => runtime.block_on(fetch(repo, &args.revision))?,
+        (None, None) => bail!("--model-dir or --repo is required"),
+    };
     let settings = Settings {
         models: vec![ModelSettings {
             name: MODEL.to_owned(),
-            directory: args.model_dir.clone(),
-            adapters: Vec::new(),
+            directory,
             // Relative to the caller, not to the model.
             chat_template: args
                 .chat_template
                 .as_ref()
                 .map(std::path::absolute)
                 .transpose()?,
+            ..ModelSettings::default()
         }],
         poll: None,
         ..Settings::default()
@@ -86,7 +101,6 @@ pub(super) fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
         Arc::new(VllmHttpParser),
     ];
     let parsers = ParserSet::new(parsers);
-    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let mut input = std::io::stdin().lock();
     let mut output = std::io::stdout().lock();
     let mut line = Vec::new();
@@ -108,6 +122,14 @@ pub(super) fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
         output.flush()?;
     }
     Ok(())
+}
+
+/// Directory of a model of the hub, fetched as `serve` would.
+async fn fetch(repo: &str, revision: &str) -> anyhow::Result<PathBuf> {
+    let hub = Hub::new(HubSettings::from_env())?;
+    let repo = Repo::new(repo, revision)?;
+    let snapshot = hub.fetch(&repo).await.context("cannot fetch the model")?;
+    Ok(snapshot.directory)
 }
 
 /// Reads one line into `line`; false at the end.

@@ -327,6 +327,7 @@ impl Director {
             early,
             subset,
             received_at,
+            mut trace,
         } = intake;
         self.seed(&workspace.rng, &headers, &body);
         let rules = self.rules.load();
@@ -334,6 +335,7 @@ impl Director {
         let read = match read_request(&config.parsers, headers, body, early, knowledge, with) {
             Ok(read) => read,
             Err(error) => {
+                trace.fail(error.code());
                 self.note_refusal(&error);
                 return Step::Done(Err(error));
             }
@@ -343,6 +345,13 @@ impl Director {
             id,
             rewritten_by,
         } = read;
+        trace.record(|| {
+            [
+                ("target_model", request.target_model.clone().into()),
+                ("request_prio", i64::from(request.priority).into()),
+            ]
+        });
+        request.trace = trace;
         if let Some((rule, exact)) = rewritten_by {
             let target = &request.target_model;
             self.metrics.rewritten(&rule, &request.model, target, exact);
@@ -427,7 +436,8 @@ impl Director {
         step
     }
 
-    fn refuse(&self, draft: Draft, error: RequestError, workspace: &mut Workspace) -> Step {
+    fn refuse(&self, mut draft: Draft, error: RequestError, workspace: &mut Workspace) -> Step {
+        draft.request.trace.fail(error.code());
         let request = &draft.request;
         self.series(request).error(error.code());
         self.metrics.scheduled(&request.target_model, None);
@@ -561,7 +571,7 @@ impl Director {
 }
 
 impl Workspace {
-    /// Keeps the buffers of a decision that ended.
+    /// Keeps the buffers of a decision that ended; its span ends with it.
     fn take_back(&mut self, draft: Draft) {
         self.pool.put_back(draft.candidates);
         self.attributes = draft.attributes;

@@ -11,6 +11,7 @@ use super::rules::TrafficRules;
 use crate::request::parsers::{ParserSet, request_path};
 use crate::request::{Body, Early, Headers, InferenceRequest, Payload};
 use crate::scheduling::stages::{ENCODE_HEADER, PREFILL_HEADER, RANK_HEADER, SOURCE_HEADER};
+use crate::telemetry::trace::Span;
 
 /// Request header that names the objective; current spelling first.
 const OBJECTIVE: [&str; 2] = [
@@ -84,6 +85,8 @@ pub struct Intake {
     pub subset: Subset,
     /// When the first message arrived.
     pub received_at: Instant,
+    /// The decision, where the request is recorded.
+    pub trace: Span,
 }
 
 /// Where a request's id came from.

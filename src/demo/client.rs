@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::workload::Arrival;
 
 /// What became of one request. Times are virtual seconds.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Outcome {
     /// Rung of the ladder.
     pub rung: usize,
@@ -27,8 +27,50 @@ pub struct Outcome {
     /// From the start of the stage to the end of the answer or to its failure; `None` when it was
     /// given up.
     pub end: Option<f64>,
+    /// Between one event of the answer and the next; empty when it failed.
+    pub gaps: Vec<f64>,
     /// How late it was sent.
     pub lag: f64,
+}
+
+/// When the parts of an answer came.
+#[derive(Debug)]
+pub struct Answered {
+    first: Instant,
+    last: Instant,
+    /// Between one event and the next, as far as it is a stream; nothing between those that came in
+    /// one piece.
+    gaps: Vec<Duration>,
+}
+
+/// What the events of a stream begin with, but for the last, which says that it ended.
+const EVENT: &[u8] = b"data: {";
+
+/// Finds the events of a stream, in whatever pieces it comes.
+#[derive(Debug)]
+struct Events {
+    /// Bytes of [`EVENT`] since the line began; `None` behind anything else.
+    matched: Option<usize>,
+}
+
+impl Events {
+    fn new() -> Self {
+        Self { matched: Some(0) }
+    }
+
+    /// How many begin in `piece`.
+    fn begin_in(&mut self, piece: &[u8]) -> usize {
+        let mut events = 0;
+        for &byte in piece {
+            self.matched = match self.matched {
+                _ if byte == b'\n' => Some(0),
+                Some(matched) if EVENT.get(matched) == Some(&byte) => Some(matched + 1),
+                _ => None,
+            };
+            events += usize::from(self.matched == Some(EVENT.len()));
+        }
+        events
+    }
 }
 
 impl Outcome {
@@ -37,6 +79,7 @@ impl Outcome {
             rung: arrival.rung,
             ttft: None,
             end: None,
+            gaps: Vec::new(),
             lag: 0.0,
         }
     }
@@ -81,8 +124,8 @@ impl Connections {
         Ok(sender)
     }
 
-    /// Posts `body`; returns the times of the first and last byte of a 200 answer.
-    pub async fn post(&self, path: &str, body: Bytes) -> anyhow::Result<(Instant, Instant)> {
+    /// Posts `body`; returns the times of a 200 answer.
+    pub async fn post(&self, path: &str, body: Bytes) -> anyhow::Result<Answered> {
         let mut sender = self.take().await?;
         let request = Request::post(path)
             .header(header::HOST, self.address.to_string())
@@ -92,14 +135,26 @@ impl Connections {
         anyhow::ensure!(response.status() == 200, "status {}", response.status());
         let mut incoming = response.into_body();
         let mut first = None;
+        let (mut events, mut before, mut gaps) = (Events::new(), None, Vec::new());
         while let Some(frame) = incoming.frame().await {
-            if frame?.data_ref().is_some_and(|data| !data.is_empty()) {
-                first.get_or_insert_with(Instant::now);
+            let frame = frame?;
+            let Some(piece) = frame.data_ref().filter(|data| !data.is_empty()) else {
+                continue;
+            };
+            let now = Instant::now();
+            first.get_or_insert(now);
+            for _ in 0..events.begin_in(piece) {
+                gaps.extend(before.map(|before| now - before));
+                before = Some(now);
             }
         }
         let last = Instant::now();
         self.idle.lock().push(sender);
-        Ok((first.unwrap_or(last), last))
+        Ok(Answered {
+            first: first.unwrap_or(last),
+            last,
+            gaps,
+        })
     }
 }
 
@@ -141,12 +196,12 @@ pub async fn drive(
             (number, outcome)
         });
         while let Some(ended) = tasks.try_join_next() {
-            note(&mut outcomes, &ended);
+            note(&mut outcomes, ended);
         }
     }
     let rest = async {
         while let Some(ended) = tasks.join_next().await {
-            note(&mut outcomes, &ended);
+            note(&mut outcomes, ended);
         }
     };
     let given_up = tokio::time::timeout(Duration::from_secs_f64(patience / time_scale), rest)
@@ -175,23 +230,27 @@ async fn send(
     if let Err(error) = &answer {
         tracing::debug!(%error, "request failed");
     }
+    let answer = answer.ok();
     let last = answer
         .as_ref()
-        .map_or_else(|_| Instant::now(), |(_, last)| *last);
+        .map_or_else(Instant::now, |answered| answered.last);
+    let virtual_seconds = |gap: &Duration| gap.as_secs_f64() * time_scale;
+    let gaps = answer.iter().flat_map(|answered| &answered.gaps);
     Outcome {
-        ttft: answer.ok().map(|(first, _)| since_due(first)),
+        rung: arrival.rung,
+        gaps: gaps.map(virtual_seconds).collect(),
+        ttft: answer.map(|answered| since_due(answered.first)),
         end: Some(arrival.at + since_due(last)),
         lag,
-        ..Outcome::unanswered(arrival)
     }
 }
 
 /// A task that was given up or panicked leaves its request unanswered.
-fn note(outcomes: &mut [Outcome], ended: &Result<(usize, Outcome), JoinError>) {
+fn note(outcomes: &mut [Outcome], ended: Result<(usize, Outcome), JoinError>) {
     if let Ok((number, outcome)) = ended
-        && let Some(cell) = outcomes.get_mut(*number)
+        && let Some(cell) = outcomes.get_mut(number)
     {
-        *cell = *outcome;
+        *cell = outcome;
     }
 }
 
@@ -202,7 +261,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers `ok` at once, `fail` with 500, and `hang` never.
+    /// Answers `ok` at once, `stream` with three events 300 ms apart, `fail` with 500, and `hang` never.
     async fn server() -> SocketAddr {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -212,6 +271,10 @@ mod tests {
                     let mut buffer = [0; 4096];
                     while let Ok(read @ 1..) = stream.read(&mut buffer).await {
                         let text = String::from_utf8_lossy(&buffer[..read]).into_owned();
+                        if text.ends_with("\r\nstream") {
+                            stream_three_events(&mut stream).await;
+                            continue;
+                        }
                         let status = match text.rsplit("\r\n").next() {
                             Some("ok") => "200 OK",
                             Some("fail") => "500 Internal Server Error",
@@ -226,9 +289,25 @@ mod tests {
         address
     }
 
+    async fn stream_three_events(stream: &mut TcpStream) {
+        let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        for event in [
+            "data: {\"a\":1}\n\n",
+            "data: {}\n\n",
+            "data: {}\n\ndata: [DONE]\n\n",
+        ] {
+            let chunk = format!("{:x}\r\n{event}\r\n", event.len());
+            stream.write_all(chunk.as_bytes()).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        stream.write_all(b"0\r\n\r\n").await.unwrap();
+    }
+
     async fn run(prompts: &[usize], patience: f64) -> Driven {
         let connections = Arc::new(Connections::new(server().await));
-        let bodies = ["ok", "fail", "hang"].map(|body| Bytes::from_static(body.as_bytes()));
+        let bodies =
+            ["ok", "fail", "hang", "stream"].map(|body| Bytes::from_static(body.as_bytes()));
         let arrivals: Vec<Arrival> = (1_u32..)
             .zip(prompts)
             .map(|(number, &prompt)| Arrival {
@@ -240,6 +319,37 @@ mod tests {
         let (progress, _ends) = mpsc::channel(16);
         // 20 times faster: a virtual second is 50 ms.
         drive(&connections, &bodies, &arrivals, 20.0, patience, &progress).await
+    }
+
+    #[test]
+    fn events_are_found_in_whatever_pieces_they_come() {
+        let stream =
+            b"data: {\"text\":\"data: {\"}\n\ndata: {}\n\n: ping\n\ndata: {}\n\ndata: [DONE]\n\n";
+        for size in 1..=stream.len() {
+            let mut events = Events::new();
+            let found: usize = stream
+                .chunks(size)
+                .map(|piece| events.begin_in(piece))
+                .sum();
+            assert_eq!(found, 3, "pieces of {size}");
+        }
+        assert_eq!(Events::new().begin_in(b"{\"id\":\"data: {\"}"), 0);
+    }
+
+    #[tokio::test]
+    async fn gaps_are_those_between_the_events_of_a_stream() {
+        let driven = run(&[3, 0, 1], 1000.0).await;
+        let gaps: Vec<&Vec<f64>> = driven
+            .outcomes
+            .iter()
+            .map(|outcome| &outcome.gaps)
+            .collect();
+        assert!(gaps[1].is_empty() && gaps[2].is_empty(), "{gaps:?}");
+        // Three events, 300 ms and so six virtual seconds apart; on a busy machine two may come as one.
+        assert_eq!(gaps[0].len(), 2);
+        let span = gaps[0].iter().sum::<f64>();
+        let outcome = &driven.outcomes[0];
+        assert!(span > 1.0 && span <= outcome.end.unwrap(), "{outcome:?}");
     }
 
     #[tokio::test]

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -114,27 +116,33 @@ impl Drop for Process {
     }
 }
 
+/// Ports below those that the system hands out to outgoing connections, which would take them away
+/// before a child binds them.
+const LISTEN_PORTS: std::ops::Range<u16> = 18_000..32_000;
+
 /// Ports that were free a moment ago, all different.
-pub fn free_ports<const N: usize>() -> std::io::Result<[u16; N]> {
-    let mut held = Vec::with_capacity(N);
+pub fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
     let mut ports = [0; N];
     for port in &mut ports {
-        let listener = TcpListener::bind(("127.0.0.1", 0))?;
-        *port = listener.local_addr()?.port();
-        held.push(listener);
+        *port = free_port_range(1)?;
     }
     Ok(ports)
 }
 
-/// Ports below those that the system hands out to outgoing connections.
-const LISTEN_PORTS: std::ops::Range<u16> = 18_000..32_000;
-
-/// The first of `count` consecutive ports that were free a moment ago.
+/// The first of `count` consecutive ports that were free a moment ago. None is given out twice by one
+/// process before all others were.
 pub fn free_port_range(count: u16) -> anyhow::Result<u16> {
-    for _ in 0..200 {
-        let first = fastrand::u16(LISTEN_PORTS);
-        let mut range = first..first.saturating_add(count);
-        if range.all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
+    /// How far this process got; begins somewhere, so that several seldom meet.
+    static NEXT: OnceLock<AtomicUsize> = OnceLock::new();
+    let next = NEXT.get_or_init(|| AtomicUsize::new(fastrand::usize(..LISTEN_PORTS.len())));
+    for _ in 0..LISTEN_PORTS.len() {
+        let offset = next.fetch_add(usize::from(count.max(1)), Ordering::Relaxed);
+        let offset = u16::try_from(offset % LISTEN_PORTS.len()).unwrap_or_default();
+        let first = LISTEN_PORTS.start + offset;
+        let end = first.saturating_add(count);
+        if end <= LISTEN_PORTS.end
+            && (first..end).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok())
+        {
             return Ok(first);
         }
     }
@@ -303,7 +311,46 @@ impl Sims {
 
     /// The pods as `--endpoints` takes them.
     pub fn endpoints_flag(&self) -> String {
+        format!("--endpoints={}", self.list())
+    }
+
+    /// Their addresses with commas between.
+    pub fn list(&self) -> String {
         let list: Vec<String> = self.addresses.iter().map(ToString::to_string).collect();
-        format!("--endpoints={}", list.join(","))
+        list.join(",")
+    }
+}
+
+/// A routing sidecar before one engine.
+#[derive(Debug)]
+pub struct Sidecar {
+    /// The process.
+    pub process: Process,
+    /// Where it listens.
+    pub address: SocketAddr,
+}
+
+impl Sidecar {
+    /// Starts `program sidecar` before the engine at `engine`, plaintext, with further flags.
+    pub async fn start(
+        program: &Path,
+        engine: SocketAddr,
+        flags: &[String],
+        directory: &Path,
+    ) -> anyhow::Result<Self> {
+        let port = free_port_range(1)?;
+        let mut arguments = vec![
+            "sidecar".to_owned(),
+            format!("--port={port}"),
+            format!("--model-server-port={}", engine.port()),
+            "--secure-proxy=false".to_owned(),
+            "--workers=1".to_owned(),
+        ];
+        arguments.extend_from_slice(flags);
+        let name = format!("sidecar-{port}");
+        let mut process = Process::start(&name, program, &arguments, directory)?;
+        process.wait_for_port(port).await?;
+        let address = ([127, 0, 0, 1], port).into();
+        Ok(Self { process, address })
     }
 }

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
+use super::table::{Better, MEAN, P50, P90, P99, Table, whole};
 use super::workload::{Pacing, Workload};
 
 /// Everything a demonstration says. Times are virtual seconds unless a name says otherwise.
@@ -37,7 +38,11 @@ pub struct Measured {
     /// Of them, not answered whole with 200 in time.
     pub failed: usize,
     /// Time to first token of the answered.
-    pub ttft: Ttft,
+    pub ttft: Times,
+    /// How output flowed; only where each token comes in an event of its own.
+    pub flow: Option<Flow>,
+    /// What pods computed for each other.
+    pub handover: Handover,
     /// Output tokens per second: all that the engines made, over the time from the start of each
     /// stage until its last request ended.
     pub output_tokens_per_second: f64,
@@ -45,8 +50,10 @@ pub struct Measured {
     pub rungs: Vec<RungMeasured>,
     /// Prompt tokens found in engine caches, of all prompt tokens.
     pub hit_rate: f64,
-    /// Requests that each endpoint finished.
+    /// Requests that each endpoint finished; of those that answer, where others only compute prompts.
     pub spread: Spread,
+    /// Those of the others.
+    pub prefill_spread: Option<Spread>,
     /// Time pinpod took to decide, wall clock.
     pub decision: Decision,
     /// 99th percentile of how late the client sent.
@@ -55,9 +62,9 @@ pub struct Measured {
     pub engine_lag: f64,
 }
 
-/// Distribution of times to first token, seconds; zeros without any.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
-pub struct Ttft {
+/// Distribution of times, seconds; zeros without any.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Times {
     /// Mean.
     pub mean: f64,
     /// Median.
@@ -68,7 +75,7 @@ pub struct Ttft {
     pub p99: f64,
 }
 
-impl Ttft {
+impl Times {
     /// Of `values`, which it sorts.
     pub fn of(values: &mut [f64]) -> Self {
         Self {
@@ -78,6 +85,47 @@ impl Ttft {
             p99: percentile(values, 0.99),
         }
     }
+}
+
+/// How the output of answers flowed, by the events of their streams.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Flow {
+    /// Between two tokens, of all answers together.
+    pub between_tokens: Times,
+    /// Mean of that over an answer.
+    pub per_output_token: Times,
+    /// Longest of an answer.
+    pub longest_pause: Times,
+}
+
+impl Flow {
+    /// Of answers, given as the times between their tokens.
+    pub fn of<'a>(answers: impl Iterator<Item = &'a [f64]> + Clone) -> Self {
+        let answers = answers.filter(|gaps| !gaps.is_empty());
+        let distribution = |of: fn(&[f64]) -> f64| {
+            let values = answers.clone().map(of);
+            Times::of(&mut values.collect::<Vec<_>>())
+        };
+        let all = answers.clone().flatten().copied();
+        Self {
+            between_tokens: Times::of(&mut all.collect::<Vec<_>>()),
+            per_output_token: distribution(|gaps| gaps.iter().sum::<f64>() / gaps.len() as f64),
+            longest_pause: distribution(|gaps| gaps.iter().copied().fold(0.0, f64::max)),
+        }
+    }
+}
+
+/// Prompts whose KV came from another pod, as the engines that answered count them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Handover {
+    /// Requests whose prompt was computed by another pod.
+    pub apart: u64,
+    /// Requests whose prompt was computed by the pod that answered.
+    pub local: u64,
+    /// Bytes of KV that moved.
+    pub bytes: f64,
+    /// Mean time of a transfer.
+    pub seconds: f64,
 }
 
 /// How evenly requests were spread over endpoints.
@@ -92,6 +140,11 @@ pub struct Spread {
 }
 
 impl Spread {
+    /// Fewest and most.
+    pub fn range(&self) -> String {
+        format!("{}-{}", self.least, self.most)
+    }
+
     /// Of the requests that each endpoint finished.
     pub fn of(finished: &[u64]) -> Self {
         let n = (finished.len() as f64).max(1.0);
@@ -136,7 +189,9 @@ pub struct RungMeasured {
     /// Output tokens of all pods per second of that time.
     pub output_tokens_per_second: f64,
     /// Time to first token of its requests.
-    pub ttft: Ttft,
+    pub ttft: Times,
+    /// As in the total.
+    pub flow: Option<Flow>,
 }
 
 /// The value below which `share` of `values` lie (nearest rank); 0 without values.
@@ -190,150 +245,35 @@ impl Report {
 
     /// The comparison.
     pub fn table(&self) -> String {
-        let mut out = String::new();
         let with_warm_up = self.workload.ladder.iter().any(|rung| rung.warm_up);
-        totals(&mut out, &self.runs, with_warm_up);
+        let mut out = totals(&self.runs, with_warm_up);
         rungs(&mut out, &self.runs, self.workload.pacing);
         out
     }
 }
 
-/// Which of two values is the better one, when that can be said.
-#[derive(Clone, Copy)]
-enum Better {
-    Lower,
-    Higher,
-    Neither,
-}
-
-impl Better {
-    /// By which factor `other` is better than `base`.
-    fn factor(self, base: f64, other: f64) -> String {
-        let (worse, better) = match self {
-            Self::Lower => (base, other),
-            Self::Higher => (other, base),
-            Self::Neither => return String::new(),
-        };
-        if better > 0.0 {
-            format!("{:.2}x", worse / better)
-        } else {
-            "-".to_owned()
-        }
-    }
-}
-
-fn totals(out: &mut String, runs: &[Measured], with_warm_up: bool) {
+fn totals(runs: &[Measured], with_warm_up: bool) -> String {
     let title = if with_warm_up {
         "all rates, the warm-up included"
     } else {
         "all rates"
     };
-    let _ = write!(out, "{title:<36}");
-    for run in runs {
-        let _ = write!(out, "{:>16}", run.name);
-    }
-    if runs.len() == 2 {
-        let _ = write!(out, "{:>14}", "better by");
-    }
-    out.push('\n');
-    let seconds: fn(f64) -> String = |value| format!("{value:.3}");
-    let whole: fn(f64) -> String = |value| format!("{value:.0}");
-    number(
-        out,
-        runs,
-        "TTFT mean, s",
-        Better::Lower,
-        |r| r.ttft.mean,
-        seconds,
-    );
-    number(
-        out,
-        runs,
-        "TTFT p50, s",
-        Better::Lower,
-        |r| r.ttft.p50,
-        seconds,
-    );
-    number(
-        out,
-        runs,
-        "TTFT p90, s",
-        Better::Lower,
-        |r| r.ttft.p90,
-        seconds,
-    );
-    number(
-        out,
-        runs,
-        "TTFT p99, s",
-        Better::Lower,
-        |r| r.ttft.p99,
-        seconds,
-    );
-    let throughput = |r: &Measured| r.output_tokens_per_second;
-    number(
-        out,
-        runs,
-        "output tokens/s",
-        Better::Higher,
-        throughput,
-        whole,
-    );
-    let percent: fn(f64) -> String = |value| format!("{:.1} %", value * 100.0);
-    number(
-        out,
-        runs,
-        "prefix hit rate",
-        Better::Neither,
-        |r| r.hit_rate,
-        percent,
-    );
-    text(out, runs, "requests per endpoint, least-most", |r| {
-        format!("{}-{}", r.spread.least, r.spread.most)
+    let mut table = Table::new(title, runs);
+    table.times("TTFT", &[MEAN, P50, P90, P99], |run| Some(run.ttft));
+    let throughput = |run: &Measured| Some(run.output_tokens_per_second);
+    table.number("output tokens/s", Better::Higher, throughput, whole);
+    table.text("prefix hit rate", |run| {
+        format!("{:.1} %", run.hit_rate * 100.0)
     });
-    text(out, runs, "  standard deviation", |r| {
-        format!("{:.1}", r.spread.deviation)
+    table.text("requests per endpoint, least-most", |run| {
+        run.spread.range()
     });
-    text(out, runs, "requests", |r| r.requests.to_string());
-    text(out, runs, "  failed", |r| r.failed.to_string());
-    let bound = |us: Option<f64>| us.map_or("> 100000".to_owned(), |us| format!("<= {us:.0}"));
-    text(out, runs, "added by pinpod, mean, us (wall)", |r| {
-        whole(r.decision.mean_us)
+    table.text("  standard deviation", |run| {
+        format!("{:.1}", run.spread.deviation)
     });
-    text(out, runs, "  p50", |r| bound(r.decision.p50_us));
-    text(out, runs, "  p99", |r| bound(r.decision.p99_us));
-    text(out, runs, "client lag p99, s", |r| {
-        seconds(r.client_lag_p99)
-    });
-    text(out, runs, "engine lag, s", |r| {
-        format!("{:.1}", r.engine_lag)
-    });
-}
-
-fn number(
-    out: &mut String,
-    runs: &[Measured],
-    name: &str,
-    better: Better,
-    value: impl Fn(&Measured) -> f64,
-    shown: fn(f64) -> String,
-) {
-    let _ = write!(out, "{name:<36}");
-    for run in runs {
-        let _ = write!(out, "{:>16}", shown(value(run)));
-    }
-    if let [base, other] = runs {
-        let _ = write!(out, "{:>14}", better.factor(value(base), value(other)));
-    }
-    out.push('\n');
-}
-
-fn text(out: &mut String, runs: &[Measured], name: &str, value: impl Fn(&Measured) -> String) {
-    let _ = write!(out, "{name:<36}");
-    for run in runs {
-        let _ = write!(out, "{:>16}", value(run));
-    }
-    out.push('\n');
+    table.requests();
+    table.measurement();
+    table.text
 }
 
 /// Columns of a run in the table of rungs: answers/s, output tokens/s, TTFT p90, failed.
@@ -405,9 +345,9 @@ mod tests {
     use super::*;
 
     fn run(name: &str, ttft_p90: f64, tokens: f64) -> Measured {
-        let ttft = Ttft {
+        let ttft = Times {
             p90: ttft_p90,
-            ..Ttft::default()
+            ..Times::default()
         };
         let rung = RungMeasured {
             rate: 15.0,
@@ -418,16 +358,20 @@ mod tests {
             requests_per_second: 15.0,
             output_tokens_per_second: tokens,
             ttft,
+            flow: None,
         };
         Measured {
             name: name.to_owned(),
             requests: 750,
             failed: 0,
             ttft,
+            flow: None,
+            handover: Handover::default(),
             output_tokens_per_second: tokens,
             rungs: vec![rung],
             hit_rate: 0.5,
             spread: Spread::default(),
+            prefill_spread: None,
             decision: Decision {
                 mean_us: 31.0,
                 p50_us: Some(30.0),
@@ -461,7 +405,20 @@ mod tests {
         assert_eq!(percentile(&mut values, 0.9), 9.0);
         assert_eq!(percentile(&mut values, 0.91), 10.0);
         assert_eq!(percentile(&mut [], 0.9), 0.0);
-        assert_eq!(Ttft::of(&mut values).mean, 5.5);
+        assert_eq!(Times::of(&mut values).mean, 5.5);
+    }
+
+    #[test]
+    fn flow_is_of_all_tokens_and_of_each_answer() {
+        let answers: [&[f64]; 3] = [&[1.0, 2.0, 9.0], &[], &[2.0, 4.0]];
+        let flow = Flow::of(answers.into_iter());
+        // 1, 2, 2, 4, 9; 12 / 3 and 6 / 2; 9 and 4.
+        let between = flow.between_tokens;
+        assert_eq!((between.mean, between.p50, between.p99), (3.6, 2.0, 9.0));
+        assert_eq!(flow.per_output_token.mean, 3.5);
+        let pause = flow.longest_pause;
+        assert_eq!((pause.mean, pause.p50, pause.p90), (6.5, 4.0, 9.0));
+        assert_eq!(Flow::of(std::iter::empty()), Flow::default());
     }
 
     #[test]

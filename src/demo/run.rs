@@ -11,9 +11,9 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::client::{Connections, Outcome, drive};
-use super::envoy::ORIGINAL_DST;
-use super::processes::{Envoy, Picker, Process, Sims};
-use super::report::{Decision, Measured, RungMeasured, Spread, Ttft, percentile};
+use super::parts::{Addresses, Layout, Parts};
+use super::processes::Process;
+use super::report::{Decision, Flow, Handover, Measured, RungMeasured, Spread, Times, percentile};
 use super::scrape::{Samples, metrics, pod_stats};
 use super::workload::{Arrival, Pacing, Rung, Workload};
 
@@ -22,12 +22,12 @@ use super::workload::{Arrival, Pacing, Rung, Workload};
 pub struct Demo {
     /// This program.
     pub program: PathBuf,
-    /// Simulated pods.
-    pub pods: u16,
     /// Engine profile.
     pub profile: String,
     /// KV cache of a pod, tokens.
     pub kv_tokens: usize,
+    /// Most tokens of an engine step.
+    pub max_num_batched_tokens: usize,
     /// Times faster than real time.
     pub time_scale: f64,
     /// Output tokens in one SSE event.
@@ -49,20 +49,6 @@ const TOKENS: &str = "vllm:generation_tokens_total";
 const DECISION: &str = "pinpod_decision_duration_seconds";
 /// How often the parts are checked for having ended.
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
-
-/// The parts of a run. Dropped, they are gone.
-struct Parts {
-    sims: Sims,
-    picker: Picker,
-    envoy: Envoy,
-}
-
-/// Where the parts listen.
-struct Addresses {
-    pods: Vec<SocketAddr>,
-    picker_metrics: SocketAddr,
-    gateway: SocketAddr,
-}
 
 /// What engines made in a stretch of time, virtual seconds.
 #[derive(Debug, Clone, Copy, Default)]
@@ -88,26 +74,18 @@ struct Driving {
 }
 
 impl Demo {
-    /// Runs the traffic against `config` (a document); temporary files live in `directory`. Fails
-    /// when a part ends before the run does.
+    /// Runs the traffic against pods of this layout and `config` (a document); temporary files live in
+    /// `directory`. Fails when a part ends before the run does.
     pub async fn run(
         &self,
         name: &str,
+        layout: Layout,
         config: &str,
         directory: &Path,
     ) -> anyhow::Result<Measured> {
-        let mut parts = self.start(name, config, directory).await?;
-        let addresses = Addresses {
-            pods: parts.sims.addresses.clone(),
-            picker_metrics: ([127, 0, 0, 1], parts.picker.metrics).into(),
-            gateway: ([127, 0, 0, 1], parts.envoy.port).into(),
-        };
-        let Parts {
-            sims,
-            picker,
-            envoy,
-        } = &mut parts;
-        let mut processes = [&mut sims.process, &mut picker.process, &mut envoy.process];
+        let mut parts = self.start(name, layout, config, directory).await?;
+        let addresses = parts.addresses();
+        let mut processes = parts.processes();
         let failure = tokio::select! {
             ended = first_end(&mut processes) => return Err(ended),
             measured = self.measure(name, &addresses) => match measured {
@@ -120,57 +98,51 @@ impl Demo {
         Err(ended.unwrap_or(failure))
     }
 
-    async fn start(&self, name: &str, config: &str, directory: &Path) -> anyhow::Result<Parts> {
+    async fn start(
+        &self,
+        name: &str,
+        layout: Layout,
+        config: &str,
+        directory: &Path,
+    ) -> anyhow::Result<Parts> {
         let flags = [
             format!("--profile={}", self.profile),
             format!("--kv-tokens={}", self.kv_tokens),
+            format!("--max-num-batched-tokens={}", self.max_num_batched_tokens),
             format!("--time-scale={}", self.time_scale),
             format!("--tokens-per-event={}", self.tokens_per_event),
             format!("--model={MODEL}"),
         ];
-        let sims = Sims::start(&self.program, self.pods, &flags, directory).await?;
         let document = directory.join(format!("{name}.yaml"));
         std::fs::write(&document, config)?;
-        let arguments = [
-            sims.endpoints_flag(),
-            format!("--config-file={}", document.display()),
-        ];
-        let picker = Picker::start(&self.program, &arguments, directory).await?;
-        let envoy = Envoy::start(
-            ORIGINAL_DST,
-            picker.grpc,
-            true,
-            sims.addresses.clone(),
-            directory,
-        )
-        .await?;
-        Ok(Parts {
-            sims,
-            picker,
-            envoy,
-        })
+        Parts::start(&self.program, layout, &flags, &document, directory).await
     }
 
     async fn measure(&self, name: &str, addresses: &Addresses) -> anyhow::Result<Measured> {
         let driving = self.drive(name, addresses).await?;
-        let pods = metrics(&addresses.pods).await?;
-        let stats = pod_stats(&addresses.pods).await?;
+        let engines = addresses.engines();
+        let pods = metrics(&engines).await?;
+        let stats = pod_stats(&engines).await?;
         let picker = metrics(&[addresses.picker_metrics]).await?;
         let picker = picker.into_iter().next().unwrap_or_default();
         let sum = |series: &str| pods.iter().map(|pod| pod.get(series)).sum::<f64>();
         let finished: Vec<u64> = stats.iter().map(|pod| pod.finished).collect();
+        let (answered, prefilled) = finished.split_at(addresses.answering.len());
         let outcomes = &driving.outcomes;
         let mut lags: Vec<f64> = outcomes.iter().map(|outcome| outcome.lag).collect();
         Ok(Measured {
             name: name.to_owned(),
             requests: outcomes.len(),
             failed: outcomes.iter().filter(|o| o.ttft.is_none()).count(),
-            ttft: Ttft::of(&mut outcomes.iter().filter_map(|o| o.ttft).collect::<Vec<_>>()),
+            ttft: Times::of(&mut outcomes.iter().filter_map(|o| o.ttft).collect::<Vec<_>>()),
+            flow: self.flow(outcomes.iter()),
+            handover: handover(answered.iter().sum(), &sum),
             output_tokens_per_second: driving.total.rate(),
             rungs: self.rungs(&driving),
             hit_rate: sum("vllm:prefix_cache_hits_total")
                 / sum("vllm:prefix_cache_queries_total").max(1.0),
-            spread: Spread::of(&finished),
+            spread: Spread::of(answered),
+            prefill_spread: (!prefilled.is_empty()).then(|| Spread::of(prefilled)),
             decision: decision(&picker),
             client_lag_p99: percentile(&mut lags, 0.99),
             engine_lag: stats.iter().map(|pod| pod.lag_seconds).sum(),
@@ -191,7 +163,7 @@ impl Demo {
         };
         let session = Session {
             demo: self,
-            pods: &addresses.pods,
+            pods: &addresses.answering,
             bodies: self.workload.bodies(MODEL),
             connections: Arc::new(Connections::new(addresses.gateway)),
             progress,
@@ -238,8 +210,46 @@ impl Demo {
     fn rungs(&self, driving: &Driving) -> Vec<RungMeasured> {
         let rungs = self.workload.ladder.iter().zip(&driving.rungs).enumerate();
         rungs
-            .map(|(index, (rung, made))| rung_measured(rung, *made, index, &driving.outcomes))
+            .map(|(index, (rung, made))| self.rung(rung, *made, index, &driving.outcomes))
             .collect()
+    }
+
+    fn rung(&self, rung: &Rung, made: Made, index: usize, outcomes: &[Outcome]) -> RungMeasured {
+        let own = || outcomes.iter().filter(|outcome| outcome.rung == index);
+        let requests = own().count();
+        let failed = own().filter(|outcome| outcome.ttft.is_none()).count();
+        RungMeasured {
+            rate: rung.rate,
+            warm_up: rung.warm_up,
+            requests,
+            failed,
+            seconds: made.seconds,
+            requests_per_second: (requests - failed) as f64 / made.seconds.max(1e-9),
+            output_tokens_per_second: made.rate(),
+            ttft: Times::of(&mut own().filter_map(|outcome| outcome.ttft).collect::<Vec<_>>()),
+            flow: self.flow(own()),
+        }
+    }
+
+    fn flow<'a>(&self, outcomes: impl Iterator<Item = &'a Outcome> + Clone) -> Option<Flow> {
+        let one_by_one = self.tokens_per_event == 1;
+        one_by_one.then(|| Flow::of(outcomes.map(|outcome| &outcome.gaps[..])))
+    }
+}
+
+/// What pods that `answered` so many requests had from others, by the sums of their series.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a count; the cast saturates"
+)]
+fn handover(answered: u64, sum: &impl Fn(&str) -> f64) -> Handover {
+    let apart = sum("vllm:nixl_xfer_time_seconds_count");
+    Handover {
+        apart: apart as u64,
+        local: answered.saturating_sub(apart as u64),
+        bytes: sum("vllm:nixl_bytes_transferred_sum"),
+        seconds: sum("vllm:nixl_xfer_time_seconds_sum") / apart.max(1.0),
     }
 }
 
@@ -312,22 +322,6 @@ impl Session<'_> {
     async fn tokens(&self) -> anyhow::Result<f64> {
         let pods = metrics(self.pods).await?;
         Ok(pods.iter().map(|pod| pod.get(TOKENS)).sum())
-    }
-}
-
-fn rung_measured(rung: &Rung, made: Made, index: usize, outcomes: &[Outcome]) -> RungMeasured {
-    let own = || outcomes.iter().filter(|outcome| outcome.rung == index);
-    let requests = own().count();
-    let failed = own().filter(|outcome| outcome.ttft.is_none()).count();
-    RungMeasured {
-        rate: rung.rate,
-        warm_up: rung.warm_up,
-        requests,
-        failed,
-        seconds: made.seconds,
-        requests_per_second: (requests - failed) as f64 / made.seconds.max(1e-9),
-        output_tokens_per_second: made.rate(),
-        ttft: Ttft::of(&mut own().filter_map(|outcome| outcome.ttft).collect::<Vec<_>>()),
     }
 }
 

@@ -89,7 +89,8 @@ pub async fn pod_stats(pods: &[SocketAddr]) -> anyhow::Result<Vec<PodStats>> {
     Ok(all)
 }
 
-async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Bytes> {
+/// The body of a 200 answer to a GET.
+pub async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Bytes> {
     let stream = TcpStream::connect(address)
         .await
         .with_context(|| address.to_string())?;

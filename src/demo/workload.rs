@@ -149,6 +149,32 @@ impl Workload {
         }
     }
 
+    /// Long prompts that share nothing, as many as there are requests: nothing is ever found in a
+    /// cache. Four pods with an H100-class 32B model are busy with prompts for a fifth to two fifths of their time.
+    pub fn long_prompts() -> Self {
+        let ladder = [2.0, 3.0, 4.0].map(|rate| Rung::new(rate, 30.0));
+        Self {
+            groups: 0,
+            prompts_per_group: 1,
+            prefix_tokens: 0,
+            question_tokens: 6000,
+            output_tokens: 300,
+            ladder: ladder.to_vec(),
+            ..Self::published()
+        }
+        .without_repetition()
+    }
+
+    /// A group of one prompt for each request of the ladder, when its rungs drain.
+    #[must_use]
+    pub fn without_repetition(self) -> Self {
+        Self {
+            groups: self.ladder.iter().map(Rung::requests).sum(),
+            prompts_per_group: 1,
+            ..self
+        }
+    }
+
     /// What is sent on one clock; each stage ends with its last answer, before the next begins. A
     /// stage is a rung when they drain, else the whole ladder. Arrivals are in order of time, prompts
     /// go on in their shuffled order from rung to rung; equal for equal seeds.
@@ -299,6 +325,20 @@ mod tests {
             ..workload
         };
         assert_ne!(other.stages()[0][0].prompt, prompts[0]);
+    }
+
+    #[test]
+    fn long_prompts_are_sent_once() {
+        let workload = Workload::long_prompts();
+        let arrivals: Vec<Arrival> = workload.stages().concat();
+        let mut prompts: Vec<usize> = arrivals.iter().map(|arrival| arrival.prompt).collect();
+        // (2 + 3 + 4) * 30.
+        assert_eq!(prompts.len(), 270);
+        prompts.sort_unstable();
+        assert!(prompts.into_iter().eq(0..270));
+        let body = |prompt| String::from_utf8(workload.body("m", prompt).to_vec()).unwrap();
+        assert!(body(0).len() > 24_000);
+        assert_ne!(body(0)[..60], body(1)[..60], "not even the first block");
     }
 
     #[test]

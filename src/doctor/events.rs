@@ -50,7 +50,10 @@ pub async fn check(endpoints: &[EndpointSpec], events: Events, report: &mut Repo
             report.error(
                 "kv-events",
                 format!("KV events of {name}"),
-                format!("rank {} has no port: {} and the rank", endpoint.rank, events.port),
+                format!(
+                    "rank {} has no port: {} and the rank",
+                    endpoint.rank, events.port
+                ),
                 "publish on a lower port: that of each rank is counted up from it",
             );
             continue;

@@ -8,3 +8,4 @@ pub mod options;
 mod reload;
 pub mod run;
 pub mod tls;
+pub(crate) mod tracing;

@@ -101,6 +101,8 @@ pub struct ServeOptions {
     pub metrics_tls: Option<TlsOptions>,
     /// `--enable-grpc-stream-metrics`.
     pub enable_grpc_stream_metrics: bool,
+    /// `--tracing`.
+    pub tracing: bool,
     /// The scrape flags of releases before 0.10.
     pub scrape: ScrapeFlags,
     /// `--seed`.
@@ -337,7 +339,7 @@ struct TelemetryFlags {
     /// Accepted: there is no pprof here
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
     enable_pprof: bool,
-    /// Accepted: traces are not exported yet
+    /// Record traces, if OTEL_TRACES_EXPORTER or OTEL_EXPORTER_OTLP_ENDPOINT says where to
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = true)]
     tracing: bool,
     /// Verbosity: up to 3 info, 4 debug, 5 trace
@@ -625,6 +627,14 @@ fn workload(pod: &str) -> Option<&str> {
 }
 
 impl TelemetryFlags {
+    fn log_format(&self) -> log::Format {
+        if self.zap_encoder == "json" {
+            log::Format::Json
+        } else {
+            log::Format::Text
+        }
+    }
+
     /// TLS of the metrics port.
     fn tls(&self) -> Result<Option<TlsOptions>, OptionsError> {
         let ca = Some(&self.metrics_client_ca_file).filter(|path| !path.is_empty());
@@ -741,13 +751,10 @@ impl Flags {
             metrics_endpoint_auth: telemetry.metrics_endpoint_auth,
             metrics_tls,
             enable_grpc_stream_metrics: telemetry.enable_grpc_stream_metrics,
+            tracing: telemetry.tracing,
             scrape,
             seed: requests.seed,
-            log_format: if telemetry.zap_encoder == "json" {
-                log::Format::Json
-            } else {
-                log::Format::Text
-            },
+            log_format: telemetry.log_format(),
             log_level: log_level(telemetry.verbosity, &telemetry.zap_log_level)?,
             warnings: std::mem::take(warnings),
         })

@@ -442,6 +442,7 @@ mod tests {
             early: None,
             subset: Subset::Any,
             received_at: Instant::now(),
+            trace: crate::telemetry::trace::Span::default(),
         };
         match director.decide(intake, BodyKnowledge::Complete) {
             Step::Done(decision) => decision.unwrap(),

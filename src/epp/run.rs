@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use serde_json::json;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -17,7 +17,7 @@ use super::control_plane::{ControlPlane, follow_rules};
 use super::health::{HealthService, HealthState};
 use super::options::ServeOptions;
 use super::reload::{Live, LiveFlags, Reloader};
-use super::tls;
+use super::{tls, tracing as traces};
 use crate::config::{self, ConfigLoader, LoadOptions, ResolvedConfig};
 use crate::control::Director;
 use crate::control::director::DirectorOptions;
@@ -32,6 +32,7 @@ use crate::extproc::stream::StreamSettings;
 use crate::plugin::{InFlightSlot, Plugin};
 use crate::telemetry::metrics::{ConfigReloads, ExtProcStreams, Metrics};
 use crate::telemetry::server::{Explained, IndexView, Pages, Refusal};
+use crate::telemetry::trace::Tracer;
 use crate::telemetry::{self, log};
 
 /// Room of a gRPC message around a body piece.
@@ -56,6 +57,7 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     let exposition = telemetry::metrics::install()?;
     let metrics = Metrics::new();
     metrics.announce_build();
+    let (tracer, export) = traces::install("llm-d-epp", options.tracing)?;
     let (mut loader, config, text) = load_config(&options)?;
 
     let store = Arc::new(EndpointStore::default());
@@ -112,7 +114,10 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
         };
         tasks.spawn(reloader.run(shutdown.clone()));
     }
-    let servers = start_servers(&options, Arc::clone(&director), &health, &tasks, &shutdown)?;
+    // Before anybody can send a request: from here on a signal drains.
+    let mut signals = Signals::catch()?;
+    let requests = (Arc::clone(&director), tracer);
+    let servers = start_servers(&options, requests, &health, &tasks, &shutdown)?;
     let pages = Pages::new(
         exposition,
         plugin_state(Arc::clone(&store)),
@@ -123,9 +128,13 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
     start_metrics(&options, &store, pages, &tasks, &shutdown).await?;
     tracing::info!(extproc = %servers[0].address(), health = %servers[1].address(), "serving");
 
-    wait_for_signal().await?;
+    signals.next().await;
     candidacy.cancel();
     drain(&options, &health, servers, &shutdown).await;
+    // The spans of the last requests ended with their streams.
+    if let Some(export) = export {
+        export.finish().await;
+    }
     tasks.close();
     tasks.wait().await;
     Ok(())
@@ -156,7 +165,7 @@ fn load_config(
 
 fn start_servers(
     options: &ServeOptions,
-    director: Arc<Director>,
+    (director, tracer): (Arc<Director>, Tracer),
     health: &Arc<HealthState>,
     tasks: &TaskTracker,
     shutdown: &CancellationToken,
@@ -165,6 +174,7 @@ fn start_servers(
         max_body_bytes: options.max_request_body_bytes,
         max_chunk_bytes: options.max_body_chunk_bytes,
         decision_timeout: options.decision_timeout,
+        tracer,
     };
     let streams = options
         .enable_grpc_stream_metrics
@@ -290,14 +300,34 @@ fn any(port: u16) -> SocketAddr {
     (Ipv4Addr::UNSPECIFIED, port).into()
 }
 
+/// SIGTERM and SIGINT, which do not end the process by themselves once they are caught.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Catches both; one that comes before [`Self::next`] is not lost.
+    pub(crate) fn catch() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Returns at either.
+    pub(crate) async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// Returns at SIGTERM or SIGINT.
 pub async fn wait_for_signal() -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    Signals::catch()?.next().await;
     Ok(())
 }
 

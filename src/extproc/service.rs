@@ -243,13 +243,15 @@ impl<S> ReplyStream<S> {
 
     /// The stream ends with an error of ours.
     fn fail(&mut self, status: &Status) {
-        self.exchange.on_end();
-        self.finish(match status.code() {
+        let code = match status.code() {
             tonic::Code::InvalidArgument => "InvalidArgument",
             tonic::Code::ResourceExhausted => "ResourceExhausted",
             tonic::Code::Unimplemented => "Unimplemented",
             _ => "Internal",
-        });
+        };
+        self.exchange.note_failure(code);
+        self.exchange.on_end();
+        self.finish(code);
     }
 }
 

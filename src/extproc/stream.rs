@@ -33,6 +33,8 @@ use crate::control::{
 };
 use crate::request::{Body, Early, Headers};
 use crate::response::{Accounting, MetadataNumber, ModelNameRewriter, Served};
+use crate::telemetry::trace::context::SpanContext;
+use crate::telemetry::trace::{RequestTrace, Span, TRACEPARENT, TRACESTATE, Tracer, names};
 
 /// Destination key in headers and metadata.
 pub const DESTINATION: &str = "x-gateway-destination-endpoint";
@@ -70,6 +72,8 @@ pub struct StreamSettings {
     /// From the first message to the decision, `--decision-timeout`; 503 past it. Envoy sets no
     /// timer of its own in full duplex mode.
     pub decision_timeout: Duration,
+    /// `--tracing`, and what the environment says.
+    pub tracer: Tracer,
 }
 
 impl Default for StreamSettings {
@@ -78,6 +82,7 @@ impl Default for StreamSettings {
             max_body_bytes: 64 << 20,
             max_chunk_bytes: 62_000,
             decision_timeout: Duration::from_mins(2),
+            tracer: Tracer::default(),
         }
     }
 }
@@ -137,6 +142,8 @@ pub struct Exchange {
     waiting: Option<Box<Waiting>>,
     account: Option<Accounting>,
     model_names: Option<ModelNameRewriter>,
+    /// From the request headers to the end of the stream.
+    trace: RequestTrace,
     out: VecDeque<Reply>,
     closed: bool,
 }
@@ -161,6 +168,7 @@ impl Exchange {
             waiting: None,
             account: None,
             model_names: None,
+            trace: RequestTrace::default(),
             out: VecDeque::new(),
             closed: false,
         }
@@ -207,11 +215,19 @@ impl Exchange {
         let normal =
             self.closed || matches!(self.phase, Phase::Ended | Phase::Start | Phase::Passive);
         if !normal {
-            self.director.note_abort(self.phase_name());
+            let phase = self.phase_name();
+            self.director.note_abort(phase);
+            self.trace.span.fail(phase);
         }
+        self.trace.span = Span::default();
         self.waiting = None;
         self.account = None;
         normal
+    }
+
+    /// The stream ends with an error of ours, called `code`.
+    pub fn note_failure(&mut self, code: &'static str) {
+        self.trace.span.fail(code);
     }
 
     /// Handles one message. An error ends the RPC; Envoy then applies its failure mode.
@@ -273,6 +289,10 @@ impl Exchange {
         self.phase = Phase::Undecided;
         self.received_at = Instant::now();
         self.headers = read_headers(message.headers);
+        self.trace = self
+            .settings
+            .tracer
+            .start(|| trace_context(&self.headers), || names::GATEWAY_REQUEST);
         self.read_subset(metadata);
         if message.end_of_stream {
             self.request_ended = true;
@@ -415,6 +435,11 @@ impl Exchange {
             },
             subset: std::mem::take(&mut self.subset),
             received_at: self.received_at,
+            trace: match knowledge {
+                // Nothing is decided by what such a request wants.
+                BodyKnowledge::Absent => Span::default(),
+                _ => self.trace.span.child(names::ORCHESTRATION),
+            },
         };
         let step = self.director.decide(intake, knowledge);
         self.on_step(step);
@@ -441,17 +466,19 @@ impl Exchange {
             skip_response,
         } = decision;
         let metadata = routing_metadata(&destination, scores);
-        let mut set = Vec::with_capacity(set_headers.len() + 2);
+        let mut set = Vec::with_capacity(set_headers.len() + 3);
         set.push((Cow::Borrowed(DESTINATION), destination));
         set.extend(
             set_headers
                 .into_iter()
                 .map(|(name, value)| (Cow::Borrowed(name), value)),
         );
+        let mut remove = remove_headers;
+        self.propagate(&mut set, &mut remove);
         let mut changes = HeaderChanges {
             direction: Direction::Request,
             set,
-            remove: remove_headers,
+            remove,
             clear_route_cache: true,
             metadata: Some(metadata),
         };
@@ -502,6 +529,21 @@ impl Exchange {
         self.account = Some(account);
     }
 
+    /// Tells those behind us where in the trace the request is, also when it is not recorded: they are
+    /// not to decide anew. Trace state and baggage stay as they came, unless the state is of no trace.
+    fn propagate(&self, set: &mut Vec<(Cow<'static, str>, Bytes)>, remove: &mut Vec<String>) {
+        let Some(context) = &self.trace.context else {
+            return;
+        };
+        set.push((
+            Cow::Borrowed(TRACEPARENT),
+            Bytes::from(context.traceparent()),
+        ));
+        if self.trace.is_root {
+            remove.push(TRACESTATE.to_owned());
+        }
+    }
+
     fn announced_length(&self) -> usize {
         self.headers
             .get_str("content-length")
@@ -521,6 +563,7 @@ impl Exchange {
     }
 
     fn refuse(&mut self, error: &RequestError) {
+        self.trace.span.fail(error.code());
         self.send(immediate(error));
         self.phase = Phase::Ended;
         self.closed = true;
@@ -548,6 +591,10 @@ impl Exchange {
         attributes: &BTreeMap<String, Struct>,
     ) {
         let headers = read_headers(message.headers);
+        let status = headers.get_str(":status").and_then(|s| s.parse().ok());
+        if let Some(status @ 500u16..) = status {
+            self.trace.span.fail(format!("status {status}"));
+        }
         let mut set = vec![(
             Cow::Borrowed("x-went-into-resp-headers"),
             Bytes::from_static(b"true"),
@@ -668,6 +715,13 @@ impl Exchange {
             Phase::Passive => "passive",
         }
     }
+}
+
+/// Where in a trace the request is; two contexts are none.
+fn trace_context(headers: &Headers) -> Option<SpanContext> {
+    let mut given = headers.iter().filter(|h| h.name == TRACEPARENT);
+    let only = given.next().filter(|_| given.next().is_none())?;
+    SpanContext::parse(std::str::from_utf8(&only.value).ok()?)
 }
 
 fn content_length(bytes: usize) -> (Cow<'static, str>, Bytes) {

@@ -26,21 +26,19 @@ pub struct AllowList {
 struct Addresses(RwLock<HashMap<IpAddr, Vec<u16>>>);
 
 impl AllowList {
-    /// Follows the pool until `shutdown`. Empty until the API server answered.
+    /// Follows the pool until `shutdown`. Empty until the API server answered. A `legacy` pool is one of
+    /// the group before v1; otherwise that of v1 counts, and while there is none, the older one.
     pub fn start(
         client: Client,
         namespace: String,
-        pool: String,
+        (pool, legacy): (String, bool),
         tasks: &TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
         let store = Arc::new(EndpointStore::default());
         let addresses = Arc::new(Addresses::default());
         store.subscribe(Arc::clone(&addresses) as Arc<dyn EndpointListener>);
-        let source = PoolSource::Pool {
-            name: pool,
-            legacy: false,
-        };
+        let source = PoolSource::Pool { name: pool, legacy };
         let discovery = KubernetesDiscovery::new(client, namespace, source, ApiContact::default());
         let followed = Arc::clone(&store);
         tasks.spawn(async move { discovery.watch(&followed, shutdown).await });
@@ -100,7 +98,7 @@ mod tests {
         let list = AllowList::start(
             server.client(),
             "default".to_owned(),
-            "pool".to_owned(),
+            ("pool".to_owned(), false),
             &tasks,
             shutdown.clone(),
         );
@@ -114,6 +112,34 @@ mod tests {
         server.delete("pods", "a");
         eventually("one pod", || !allows("10.0.0.1:8000")).await;
         assert!(allows("10.0.0.2:8000"));
+        shutdown.cancel();
+        tasks.close();
+        tasks.wait().await;
+    }
+
+    #[tokio::test]
+    async fn a_legacy_pool_is_not_one_of_v1() {
+        let server = ApiServer::start().await;
+        server.apply(pool(&[8000]));
+        server.apply(serde_json::json!({
+            "apiVersion": "inference.networking.x-k8s.io/v1alpha2", "kind": "InferencePool",
+            "metadata": {"name": "pool", "namespace": "default", "uid": "older"},
+            "spec": {"selector": {"app": "llm"}, "targetPortNumber": 9000},
+        }));
+        server.apply(pod("a", 1));
+        let (tasks, shutdown) = (TaskTracker::new(), CancellationToken::new());
+        for (legacy, port) in [(false, 8000), (true, 9000)] {
+            let list = AllowList::start(
+                server.client(),
+                "default".to_owned(),
+                ("pool".to_owned(), legacy),
+                &tasks,
+                shutdown.clone(),
+            );
+            let allows = |port: u16| list.contains(([10, 0, 0, 1], port).into());
+            eventually("its endpoint", || allows(port)).await;
+            assert!(!allows(17_000 - port), "{legacy}");
+        }
         shutdown.cancel();
         tasks.close();
         tasks.wait().await;

@@ -54,6 +54,7 @@ const MEDIA: u8 = 3;
 const SALT: u8 = 4;
 const EMBEDDINGS: u8 = 5;
 const BARE: u8 = 6;
+const UNKNOWN: u8 = 7;
 
 /// What a block's key depends on beside its tokens, each part with a tag and its length so that no two
 /// lists read the same. The buffer is reused from block to block.
@@ -92,6 +93,11 @@ impl Extras {
     /// Text an older engine sent without saying what it is. Keys made with it equal no request's.
     pub fn bare(&mut self, text: &str) {
         self.part(BARE, text.as_bytes());
+    }
+
+    /// What an engine sent that nobody knows. Keys made with it equal no request's.
+    pub fn unknown(&mut self, raw: &[u8]) {
+        self.part(UNKNOWN, raw);
     }
 
     fn part(&mut self, tag: u8, bytes: &[u8]) {

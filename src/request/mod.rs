@@ -20,6 +20,7 @@ pub mod protobuf;
 pub mod rewrite;
 pub mod scan;
 pub mod sglang_http;
+mod spans;
 pub mod text;
 pub mod vertexai;
 pub mod vllm_grpc;
@@ -31,6 +32,8 @@ pub use headers::{Header, Headers};
 pub use payload::{
     ApiKind, Extent, MediaItem, ModelField, ParseError, Payload, Prompt, Segment, TextEncoding,
 };
+
+use crate::telemetry::trace::Span;
 
 /// A parser turns the body of one API family into a [`Payload`]. Cost: one scan of the body.
 pub trait Parser: Send + Sync + std::fmt::Debug {
@@ -88,6 +91,8 @@ pub struct InferenceRequest {
     /// Hashes of the first prompt's text, made while the body arrived; `None` for short bodies and
     /// wherever the order of the prompt was not what it seemed.
     pub first_blocks: Option<Box<PromptBlocks>>,
+    /// The decision on this request; empty unless its trace is recorded.
+    pub trace: Span,
 }
 
 impl InferenceRequest {
@@ -110,6 +115,7 @@ impl InferenceRequest {
             payload,
             body,
             first_blocks: None,
+            trace: Span::default(),
         }
     }
 }

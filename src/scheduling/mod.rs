@@ -21,6 +21,7 @@ pub mod pickers;
 pub mod profile_handlers;
 pub mod scheduler;
 pub mod scorers;
+mod spans;
 pub mod stages;
 #[cfg(test)]
 pub(crate) mod test_support;

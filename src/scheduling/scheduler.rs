@@ -6,6 +6,7 @@ use metrics::Histogram;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+use super::spans::ProfileSpan;
 use super::{
     Candidate, Candidates, Cycle, Filter, Picker, ProfileHandler, ProfilePicks, ProfileRun, Round,
     ScheduleError, SchedulingResult, Scored, Scorer, Survivors,
@@ -172,43 +173,53 @@ impl Profile {
             totals,
             ..
         } = scratch;
+        let mut trace = ProfileSpan::begin(cycle, &self.name);
         let mut lap = Lap::start();
         selected.clear();
         selected.extend((0..).take(candidates.len()));
+        let filtering = trace.filtering(candidates.len());
         for hook in &self.filters {
             keep.clear();
             let offered = Candidates::new(candidates, selected).with_peer(peer);
             hook.timed_after(&mut lap, |filter| filter.filter(cycle, offered, keep));
             std::mem::swap(selected, keep);
             if selected.is_empty() {
+                trace.filtered(filtering, 0);
                 return ProfileRun::Failed;
             }
         }
+        trace.filtered(filtering, selected.len());
         scored.clear();
         scored.extend(selected.iter().map(|&position| Scored {
             position,
             total: 0.0,
         }));
+        let scoring = trace.scoring(self.scorers.len(), selected.len());
         let rated = Candidates::new(candidates, selected).with_peer(peer);
         for (hook, weight) in &self.scorers {
             scores.clear();
             scores.resize(selected.len(), 0.0);
+            let span = scoring.scorer(&hook.name);
             hook.timed_after(&mut lap, |scorer| scorer.score(cycle, rated, scores));
-            for (scored, score) in scored.iter_mut().zip(scores.iter()) {
-                let score = if score.is_nan() {
+            for (scored, score) in scored.iter_mut().zip(scores.iter_mut()) {
+                *score = if score.is_nan() {
                     0.0
                 } else {
                     score.clamp(0.0, 1.0)
                 };
-                scored.total += score * weight;
+                scored.total += *score * weight;
             }
+            scoring.scored(span, &hook.name, *weight, scores);
         }
+        drop(scoring);
         if let Some(totals) = totals.get_mut(position) {
             totals.clear();
             totals.extend_from_slice(scored);
         }
+        let picking = trace.picking(candidates, scored);
         self.picker
             .timed_after(&mut lap, |picker| picker.pick(cycle, scored));
+        drop(picking);
         if scored.is_empty() {
             return ProfileRun::Failed;
         }

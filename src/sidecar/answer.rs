@@ -44,7 +44,9 @@ pub(super) fn decode_failed(cause: &CallError) -> Answer {
             "GatewayTimeout",
             "The decode node did not answer in time.",
         ),
-        CallError::Broken(_) | CallError::TooLong => bad_gateway("The decode node failed."),
+        CallError::Broken(_) | CallError::Switched | CallError::TooLong => {
+            bad_gateway("The decode node failed.")
+        }
     }
 }
 

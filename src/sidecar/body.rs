@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::engines::LegBody;
+use super::spans::RequestSpan;
 use super::usage::UsageRewrite;
 
 /// What an engine is sent.
@@ -70,9 +71,12 @@ impl Body for EngineBody {
     }
 }
 
-/// What the client is sent.
+/// What the client is sent, and the request's span, which ends with it.
 #[derive(Debug)]
-pub struct AnswerBody(Kind);
+pub struct AnswerBody(
+    Kind,
+    #[expect(dead_code, reason = "held until the body is gone")] RequestSpan,
+);
 
 #[derive(Debug)]
 enum Kind {
@@ -97,24 +101,33 @@ enum Kind {
 }
 
 impl AnswerBody {
+    fn of(kind: Kind) -> Self {
+        Self(kind, RequestSpan::default())
+    }
+
+    /// Its end is the end of `span`.
+    pub(super) fn with_span(self, span: RequestSpan) -> Self {
+        Self(self.0, span)
+    }
+
     pub(super) fn whole(bytes: impl Into<Bytes>) -> Self {
-        Self(Kind::Whole(Some(bytes.into())))
+        Self::of(Kind::Whole(Some(bytes.into())))
     }
 
     pub(super) fn leg(leg: LegBody) -> Self {
-        Self(Kind::Leg(leg))
+        Self::of(Kind::Leg(leg))
     }
 
     pub(super) fn after(read: Bytes, leg: LegBody) -> Self {
-        Self(Kind::After(read, leg))
+        Self::of(Kind::After(read, leg))
     }
 
     pub(super) fn usage(rewrite: UsageRewrite) -> Self {
-        Self(Kind::Usage(Box::new(rewrite)))
+        Self::of(Kind::Usage(Box::new(rewrite)))
     }
 
     pub(super) fn paired(leg: LegBody, other: AbortOnDropHandle<io::Result<()>>) -> Self {
-        Self(Kind::Paired {
+        Self::of(Kind::Paired {
             leg,
             other: Some(other),
         })
@@ -124,7 +137,7 @@ impl AnswerBody {
         events: mpsc::Receiver<io::Result<Bytes>>,
         task: AbortOnDropHandle<()>,
     ) -> Self {
-        Self(Kind::Made {
+        Self::of(Kind::Made {
             events,
             _task: task,
         })

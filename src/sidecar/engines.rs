@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use hashbrown::HashMap;
-use http::{Request, Response};
+use http::{Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -29,6 +29,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::body::EngineBody;
 use super::host_port::HostPort;
 use super::metrics::{ActiveLeg, SidecarMetrics, Stage};
+use super::spans::LegSpan;
 
 /// Engines whose connections are kept; beyond, those of the least recently used are closed.
 const MAX_HOSTS: usize = 1024;
@@ -49,6 +50,9 @@ pub(super) enum CallError {
     /// Not within the stage's time.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
+    /// The engine switched to a protocol that nobody asked for.
+    #[error("switched protocols unasked")]
+    Switched,
     /// Longer than [`MAX_WHOLE_BYTES`].
     #[error("an answer over {MAX_WHOLE_BYTES} bytes")]
     TooLong,
@@ -76,6 +80,7 @@ pub(super) struct Engines {
 #[derive(Debug, Default)]
 struct Idle {
     hosts: HashMap<PoolKey, Host>,
+    swept: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -108,6 +113,13 @@ impl Engines {
         &self.metrics
     }
 
+    /// Connections that wait to be used again.
+    pub(super) fn kept(&self) -> usize {
+        let idle = self.idle.lock();
+        let open = |host: &Host| host.connections.iter().filter(|c| c.is_usable()).count();
+        idle.hosts.values().map(open).sum()
+    }
+
     /// Sends `request` and returns the answer once its head is there. `limit` bounds the time to it.
     pub(super) async fn call(
         &self,
@@ -138,6 +150,7 @@ impl Engines {
         active: ActiveLeg,
     ) -> Result<Response<LegBody>, CallError> {
         let key = (stage, target.clone());
+        let may_switch = request.headers().contains_key(header::UPGRADE);
         loop {
             let kept = self.idle.lock().take(&key);
             let reused = kept.is_some();
@@ -152,13 +165,18 @@ impl Engines {
             match connection.sender.try_send_request(request).await {
                 Ok(response) => {
                     let (head, body) = response.into_parts();
+                    let switched = head.status == StatusCode::SWITCHING_PROTOCOLS;
+                    if switched && !may_switch {
+                        return Err(CallError::Switched);
+                    }
                     let mut leg = LegBody {
                         body,
                         held: Some((active, connection, key)),
                         idle: Arc::clone(&self.idle),
                         max_idle: self.settings.max_idle_per_host,
+                        span: None,
                     };
-                    if leg.body.is_end_stream() {
+                    if leg.body.is_end_stream() && !switched {
                         leg.release();
                     }
                     return Ok(Response::from_parts(head, leg));
@@ -203,7 +221,7 @@ where
         .map_err(io::Error::other)?;
     let driver = tokio::spawn(async move {
         // Its error reaches the call that waits for an answer.
-        let _ = connection.await;
+        let _ = connection.with_upgrades().await;
     });
     Ok(Connection {
         sender,
@@ -212,19 +230,41 @@ where
     })
 }
 
+impl Connection {
+    fn is_usable(&self) -> bool {
+        !self.sender.is_closed() && self.idle_since.elapsed() < IDLE_TIMEOUT
+    }
+}
+
 impl Idle {
     fn take(&mut self, key: &PoolKey) -> Option<Connection> {
         let host = self.hosts.get_mut(key)?;
         host.used = Instant::now();
         while let Some(kept) = host.connections.pop() {
-            if !kept.sender.is_closed() && kept.idle_since.elapsed() < IDLE_TIMEOUT {
+            if kept.is_usable() {
                 return Some(kept);
             }
         }
         None
     }
 
+    /// Closes what was not used for long. An endpoint that is named no more is not asked for either, so
+    /// this looks at all of them, once in [`IDLE_TIMEOUT`].
+    fn sweep(&mut self) {
+        let now = Instant::now();
+        let last = *self.swept.get_or_insert(now);
+        if now.duration_since(last) < IDLE_TIMEOUT {
+            return;
+        }
+        self.swept = Some(now);
+        self.hosts.retain(|_, host| {
+            host.connections.retain(Connection::is_usable);
+            !host.connections.is_empty()
+        });
+    }
+
     fn put(&mut self, key: PoolKey, connection: Connection, max: usize) {
+        self.sweep();
         if self.hosts.len() >= MAX_HOSTS && !self.hosts.contains_key(&key) {
             let oldest = self.hosts.iter().min_by_key(|(_, host)| host.used);
             if let Some(oldest) = oldest.map(|(key, _)| key.clone()) {
@@ -235,7 +275,7 @@ impl Idle {
             connections: Vec::new(),
             used: Instant::now(),
         });
-        host.connections.retain(|kept| !kept.sender.is_closed());
+        host.connections.retain(Connection::is_usable);
         if host.connections.len() < max {
             host.connections.push(connection);
         }
@@ -250,9 +290,28 @@ pub(super) struct LegBody {
     held: Option<(ActiveLeg, Connection, PoolKey)>,
     idle: Arc<Mutex<Idle>>,
     max_idle: usize,
+    /// Of the call, while its answer is not read to the end.
+    span: Option<LegSpan>,
 }
 
 impl LegBody {
+    /// Its end is the end of `span`.
+    pub(super) fn with_span(mut self, span: LegSpan) -> Self {
+        if self.held.is_some() {
+            self.span = Some(span);
+        } else {
+            span.end();
+        }
+        self
+    }
+
+    /// Nothing more is read, and that is no failure.
+    pub(super) fn end(mut self) {
+        if let Some(span) = self.span.take() {
+            span.end();
+        }
+    }
+
     /// Reads the rest, at most [`MAX_WHOLE_BYTES`] of it.
     pub(super) async fn whole(mut self) -> Result<Bytes, CallError> {
         let mut first = Bytes::new();
@@ -269,6 +328,7 @@ impl LegBody {
                 rest.extend_from_slice(&first);
             }
             if rest.len() + piece.len() > MAX_WHOLE_BYTES {
+                self.fail();
                 return Err(CallError::TooLong);
             }
             rest.extend_from_slice(&piece);
@@ -296,13 +356,25 @@ impl LegBody {
 
     async fn next_frame(&mut self) -> Option<Result<Frame<Bytes>, hyper::Error>> {
         let frame = self.body.frame().await;
-        if frame.is_none() {
-            self.release();
+        match &frame {
+            None => self.release(),
+            Some(Err(_)) => self.fail(),
+            Some(Ok(_)) => {}
         }
         frame
     }
 
+    /// The rest of the answer will not come, or is not wanted.
+    fn fail(&mut self) {
+        if let Some((active, ..)) = self.held.take() {
+            active.failed();
+        }
+    }
+
     fn release(&mut self) {
+        if let Some(span) = self.span.take() {
+            span.end();
+        }
         let Some((_active, mut connection, key)) = self.held.take() else {
             return;
         };
@@ -323,9 +395,11 @@ impl Body for LegBody {
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         let this = self.get_mut();
         let frame = std::task::ready!(Pin::new(&mut this.body).poll_frame(cx));
-        // Known before the end is polled for when the length was announced.
-        if frame.is_none() || this.body.is_end_stream() {
-            this.release();
+        // The end is known before it is polled for when the length was announced.
+        match &frame {
+            Some(Err(_)) => this.fail(),
+            _ if frame.is_none() || this.body.is_end_stream() => this.release(),
+            _ => {}
         }
         Poll::Ready(frame.map(|frame| frame.map_err(io::Error::other)))
     }

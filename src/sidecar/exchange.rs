@@ -16,14 +16,24 @@ use super::answer::{self, Answer, strip_hop_by_hop};
 use super::body::{AnswerBody, EngineBody};
 use super::engines::{CallError, LegBody};
 use super::host_port::HostPort;
+use super::json::Field;
 use super::metrics::{Path, Stage};
 use super::prompt::Prompt;
 use super::proxy::Sidecar;
 use super::routing::DATA_PARALLEL_RANK;
 use super::settings::PrefillFallback;
+use super::spans::{
+    CONCURRENT_DECODE, CONCURRENT_PREFILL, DECODE, ENCODE, LegSpan, PREFILL, RequestSpan,
+};
+use crate::telemetry::trace::{Site, Span};
 
 /// `x-request-id`
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// How a request's prefill is handed on.
+pub(super) const CONNECTOR: &str = "llm_d.pd_proxy.kv_connector";
+/// What a prefill engine answered.
+const PREFILL_STATUS: &str = "llm_d.pd_proxy.prefill.status_code";
 
 /// An answer that ends the request early.
 pub(super) type Refusal = Box<Answer>;
@@ -57,7 +67,7 @@ impl std::fmt::Display for LegFailure {
 
 impl LegFailure {
     /// Another endpoint would say the same: the request itself is refused.
-    fn is_final(&self) -> bool {
+    pub(super) fn is_final(&self) -> bool {
         let Self::Status(response) = self else {
             return false;
         };
@@ -115,6 +125,10 @@ pub(super) struct Exchange {
     /// Of the listener.
     pub(super) rank: u16,
     pub(super) began: Instant,
+    /// Of the whole request.
+    pub(super) span: RequestSpan,
+    /// What decode calls are a part of, when it is not the request itself.
+    pub(super) decoding: Span,
 }
 
 impl Exchange {
@@ -125,7 +139,7 @@ impl Exchange {
         target: &HostPort,
         uri: &Uri,
         body: Vec<Bytes>,
-        extra: &[(HeaderName, HeaderValue)],
+        (extra, leg): (&[(HeaderName, HeaderValue)], &LegSpan),
     ) -> Request<EngineBody> {
         let mut request = Request::new(EngineBody::pieces(body));
         *request.method_mut() = Method::POST;
@@ -142,6 +156,7 @@ impl Exchange {
         for (name, value) in extra {
             headers.insert(name, value.clone());
         }
+        leg.inject(headers);
         set_host(headers, target);
         request
     }
@@ -180,9 +195,27 @@ impl Exchange {
         body: &[Bytes],
         extra: &[(HeaderName, HeaderValue)],
     ) -> Result<Bytes, LegFailure> {
+        let leg = self.prefill_span(PREFILL, target);
+        let extra = (extra, &leg);
         let request = self.request(Stage::Prefill, target, &self.uri, body.to_vec(), extra);
         let limit = self.sidecar.settings.prefill_timeout;
-        self.whole(Stage::Prefill, target, request, limit).await
+        let answered = self.whole(Stage::Prefill, target, request, limit).await;
+        answered_by(leg, Some(PREFILL_STATUS), &answered);
+        if answered.is_ok() {
+            self.span.prefilled();
+        }
+        answered
+    }
+
+    fn prefill_span(&self, site: Site, target: &HostPort) -> LegSpan {
+        let mut leg = LegSpan::prefill(self.span.child(site));
+        leg.record(|| {
+            [
+                ("llm_d.pd_proxy.prefill_target", target.to_string().into()),
+                (CONNECTOR, self.sidecar.settings.kv_connector.name().into()),
+            ]
+        });
+        leg
     }
 
     /// Sends one media item to an encode endpoint.
@@ -193,9 +226,13 @@ impl Exchange {
         id: HeaderValue,
     ) -> Result<Bytes, LegFailure> {
         let uri = Uri::from_static("/v1/chat/completions");
-        let request = self.request(Stage::Encode, target, &uri, body, &[(REQUEST_ID, id)]);
+        let leg = LegSpan::new(self.span.child(ENCODE));
+        let extra = (&[(REQUEST_ID, id)][..], &leg);
+        let request = self.request(Stage::Encode, target, &uri, body, extra);
         let limit = self.sidecar.settings.encode_timeout;
-        self.whole(Stage::Encode, target, request, limit).await
+        let answered = self.whole(Stage::Encode, target, request, limit).await;
+        answered_by(leg, None, &answered);
+        answered
     }
 
     /// The whole answer, if it is a success.
@@ -217,6 +254,7 @@ impl Exchange {
             if head.status.is_success() {
                 return Ok(body);
             }
+            self.sidecar.metrics().failed(stage);
             Err(LegFailure::Status(Box::new(Response::from_parts(
                 head, body,
             ))))
@@ -240,14 +278,26 @@ impl Exchange {
         body: &[Bytes],
         extra: &[(HeaderName, HeaderValue)],
     ) -> Result<Response<LegBody>, LegFailure> {
+        let mut leg = self.prefill_span(CONCURRENT_PREFILL, target);
+        let extra = (extra, &leg);
         let request = self.request(Stage::Prefill, target, &self.uri, body.to_vec(), extra);
         let engines = &self.sidecar.engines;
-        let response = engines.call(Stage::Prefill, target, request, limit).await?;
+        let called = engines.call(Stage::Prefill, target, request, limit).await;
+        let response = match called {
+            Ok(response) => response,
+            Err(error) => {
+                leg.fail(|| error.to_string());
+                return Err(error.into());
+            }
+        };
+        leg.answered(Some(PREFILL_STATUS), response.status());
+        let response = response.map(|body| body.with_span(leg));
         if response.status().is_success() {
             return Ok(response);
         }
         let (head, body) = response.into_parts();
         let whole = Response::from_parts(head, body.whole().await?);
+        engines.metrics().failed(Stage::Prefill);
         Err(LegFailure::Status(Box::new(whole)))
     }
 
@@ -257,6 +307,17 @@ impl Exchange {
         body: Vec<Bytes>,
         extra: &[(HeaderName, HeaderValue)],
     ) -> Result<Response<LegBody>, Refusal> {
+        self.decode_as(DECODE, body, extra).await
+    }
+
+    async fn decode_as(
+        &self,
+        site: Site,
+        body: Vec<Bytes>,
+        extra: &[(HeaderName, HeaderValue)],
+    ) -> Result<Response<LegBody>, Refusal> {
+        let mut leg = self.decode_span(site);
+        let extra = (extra, &leg);
         let request = self.request(Stage::Decode, &self.decode, &self.uri, body, extra);
         tracing::debug!(
             true_ttft_ms = self.began.elapsed().as_secs_f64() * 1e3,
@@ -268,12 +329,46 @@ impl Exchange {
         let called = engines
             .call(Stage::Decode, &self.decode, request, limit)
             .await;
-        let mut response = called.map_err(|error| {
-            tracing::warn!(decode_target = %self.decode, %error, "the decode engine failed");
-            Box::new(answer::decode_failed(&error))
-        })?;
+        let mut response = match called {
+            Ok(response) => response,
+            Err(error) => {
+                tracing::warn!(decode_target = %self.decode, %error, "the decode engine failed");
+                leg.fail(|| error.to_string());
+                return Err(Box::new(answer::decode_failed(&error)));
+            }
+        };
+        leg.answered(None, response.status());
         strip_hop_by_hop(response.headers_mut());
-        Ok(response)
+        Ok(response.map(|body| body.with_span(leg)))
+    }
+
+    /// A decode call begins.
+    fn decode_span(&self, site: Site) -> LegSpan {
+        self.span.decoding();
+        let span = if self.decoding.is_recording() {
+            self.decoding.child(site)
+        } else {
+            self.span.child(site)
+        };
+        let mut leg = LegSpan::decode(span);
+        leg.record(|| {
+            let own = self.sidecar.local_engine(self.rank);
+            [
+                (
+                    "llm_d.pd_proxy.decode.target",
+                    self.decode.to_string().into(),
+                ),
+                (
+                    "llm_d.pd_proxy.decode.streaming",
+                    self.prompt.is_true(Field::Stream).into(),
+                ),
+                (
+                    "llm_d.pd_proxy.decode.data_parallel",
+                    (own.as_ref() != Some(&self.decode)).into(),
+                ),
+            ]
+        });
+        leg
     }
 
     /// Calls both engines at once. The decode's answer counts once the prefill is known to go well:
@@ -296,8 +391,10 @@ impl Exchange {
         prefill: (&[Bytes], &[(HeaderName, HeaderValue)]),
         decode: (Vec<Bytes>, &[(HeaderName, HeaderValue)]),
     ) -> Result<Result<Answer, LegFailure>, Refusal> {
+        self.span
+            .record(|| [("llm_d.pd_proxy.concurrent_pd", true.into())]);
         let mut prefilling = pin!(self.begin_prefill(limit, target, prefill.0, prefill.1));
-        let mut decoding = pin!(self.decode(decode.0, decode.1));
+        let mut decoding = pin!(self.decode_as(CONCURRENT_DECODE, decode.0, decode.1));
         let mut decoded = None;
         let prefilled = loop {
             tokio::select! {
@@ -336,6 +433,11 @@ impl Exchange {
         Ok(Ok(response.map(|leg| AnswerBody::paired(leg, rest))))
     }
 
+    /// Whether the local engine may read a prompt that a prefill endpoint could not hand over.
+    pub(super) fn may_prefill_here(&self) -> bool {
+        self.sidecar.settings.prefill_fallback == PrefillFallback::Local
+    }
+
     /// Lets the engine beside us do all of it.
     pub(super) async fn decode_alone(&self, path: Path) -> Result<Answer, Refusal> {
         let response = self.decode(self.prompt.with(&[]), &[]).await?;
@@ -351,6 +453,16 @@ impl Exchange {
             last: None,
         }
     }
+}
+
+/// Ends the span of a call whose answer was read whole.
+fn answered_by(mut leg: LegSpan, name: Option<&'static str>, answered: &Result<Bytes, LegFailure>) {
+    match answered {
+        Ok(_) => leg.answered(name, StatusCode::OK),
+        Err(LegFailure::Status(response)) => leg.answered(name, response.status()),
+        Err(failure) => return leg.fail(|| failure.to_string()),
+    }
+    leg.end();
 }
 
 /// Names the engine in `host`.
@@ -378,6 +490,10 @@ impl<'a> Attempts<'a> {
     /// Notes a failure; an error when trying others is no use.
     pub(super) fn failed(&mut self, target: &HostPort, failure: LegFailure) -> Result<(), Refusal> {
         tracing::warn!(prefill_target = %target, %failure, "prefill failed");
+        if matches!(failure, LegFailure::Garbage(_)) {
+            // All other failures are counted where they happen.
+            self.exchange.sidecar.metrics().failed(Stage::Prefill);
+        }
         if failure.is_final() {
             return Err(Box::new(failure.into_answer()));
         }

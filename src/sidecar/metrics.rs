@@ -20,7 +20,7 @@ pub enum Stage {
 }
 
 impl Stage {
-    const ALL: [Self; 4] = [Self::Encode, Self::Prefill, Self::Decode, Self::Bootstrap];
+    pub(super) const ALL: [Self; 4] = [Self::Encode, Self::Prefill, Self::Decode, Self::Bootstrap];
 
     /// Its name in logs and labels.
     pub fn name(self) -> &'static str {
@@ -169,6 +169,13 @@ pub(super) struct ActiveLeg {
     metrics: SidecarMetrics,
     stage: Stage,
     began: Instant,
+}
+
+impl ActiveLeg {
+    /// It ends without a usable answer.
+    pub(super) fn failed(&self) {
+        self.metrics.failed(self.stage);
+    }
 }
 
 impl Drop for ActiveLeg {

@@ -32,7 +32,10 @@ mod routing;
 pub mod run;
 pub mod server;
 pub mod settings;
+mod spans;
+mod state;
 mod trace;
+mod upgrade;
 mod usage;
 
 #[cfg(test)]

@@ -78,6 +78,8 @@ pub struct Pool {
     pub namespace: String,
     /// Its name.
     pub name: String,
+    /// Only one of the API group before v1 counts.
+    pub legacy: bool,
 }
 
 /// The routing proxy of a decode pod.
@@ -240,7 +242,8 @@ struct Flags {
         help_heading = "Protection"
     )]
     inference_pool: String,
-    /// API group of the pool; while there is none in v1, one of the older group counts too
+    /// API group of the pool: inference.networking.x-k8s.io for v1alpha2 only; otherwise v1, and v1alpha2
+    /// while there is none in v1
     #[arg(
         long,
         default_value = "inference.networking.k8s.io",
@@ -304,7 +307,7 @@ struct Flags {
         help_heading = "Process"
     )]
     workers: usize,
-    /// Give requests without one a trace context
+    /// Record traces, if OTEL_TRACES_EXPORTER or OTEL_EXPORTER_OTLP_ENDPOINT says where to; give requests without a trace context one
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = false, help_heading = "Process")]
     tracing: bool,
     /// Verbosity: up to 3 info, 4 debug, 5 trace
@@ -627,12 +630,11 @@ fn pool(text: &str, group: &str) -> Result<Option<Pool>, OptionsError> {
     if text.is_empty() {
         return Ok(None);
     }
-    if !matches!(
-        group,
-        "inference.networking.k8s.io" | "inference.networking.x-k8s.io"
-    ) {
-        return invalid(format!("flag --pool-group: unknown group {group:?}"));
-    }
+    let legacy = match group {
+        "inference.networking.k8s.io" => false,
+        "inference.networking.x-k8s.io" => true,
+        other => return invalid(format!("flag --pool-group: unknown group {other:?}")),
+    };
     let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
     if namespace.is_empty() || name.is_empty() || name.contains('/') {
         return invalid(format!(
@@ -642,6 +644,7 @@ fn pool(text: &str, group: &str) -> Result<Option<Pool>, OptionsError> {
     Ok(Some(Pool {
         namespace: namespace.to_owned(),
         name: name.to_owned(),
+        legacy,
     }))
 }
 
@@ -854,6 +857,20 @@ mod tests {
             (pool.namespace.as_str(), pool.name.as_str()),
             ("default", "p")
         );
+        assert!(!pool.legacy);
         assert_eq!(metrics_port("0.0.0.0:9091").unwrap(), Some(9091));
+    }
+
+    #[test]
+    fn the_group_says_which_pools_count() {
+        let of = |group: &str| {
+            let group = format!("--pool-group={group}");
+            let read = options(&["--inference-pool=ns/p", &group]);
+            read.map(|options| options.inference_pool.unwrap().legacy)
+        };
+        assert!(!of("inference.networking.k8s.io").unwrap());
+        assert!(of("inference.networking.x-k8s.io").unwrap());
+        let error = of("example.com").unwrap_err();
+        assert!(error.contains("unknown group \"example.com\""), "{error}");
     }
 }

@@ -15,14 +15,17 @@ use super::api::Api;
 use super::body::{AnswerBody, EngineBody};
 use super::connectors;
 use super::engines::{EngineSettings, Engines};
-use super::exchange::{Exchange, Refusal, set_host};
+use super::exchange::{CONNECTOR, Exchange, Refusal, set_host};
 use super::health;
 use super::host_port::HostPort;
 use super::metrics::{Path, SidecarMetrics, Stage};
 use super::prompt::Prompt;
-use super::routing::Routing;
+use super::routing::{PREFILL, Routing};
 use super::settings::Settings;
+use super::spans::{FORWARD, LegSpan, RequestSpan};
 use super::trace;
+use super::upgrade;
+use crate::telemetry::trace::{Span, Value};
 
 /// Everything that requests share.
 #[derive(Debug)]
@@ -62,7 +65,7 @@ impl Sidecar {
 
     /// Answers one request that came in on the listener of `rank`. Dropped, it ends every call that
     /// was made for it.
-    pub async fn answer(self: &Arc<Self>, rank: u16, request: Request<Incoming>) -> Answer {
+    pub async fn answer(self: &Arc<Self>, rank: u16, mut request: Request<Incoming>) -> Answer {
         let began = Instant::now();
         let Some(local) = self.local_engine(rank) else {
             return answer::bad_gateway("The decode node failed.");
@@ -71,27 +74,38 @@ impl Sidecar {
         if method == Method::GET && path == "/health" {
             return health::probe(self, &local).await;
         }
-        let outcome = match Api::of(method, path) {
-            Some(api) => Box::pin(self.infer(api, rank, local, request, began)).await,
-            None => self.pass_through(&local, request).await,
+        let api = Api::of(method, path);
+        let span = RequestSpan::start(&self.settings.tracer, &mut request);
+        let outcome = match api {
+            Some(api) => {
+                let since = (began, span.clone());
+                Box::pin(self.infer(api, rank, local, request, since)).await
+            }
+            None => self.pass_through(&local, request, &span).await,
         };
-        outcome.unwrap_or_else(|refusal| {
+        let answer = outcome.unwrap_or_else(|refusal| {
             self.metrics().served(Path::Error);
             *refusal
-        })
+        });
+        span.answered(answer.status());
+        answer.map(|body| body.with_span(span))
     }
 
     /// Anything but inference, as it comes and goes.
     async fn pass_through(
         &self,
         local: &HostPort,
-        request: Request<Incoming>,
+        mut request: Request<Incoming>,
+        span: &RequestSpan,
     ) -> Result<Answer, Refusal> {
+        let mut leg = LegSpan::new(span.child(FORWARD));
+        let upgrade = upgrade::Wanted::take(&mut request);
         let (mut head, body) = request.into_parts();
         // Nobody to tell apart here: the headers just have to go.
         Routing::take(&mut head.headers, &self.allowed, self.metrics());
         strip_hop_by_hop(&mut head.headers);
         set_host(&mut head.headers, local);
+        leg.inject(&mut head.headers);
         let body = if body.is_end_stream() {
             EngineBody::empty()
         } else {
@@ -101,12 +115,25 @@ impl Sidecar {
         *out.method_mut() = head.method;
         *out.uri_mut() = origin_form(&head.uri);
         *out.headers_mut() = head.headers;
+        if let Some(wanted) = &upgrade {
+            wanted.ask(out.headers_mut());
+        }
         let limit = self.settings.decode_timeout;
         let called = self.engines.call(Stage::Decode, local, out, limit).await;
-        let mut response = called.map_err(|error| {
-            tracing::warn!(decode_target = %local, %error, "the decode engine failed");
-            Box::new(answer::decode_failed(&error))
-        })?;
+        let response = match called {
+            Ok(response) => response,
+            Err(error) => {
+                tracing::warn!(decode_target = %local, %error, "the decode engine failed");
+                leg.fail(|| error.to_string());
+                return Err(Box::new(answer::decode_failed(&error)));
+            }
+        };
+        leg.answered(None, response.status());
+        let mut response = response.map(|body| body.with_span(leg));
+        let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        if let Some(wanted) = upgrade.filter(|_| switched) {
+            return wanted.switch(self, local, response);
+        }
         strip_hop_by_hop(response.headers_mut());
         self.metrics().served(Path::Plain);
         Ok(response.map(AnswerBody::leg))
@@ -119,14 +146,27 @@ impl Sidecar {
         rank: u16,
         local: HostPort,
         request: Request<Incoming>,
-        began: Instant,
+        (began, span): (Instant, RequestSpan),
     ) -> Result<Answer, Refusal> {
         let (head, body) = request.into_parts();
         let mut headers = head.headers;
+        let named = headers
+            .get(PREFILL)
+            .filter(|_| span.is_recording())
+            .cloned();
         let mut routing = Routing::take(&mut headers, &self.allowed, self.metrics());
+        self.describe(&span, head.uri.path(), &routing);
         let length = content_length(&headers);
         clean(&mut headers);
         if routing.prefill_denied {
+            span.record(|| {
+                let named = named.as_ref().and_then(|v| v.to_str().ok());
+                [(
+                    "llm_d.pd_proxy.denied_target",
+                    named.unwrap_or_default().to_owned().into(),
+                )]
+            });
+            self.discard(body).await;
             return Err(Box::new(answer::text(
                 StatusCode::FORBIDDEN,
                 "Forbidden: prefill target not allowed by SSRF protection\n",
@@ -163,8 +203,59 @@ impl Sidecar {
             kv_source: routing.kv_source,
             rank,
             began,
+            span,
+            decoding: Span::default(),
         };
-        connectors::serve(exchange, &routing.encode).await
+        Box::pin(connectors::serve(exchange, &routing.encode)).await
+    }
+
+    /// What is known of a recorded request before its body is read.
+    fn describe(&self, span: &RequestSpan, path: &str, routing: &Routing) {
+        if !span.is_recording() {
+            return;
+        }
+        let connector = self.settings.kv_connector.name();
+        let disaggregated = !routing.prefill.is_empty();
+        span.record(|| {
+            [
+                ("llm_d.pd_proxy.connector", connector.into()),
+                (CONNECTOR, connector.into()),
+                ("llm_d.pd_proxy.request_path", path.to_owned().into()),
+                ("llm_d.pd_proxy.disaggregation_used", disaggregated.into()),
+                (
+                    "llm_d.pd_proxy.prefill_candidates",
+                    routing.prefill.len().into(),
+                ),
+            ]
+        });
+        if !disaggregated {
+            let reason = if routing.prefill_denied {
+                "ssrf_protection_denied"
+            } else {
+                "no_prefill_header"
+            };
+            span.record(|| [("llm_d.pd_proxy.reason", reason.into())]);
+        }
+        if let Some(source) = &routing.kv_source {
+            span.record(|| [("llm_d.pd_proxy.kv_cache_source", source.to_string().into())]);
+        }
+        if let Some(connector) = self.settings.ec_connector {
+            let encoders = routing.encode.iter().map(HostPort::to_string);
+            span.record(|| {
+                [
+                    ("llm_d.pd_proxy.ec_connector", connector.name().into()),
+                    (
+                        "llm_d.ec_proxy.encode_disaggregation_used",
+                        (!routing.encode.is_empty()).into(),
+                    ),
+                    ("llm_d.ec_proxy.encoder_count", routing.encode.len().into()),
+                    (
+                        "llm_d.ec_proxy.encoder_candidates",
+                        Value::Texts(encoders.collect()),
+                    ),
+                ]
+            });
+        }
     }
 
     /// The local engine, or the rank that a header names; only rank 0 listens to it, and SGLang has
@@ -191,6 +282,19 @@ impl Sidecar {
         rank.filter(|rank| *rank < self.settings.data_parallel_size)
             .and_then(|rank| self.local_engine(rank))
             .ok_or_else(|| Box::new(answer::bad_request("unknown data parallel endpoint")))
+    }
+
+    /// Reads a body that nobody needs: a client that still sends when its connection is closed may not
+    /// see the answer.
+    async fn discard(&self, mut body: Incoming) {
+        let mut left = self.settings.max_request_body_bytes;
+        while let Some(Ok(frame)) = body.frame().await {
+            let read = frame.data_ref().map_or(0, Bytes::len);
+            let Some(rest) = left.checked_sub(read) else {
+                return;
+            };
+            left = rest;
+        }
     }
 
     /// The body, which must be known whole before any of it can be sent on.

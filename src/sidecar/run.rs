@@ -16,10 +16,12 @@ use super::metrics::SidecarMetrics;
 use super::options::SidecarOptions;
 use super::proxy::Sidecar;
 use super::server::{ListenerTls, RankServer};
+use super::settings::Settings;
+use super::state;
 use crate::datalayer::scrape::tls::client_config;
 use crate::datalayer::sources::HttpSource;
-use crate::epp::run::wait_for_signal;
-use crate::epp::tls;
+use crate::epp::run::{Signals, wait_for_signal};
+use crate::epp::{tls, tracing as traces};
 use crate::kubernetes;
 use crate::telemetry::server::{Explained, IndexView, Pages, Refusal};
 use crate::telemetry::{self, log};
@@ -41,6 +43,7 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
     }
     let exposition = telemetry::metrics::install()?;
+    let (tracer, export) = traces::install("llm-d-pd-proxy", options.settings.tracing)?;
     let tasks = TaskTracker::new();
     let connections = TaskTracker::new();
     let (stop, cancel) = (CancellationToken::new(), CancellationToken::new());
@@ -51,8 +54,12 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
         tls: engine_tls(&options)?,
     };
     let allowed = Arc::new(allow_list(&options, &tasks, &stop).await?);
+    let settings = Settings {
+        tracer,
+        ..options.settings.clone()
+    };
     let sidecar = Arc::new(Sidecar::new(
-        options.settings.clone(),
+        settings,
         engines,
         allowed,
         SidecarMetrics::new(),
@@ -62,7 +69,7 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
         let listener = TcpListener::bind(any(port))
             .await
             .with_context(|| format!("--metrics-port {port}"))?;
-        let state: telemetry::server::PluginState = Arc::new(|| serde_json::json!({}));
+        let state = state::reader(Arc::clone(&sidecar), connections.clone());
         let pages = Pages::new(exposition, state, Arc::new(NoIndex));
         tasks.spawn(telemetry::server::serve(
             listener,
@@ -71,6 +78,8 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
             stop.clone(),
         ));
     }
+    // Before anybody can send a request: from here on a signal drains.
+    let mut signals = Signals::catch()?;
     for rank in 0..options.settings.data_parallel_size {
         let port = options
             .settings
@@ -90,7 +99,7 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
         tracing::info!(port, rank, tls = tls.is_some(), "serving");
     }
 
-    wait_for_signal().await?;
+    signals.next().await;
     tracing::info!(drain_timeout = ?options.drain_timeout, "draining");
     stop.cancel();
     connections.close();
@@ -101,6 +110,9 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
     }
     cancel.cancel();
     connections.wait().await;
+    if let Some(export) = export {
+        export.finish().await;
+    }
     tasks.close();
     tasks.wait().await;
     Ok(())
@@ -138,7 +150,7 @@ async fn allow_list(
     let members = kubernetes::AllowList::start(
         client,
         pool.namespace.clone(),
-        pool.name.clone(),
+        (pool.name.clone(), pool.legacy),
         tasks,
         stop.clone(),
     );

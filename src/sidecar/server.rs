@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::proxy::Sidecar;
+use super::upgrade::TunnelSlot;
 
 /// Connections of one listener; further ones wait in the accept queue.
 const MAX_CONNECTIONS: usize = 16_384;
@@ -111,8 +112,13 @@ impl RankServer {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let service = service_fn(move |request: Request<Incoming>| {
+        let tunnel = TunnelSlot::default();
+        let offered = (!http2).then(|| tunnel.clone());
+        let service = service_fn(move |mut request: Request<Incoming>| {
             let server = Arc::clone(&self);
+            if let Some(tunnel) = offered.clone() {
+                request.extensions_mut().insert(tunnel);
+            }
             async move { Ok::<_, Infallible>(server.sidecar.answer(server.rank, request).await) }
         });
         // A connection that breaks drops its requests and with them every call made for them.
@@ -142,7 +148,9 @@ impl RankServer {
                 .header_read_timeout(HEAD_TIMEOUT)
                 .max_buf_size(MAX_HEAD_BYTES as usize)
                 .max_header_size(MAX_HEAD_BYTES as usize);
-            until_stopped!(builder.serve_connection(TokioIo::new(stream), service));
+            let connection = builder.serve_connection(TokioIo::new(stream), service);
+            until_stopped!(connection.with_upgrades());
+            tunnel.pass().await;
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::telemetry::trace::Tracer;
+
 /// How prefill hands its KV cache to decode.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 #[value(rename_all = "kebab-case")]
@@ -19,6 +21,19 @@ pub enum KvConnector {
     Offloading,
 }
 
+impl KvConnector {
+    /// As flags and traces spell it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Nixlv2 => "nixlv2",
+            Self::SharedStorage => "shared-storage",
+            Self::Sglang => "sglang",
+            Self::Mooncake => "mooncake",
+            Self::Offloading => "offloading",
+        }
+    }
+}
+
 /// How encode endpoints hand their embeddings on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 #[value(rename_all = "kebab-case")]
@@ -27,6 +42,16 @@ pub enum EcConnector {
     EcExample,
     /// NIXL: answers say where the embeddings are
     EcNixl,
+}
+
+impl EcConnector {
+    /// As flags and traces spell it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::EcExample => "ec-example",
+            Self::EcNixl => "ec-nixl",
+        }
+    }
 }
 
 /// What happens when no prefill endpoint could do its part.
@@ -116,6 +141,8 @@ pub struct Settings {
     pub max_request_body_bytes: usize,
     /// Give requests a trace context that have none.
     pub tracing: bool,
+    /// Records requests, if an exporter is asked for.
+    pub tracer: Tracer,
 }
 
 impl Default for Settings {
@@ -143,6 +170,27 @@ impl Default for Settings {
             decode_timeout: None,
             max_request_body_bytes: 64 << 20,
             tracing: false,
+            tracer: Tracer::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::ValueEnum;
+
+    use super::*;
+
+    #[test]
+    fn traces_name_connectors_as_flags_do() {
+        fn spelled<T: ValueEnum>(value: &T) -> String {
+            value.to_possible_value().unwrap().get_name().to_owned()
+        }
+        for connector in KvConnector::value_variants() {
+            assert_eq!(connector.name(), spelled(connector));
+        }
+        for connector in EcConnector::value_variants() {
+            assert_eq!(connector.name(), spelled(connector));
         }
     }
 }

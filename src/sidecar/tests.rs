@@ -4,6 +4,7 @@ mod connectors;
 mod failures;
 mod nixl;
 mod surface;
+mod upgrade;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;

@@ -24,14 +24,18 @@ const MAX_HELD_BYTES: usize = 4096;
 /// An answer whose `usage.prompt_tokens_details.cached_tokens` is replaced as it passes.
 #[derive(Debug)]
 pub(super) struct UsageRewrite {
+    /// The beginning, if it was read before.
+    read: Bytes,
     leg: LegBody,
     filter: CachedTokens,
     trailing: Option<Frame<Bytes>>,
 }
 
 impl UsageRewrite {
-    pub(super) fn new(leg: LegBody, cached_tokens: u64) -> Self {
+    /// For `read` and then the rest of `leg`.
+    pub(super) fn new(read: Bytes, leg: LegBody, cached_tokens: u64) -> Self {
         Self {
+            read,
             leg,
             filter: CachedTokens::new(cached_tokens),
             trailing: None,
@@ -50,6 +54,12 @@ impl Body for UsageRewrite {
         let this = self.get_mut();
         if let Some(frame) = this.trailing.take() {
             return Poll::Ready(Some(Ok(frame)));
+        }
+        if !this.read.is_empty() {
+            let out = this.filter.feed(std::mem::take(&mut this.read));
+            if !out.is_empty() {
+                return Poll::Ready(Some(Ok(Frame::data(out))));
+            }
         }
         loop {
             let frame = match std::task::ready!(Pin::new(&mut this.leg).poll_frame(cx)) {

@@ -12,6 +12,8 @@ use super::transfer::TransferParams;
 const DEFAULT_MAX_TOKENS: usize = 16;
 /// Role that a chat template opens for the answer.
 const ASSISTANT: &[u8] = b"assistant";
+/// What is said of a request that failed inside the engine.
+const PULL_FAILED: &str = "Internal server error";
 
 /// An inference request.
 #[derive(Debug, Default, Deserialize)]
@@ -250,9 +252,14 @@ impl Refusal {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "InternalServerError",
-            "Internal server error",
+            PULL_FAILED,
             None,
         )
+    }
+
+    /// vLLM learns of it when a stream has begun.
+    pub(super) fn comes_late(&self) -> bool {
+        self.message == PULL_FAILED
     }
 
     /// A route that has to be opened by a flag.

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -18,6 +19,7 @@ use super::hash::BlockHash;
 use super::latency::Profile;
 use super::scheduler::{Plan, Scheduler, Sequence};
 use super::totals::Totals;
+use super::transfer::{Pull, Role};
 use super::work::{Progress, Work};
 
 /// Most lag before the virtual clock gives up catching up.
@@ -45,8 +47,8 @@ pub struct EngineConfig {
     pub max_loras: usize,
     /// Tokens of a request, prompt and output together.
     pub max_model_len: usize,
-    /// KV is handed from pod to pod.
-    pub hands_over: bool,
+    /// What the pod is for, when KV is handed from pod to pod.
+    pub kv_role: Option<Role>,
 }
 
 impl EngineConfig {
@@ -71,12 +73,20 @@ impl EngineConfig {
 pub struct Stats {
     /// Requests in steps.
     pub running: usize,
-    /// Requests in the queue.
+    /// Requests in the queue, those whose KV is pulled included.
     pub waiting: usize,
-    /// Those of them whose adapter has no place.
+    /// Those of them whose adapter has no place, or whose KV is not there yet.
     pub deferred: usize,
+    /// Those of them whose KV is pulled now.
+    pub pulling: usize,
+    /// Those of them whose KV was pulled.
+    pub pulled: usize,
     /// Share of blocks held.
     pub kv_usage: f64,
+    /// Blocks held: by requests, and for other pods.
+    pub held_blocks: usize,
+    /// Ended requests whose blocks wait for another pod.
+    pub kept: usize,
     /// Counters and distributions.
     pub totals: Totals,
     /// Adapters of running requests.
@@ -91,7 +101,19 @@ pub struct Engine {
     config: EngineConfig,
     scheduler: Mutex<Scheduler>,
     wake: Notify,
+    /// Requests whose KV is pulled. Outlives a restart, as they do.
+    pulling: AtomicUsize,
     publisher: Option<Publisher>,
+}
+
+/// A pull that is under way, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Pulling<'a>(&'a AtomicUsize);
+
+impl Drop for Pulling<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Engine {
@@ -102,6 +124,7 @@ impl Engine {
             scheduler: Mutex::new(Scheduler::new(&config, publisher.is_some())),
             config,
             wake: Notify::new(),
+            pulling: AtomicUsize::new(0),
             publisher,
         })
     }
@@ -128,11 +151,16 @@ impl Engine {
         let mut scheduler = self.scheduler.lock();
         scheduler.expire(Instant::now());
         let owned = |names: BTreeSet<&str>| names.into_iter().map(str::to_owned).collect();
+        let pulling = self.pulling.load(Ordering::Relaxed);
         Stats {
             running: scheduler.running(),
-            waiting: scheduler.waiting(),
-            deferred: scheduler.deferred(&self.config),
+            waiting: scheduler.waiting() + pulling,
+            deferred: scheduler.deferred(&self.config) + pulling,
+            pulling,
+            pulled: scheduler.pulled(),
             kv_usage: scheduler.pool.usage(),
+            held_blocks: scheduler.pool.held_blocks(),
+            kept: scheduler.kept(),
             totals: scheduler.totals.clone(),
             running_loras: owned(scheduler.running_loras()),
             waiting_loras: owned(scheduler.waiting_loras()),
@@ -155,7 +183,27 @@ impl Engine {
 
     /// Another pod has what was kept for it.
     pub(super) fn free_kept(&self, name: &str) {
-        self.scheduler.lock().free_kept(name);
+        let mut scheduler = self.scheduler.lock();
+        scheduler.expire(Instant::now());
+        scheduler.free_kept(name);
+    }
+
+    /// Another pod gave what was to be pulled.
+    pub(super) fn observe_pull(&self, pull: &Pull) {
+        let mut scheduler = self.scheduler.lock();
+        let observed = &mut scheduler.totals.observed;
+        observed.transfer.observe(pull.seconds, 1);
+        observed.transfer_post.observe(0.0, 1);
+        observed.transfer_bytes.observe(pull.bytes, 1);
+        observed
+            .transfer_descriptors
+            .observe(pull.descriptors as f64, 1);
+    }
+
+    /// Begins to wait for another pod's KV.
+    pub(super) fn begin_pull(&self) -> Pulling<'_> {
+        self.pulling.fetch_add(1, Ordering::Relaxed);
+        Pulling(&self.pulling)
     }
 
     /// Another pod did not give what was to be pulled.
@@ -263,7 +311,7 @@ mod tests {
             steps_per_tick: 1,
             max_loras: 1,
             max_model_len: 1000,
-            hands_over: false,
+            kv_role: None,
         }
     }
 
@@ -397,6 +445,28 @@ mod tests {
         let stats = engine.stats();
         assert!(stats.running_loras.contains("a") && stats.waiting_loras.contains("b"));
         b.ended().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_pulled_what_had_expired_is_late() {
+        let (engine, _shutdown) = start(config(100));
+        let lease = Duration::from_secs(1);
+        for (name, pulled_after, late, expired) in [("in time", 0, 0, 0), ("late", 2, 1, 1)] {
+            let kept = Work {
+                handover: Handover::Keep {
+                    request: name.into(),
+                    lease,
+                },
+                ..work(1, 20, 1)
+            };
+            engine.submit(kept).unwrap().ended().await;
+            assert!(engine.stats().kv_usage > 0.0);
+            tokio::time::sleep(Duration::from_secs(pulled_after)).await;
+            engine.free_kept(name);
+            let stats = engine.stats();
+            let counted = (stats.totals.late_notifications, stats.totals.expired);
+            assert_eq!((counted, stats.kv_usage), ((late, expired), 0.0), "{name}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::engine::{EngineConfig, Stats};
 use super::totals::Histogram;
+use super::transfer::Role;
 
 /// Content type vLLM answers with.
 pub const CONTENT_TYPE: &str = "text/plain; version=1.0.0; charset=utf-8";
@@ -27,8 +28,13 @@ pub fn render(
         model,
         created: seconds(started),
     };
+    if config.kv_role.is_some() {
+        page.transfers(stats);
+    }
     page.estimates();
-    page.load(stats);
+    // vLLM leaves these out where nothing is ever pulled.
+    let pulls = matches!(config.kv_role, Some(Role::Decode | Role::Both));
+    page.load(stats, pulls);
     page.caches(stats);
     page.tokens(stats);
     page.requests(stats);
@@ -69,6 +75,34 @@ struct Page<'a> {
 }
 
 impl Page<'_> {
+    fn transfers(&mut self, stats: &Stats) {
+        let (totals, o) = (&stats.totals, &stats.totals.observed);
+        let of = "NIXL KV Cache transfers.";
+        let text = format!("Histogram of transfer duration for {of}");
+        self.histogram("nixl_xfer_time_seconds", &text, &o.transfer);
+        let text = format!("Histogram of transfer post time for {of}");
+        self.histogram("nixl_post_time_seconds", &text, &o.transfer_post);
+        let text = format!("Histogram of bytes transferred per {of}");
+        self.histogram("nixl_bytes_transferred", &text, &o.transfer_bytes);
+        // With vLLM's two blanks.
+        let text = "Histogram of number of descriptors per NIXL  KV Cache transfers.";
+        self.histogram("nixl_num_descriptors", text, &o.transfer_descriptors);
+        let text = "Number of failed NIXL KV Cache transfers, including handshake and notification failures. \
+                    NOTE: KV expiry is tracked separately in vllm:nixl_num_kv_expired_reqs.";
+        self.counter("nixl_num_failed_transfers", text, totals.failed_pulls);
+        // Here the notification is the end of the transfer and fails with it.
+        let text = "Number of failed NIXL KV Cache notifications. Retained for compatibility; these failures are \
+                    also included in vllm:nixl_num_failed_transfers.";
+        self.counter("nixl_num_failed_notifications", text, 0);
+        let text = "Number of requests that had their KV expire. NOTE: This metric is tracked on the P instance.";
+        self.counter("nixl_num_kv_expired_reqs", text, totals.expired);
+        let text = "Number of completion notifications for requests that were no longer tracked, usually because \
+                    their KV lease expired. The KV blocks may have been reused before the transfer finished. \
+                    Counted per notification (one per remote rank), not per request.";
+        let late = totals.late_notifications;
+        self.counter("nixl_num_notifications_after_expiry", text, late);
+    }
+
     fn estimates(&mut self) {
         let of = "(for Model Flops Utilization calculations).";
         let text = format!("Estimated number of floating point operations per GPU {of}");
@@ -79,7 +113,7 @@ impl Page<'_> {
         self.counter("estimated_write_bytes_per_gpu", &text, 0);
     }
 
-    fn load(&mut self, stats: &Stats) {
+    fn load(&mut self, stats: &Stats, pulls: bool) {
         let text = "Number of requests in model execution batches.";
         self.gauge("num_requests_running", text, stats.running as f64);
         let text = "Number of requests waiting to be processed.";
@@ -92,6 +126,9 @@ impl Page<'_> {
         let capacity = stats.waiting.saturating_sub(stats.deferred);
         for (reason, count) in [("capacity", capacity), ("deferred", stats.deferred)] {
             self.sample(name, "", &format!(",reason=\"{reason}\""), count as f64);
+        }
+        if pulls {
+            self.fetches(stats);
         }
         let text = "Engine sleep state; awake = 0 means engine is sleeping; awake = 1 means engine is awake; \
                     weights_offloaded = 1 means sleep level 1; discard_all = 1 means sleep level 2.";
@@ -106,6 +143,22 @@ impl Page<'_> {
         }
         let text = "KV-cache usage. 1 means 100 percent usage.";
         self.gauge("kv_cache_usage_perc", text, stats.kv_usage);
+    }
+
+    /// A pull begins with its request, so none waits to start.
+    fn fetches(&mut self, stats: &Stats) {
+        let text = "Number of waiting requests by async KV load stage. Stage labels: 'waiting_to_start' = needs \
+                    an async KV load that has not started; 'in_progress' = load started and not yet reported \
+                    finished; 'completed_waiting' = load finished, request not running yet.";
+        let name = "num_requests_kv_fetch_by_stage";
+        self.head(name, text, "gauge");
+        for (stage, count) in [
+            ("waiting_to_start", 0),
+            ("in_progress", stats.pulling),
+            ("completed_waiting", stats.pulled),
+        ] {
+            self.sample(name, "", &format!(",stage=\"{stage}\""), count as f64);
+        }
     }
 
     fn caches(&mut self, stats: &Stats) {
@@ -386,9 +439,22 @@ mod tests {
     use crate::sim::totals::Totals;
 
     const RECORDED: &str = include_str!("../../tests/data/vllm-0.32/metrics/3-under-load-1.txt");
+    const RECORDED_DECODE: &str = include_str!("../../tests/data/vllm-0.32/pd/metrics-decode.txt");
+    const RECORDED_PREFILL: &str =
+        include_str!("../../tests/data/vllm-0.32/pd/metrics-prefill.txt");
 
     /// The recorded engine: 1,024 blocks of 16, context 8,192, two adapters in use and waited for.
     fn page() -> String {
+        let mut totals = Totals::new(8192);
+        totals.generation_tokens = 1_234_567;
+        page_of(
+            totals,
+            ["lora-0".to_owned(), "lora-1".to_owned()].into(),
+            None,
+        )
+    }
+
+    fn page_of(totals: Totals, loras: BTreeSet<String>, kv_role: Option<Role>) -> String {
         let config = EngineConfig {
             profile: Profile::H100_8B,
             time_scale: 1.0,
@@ -399,16 +465,17 @@ mod tests {
             steps_per_tick: 1,
             max_loras: 2,
             max_model_len: 8192,
-            hands_over: false,
+            kv_role,
         };
-        let loras: BTreeSet<String> = ["lora-0".to_owned(), "lora-1".to_owned()].into();
-        let mut totals = Totals::new(config.max_model_len);
-        totals.generation_tokens = 1_234_567;
         let stats = Stats {
             running: 16,
             waiting: 24,
             deferred: 3,
+            pulling: 2,
+            pulled: 1,
             kv_usage: 0.25,
+            held_blocks: 0,
+            kept: 0,
             totals,
             running_loras: loras.clone(),
             waiting_loras: loras,
@@ -428,9 +495,19 @@ mod tests {
 
     #[test]
     fn families_series_labels_and_bounds_are_the_recorded_ones_in_their_order() {
-        let page = page();
+        assert_same_shape(&page(), RECORDED);
+        for (role, recorded) in [
+            (Role::Prefill, RECORDED_PREFILL),
+            (Role::Decode, RECORDED_DECODE),
+        ] {
+            let page = page_of(Totals::new(8192), BTreeSet::new(), Some(role));
+            assert_same_shape(&page, recorded);
+        }
+    }
+
+    fn assert_same_shape(page: &str, recorded: &str) {
         let info = |line: &&str| line.starts_with("vllm:cache_config_info");
-        let (ours, theirs) = (shape(&page), shape(RECORDED));
+        let (ours, theirs) = (shape(page), shape(recorded));
         for (our, their) in ours.iter().zip(&theirs) {
             if !info(our) {
                 assert_eq!(our, their);
@@ -445,6 +522,42 @@ mod tests {
                 .collect()
         };
         assert_eq!(names(&ours), names(&theirs));
+    }
+
+    #[test]
+    fn transfers_are_counted_where_vllm_counts_them() {
+        let mut totals = Totals::new(8192);
+        totals.failed_pulls = 3;
+        totals.expired = 4;
+        totals.late_notifications = 5;
+        // Recorded sums: 61 blocks of 8 KiB in eight transfers, two of them of one block.
+        let observed = &mut totals.observed;
+        observed.transfer_bytes.observe(8192.0, 2);
+        observed.transfer_bytes.observe(10.0 * 8192.0, 5);
+        observed.transfer_bytes.observe(9.0 * 8192.0, 1);
+        observed.transfer.observe(0.02, 8);
+        observed.transfer_descriptors.observe(11.0, 8);
+        let page = page_of(totals, BTreeSet::new(), Some(Role::Decode));
+        let bytes: Vec<&str> = RECORDED_DECODE
+            .lines()
+            .filter(|l| l.starts_with("vllm:nixl_bytes_transferred_") && !l.contains("created"))
+            .collect();
+        assert_eq!(bytes.len(), 15);
+        for line in bytes {
+            assert!(page.contains(line), "{line}");
+        }
+        for line in [
+            "vllm:nixl_xfer_time_seconds_bucket{engine=\"0\",le=\"0.025\",model_name=\"tiny\"} 8.0\n",
+            "vllm:nixl_xfer_time_seconds_sum{engine=\"0\",model_name=\"tiny\"} 0.16\n",
+            "vllm:nixl_num_descriptors_sum{engine=\"0\",model_name=\"tiny\"} 88.0\n",
+            "vllm:nixl_num_failed_transfers_total{engine=\"0\",model_name=\"tiny\"} 3.0\n",
+            "vllm:nixl_num_kv_expired_reqs_total{engine=\"0\",model_name=\"tiny\"} 4.0\n",
+            "vllm:nixl_num_notifications_after_expiry_total{engine=\"0\",model_name=\"tiny\"} 5.0\n",
+            "vllm:num_requests_kv_fetch_by_stage{engine=\"0\",model_name=\"tiny\",stage=\"in_progress\"} 2.0\n",
+            "vllm:num_requests_kv_fetch_by_stage{engine=\"0\",model_name=\"tiny\",stage=\"completed_waiting\"} 1.0\n",
+        ] {
+            assert!(page.contains(line), "{line}");
+        }
     }
 
     #[test]

@@ -21,6 +21,8 @@ use super::work::Progress;
 /// Stands for the release that the answers imitate.
 const FINGERPRINT: &str = "\"vllm-0.32.0-sim\"";
 
+const EVENT_STREAM: &str = "text/event-stream; charset=utf-8";
+
 /// An accepted request.
 #[derive(Debug)]
 pub(super) struct Job {
@@ -259,7 +261,16 @@ pub(super) fn stream_reply(job: Job) -> Response<Body> {
         Some((Ok(Frame::data(Bytes::from(text))), (job, next)))
     });
     let mut response = Response::new(BodyExt::boxed(StreamBody::new(Box::pin(events))));
-    let content_type = HeaderValue::from_static("text/event-stream; charset=utf-8");
+    let content_type = HeaderValue::from_static(EVENT_STREAM);
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    response
+}
+
+/// A stream that has nothing but the refusal.
+pub(super) fn late_refusal(refusal: &Refusal) -> Response<Body> {
+    let text = format!("data: {}\n\ndata: [DONE]\n\n", refusal.body());
+    let mut response = json_reply(StatusCode::OK, text);
+    let content_type = HeaderValue::from_static(EVENT_STREAM);
     response.headers_mut().insert(CONTENT_TYPE, content_type);
     response
 }

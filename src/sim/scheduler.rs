@@ -65,6 +65,11 @@ impl Sequence {
         self.generated > 0 && self.computed + 1 == self.tokens()
     }
 
+    /// The KV of its prompt was pulled. After a preemption that is gone or found in the cache.
+    fn takes_pulled(&self) -> bool {
+        self.work.handover == Handover::Pulled && self.preemptions == 0
+    }
+
     /// The client holds no handle any more.
     fn is_abandoned(&self) -> bool {
         Arc::strong_count(&self.progress) == 1
@@ -144,6 +149,11 @@ impl Scheduler {
         self.waiting.iter().filter(defers).count()
     }
 
+    /// Waiting requests whose KV was pulled and has not been used.
+    pub(super) fn pulled(&self) -> usize {
+        self.waiting.iter().filter(|s| s.takes_pulled()).count()
+    }
+
     pub(super) fn running_loras(&self) -> BTreeSet<&str> {
         loras(self.running.iter())
     }
@@ -158,15 +168,22 @@ impl Scheduler {
         lost.for_each(|sequence| sequence.progress.end(true));
     }
 
+    /// Ended requests whose blocks wait for another pod.
+    pub(super) fn kept(&self) -> usize {
+        self.kept.len()
+    }
+
     /// Prompt tokens kept under a name.
     pub(super) fn kept_tokens(&self, name: &str) -> Option<usize> {
         self.kept.get(name).map(|kept| kept.tokens)
     }
 
-    /// Gives up blocks that were pulled.
+    /// Gives up blocks that were pulled, unless their time had ended before.
     pub(super) fn free_kept(&mut self, name: &str) {
         if let Some(kept) = self.kept.remove(name) {
             self.pool.release(&kept.blocks);
+        } else {
+            self.totals.late_notifications += 1;
         }
     }
 
@@ -362,13 +379,12 @@ impl Scheduler {
             return false;
         };
         let cached = hits * config.block_tokens;
-        // After a preemption what was pulled is gone or found in the cache.
-        let pulled = sequence.work.handover == Handover::Pulled && sequence.preemptions == 0;
+        let pulled = sequence.takes_pulled();
         if sequence.preemptions == 0 {
             self.totals.queried_tokens += sequence.work.prompt_tokens as u64;
             self.totals.hit_tokens += cached as u64;
             let missed = (tokens - cached) as u64;
-            if config.hands_over {
+            if config.kv_role.is_some() {
                 self.totals.external_queried_tokens += missed;
             }
             if pulled {
@@ -529,6 +545,7 @@ mod tests {
 
     use super::*;
     use crate::sim::Profile;
+    use crate::sim::transfer::Role;
 
     /// Blocks of 4 tokens, `blocks` of them usable.
     fn config(blocks: usize) -> EngineConfig {
@@ -542,7 +559,7 @@ mod tests {
             steps_per_tick: 1,
             max_loras: 1,
             max_model_len: 1000,
-            hands_over: true,
+            kv_role: Some(Role::Both),
         }
     }
 

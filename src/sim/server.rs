@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -29,7 +30,7 @@ use super::events::{EventsConfig, HashForm, Publisher};
 use super::hash::{BlockHasher, Extras, HashAlgorithm};
 use super::kv::block_hashes;
 use super::metrics;
-use super::reply::{Job, Keeper, stream_reply, whole_reply};
+use super::reply::{Job, Keeper, late_refusal, stream_reply, whole_reply};
 use super::text::{self, TOKEN_BYTES, append, output};
 use super::transfer::{Transfer, TransferSetup};
 use super::work::{Content, Handover, Work};
@@ -142,6 +143,10 @@ struct Pod {
     /// With events only.
     hasher: Option<BlockHasher>,
     transfer: Option<Arc<Transfer>>,
+    /// Inference requests that arrived whole.
+    received: AtomicU64,
+    /// One handle for each that has no answer yet, and this one.
+    unanswered: Arc<()>,
     /// The engine ended, and the process with it.
     dead: CancellationToken,
 }
@@ -149,7 +154,7 @@ struct Pod {
 /// Serves `config` on `listener` until `shutdown`. Fails when a socket for events or KV cannot be
 /// had, and when a request ends the engine.
 pub async fn serve(
-    config: SimConfig,
+    mut config: SimConfig,
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
@@ -158,12 +163,9 @@ pub async fn serve(
     let shutdown = shutdown.child_token();
     let _ends = shutdown.clone().drop_guard();
     let (publisher, hasher) = config.events.start(&host, &shutdown).await?.unzip();
-    let engine_config = EngineConfig {
-        hands_over: config.transfer.is_some(),
-        ..config.engine.clone()
-    };
-    let time_scale = engine_config.time_scale;
-    let engine = Engine::new(engine_config, publisher);
+    config.engine.kv_role = config.transfer.as_ref().map(|setup| setup.role);
+    let time_scale = config.engine.time_scale;
+    let engine = Engine::new(config.engine.clone(), publisher);
     let transfer = match config.transfer.clone() {
         None => None,
         Some(setup) => {
@@ -182,6 +184,8 @@ pub async fn serve(
         started: SystemTime::now(),
         hasher,
         transfer,
+        received: AtomicU64::new(0),
+        unanswered: Arc::default(),
         dead: dead.clone(),
     });
     loop {
@@ -301,6 +305,12 @@ impl Pod {
             "running": stats.running, "waiting": stats.waiting, "finished": totals.finished,
             "aborted": totals.aborted, "lag_seconds": totals.lag_seconds, "preemptions": totals.preemptions,
             "generation_tokens": totals.generation_tokens,
+            // What tests of several pods look at: who was asked, who computed, and what is left.
+            "received": self.received.load(Ordering::Relaxed),
+            "unanswered": Arc::strong_count(&self.unanswered) - 1,
+            "prompt_tokens": totals.prompt_tokens, "cached_prompt_tokens": totals.cached_prompt_tokens,
+            "pulled_prompt_tokens": totals.pulled_prompt_tokens, "failed_pulls": totals.failed_pulls,
+            "kept": stats.kept, "expired": totals.expired, "held_blocks": stats.held_blocks,
         });
         json_reply(StatusCode::OK, stats.to_string())
     }
@@ -418,6 +428,9 @@ impl Pod {
     async fn infer(&self, chat: bool, request: Request<Incoming>) -> io::Result<Response<Body>> {
         let id = request.headers().get("x-request-id").cloned();
         let body = collect(request).await?;
+        self.received.fetch_add(1, Ordering::Relaxed);
+        // Dropped with the answer's head, or when the client leaves before.
+        let _unanswered = Arc::clone(&self.unanswered);
         let fault = *self.fault.lock();
         match fault {
             Fault::Hang => std::future::pending().await,
@@ -443,6 +456,9 @@ impl Pod {
             Err(refusal) => return Ok(refuse(&refusal)),
         };
         match self.accept(chat, &ask, id.as_ref()).await {
+            Err(refusal) if refusal.comes_late() && ask.stream == Some(true) => {
+                Ok(late_refusal(&refusal))
+            }
             Err(refusal) => Ok(refuse(&refusal)),
             Ok(mut job) if ask.stream == Some(true) => {
                 job.reset_mid_stream =
@@ -491,10 +507,15 @@ impl Pod {
         };
         let cached = self.engine.cached_tokens(&work.hashes, work.prompt_tokens);
         let missing = work.prompt_tokens - cached;
-        if transfer.pull(&remote, missing).await.is_err() {
+        let block_tokens = self.config.engine.block_tokens;
+        let pulling = self.engine.begin_pull();
+        let pulled = transfer.pull(&remote, missing, block_tokens).await;
+        drop(pulling);
+        let Ok(pull) = pulled else {
             self.engine.count_failed_pull();
             return Err(Refusal::pull_failed());
-        }
+        };
+        self.engine.observe_pull(&pull);
         work.handover = Handover::Pulled;
         Ok(told)
     }

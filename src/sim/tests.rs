@@ -48,7 +48,7 @@ impl Pod {
                 steps_per_tick: 1,
                 max_loras: 2,
                 max_model_len: 8192,
-                hands_over: false,
+                kv_role: None,
             },
             tokens_per_event: 1,
             prompt_tokens_details,

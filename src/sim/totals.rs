@@ -19,6 +19,34 @@ const PHASE: &[f64] = &[
 const STEP_TOKENS: &[f64] = &[
     1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0,
 ];
+/// Seconds of a transfer of KV.
+const TRANSFER: &[f64] = &[
+    0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 5.0,
+];
+/// Seconds until it is under way.
+const POST: &[f64] = &[
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 5.0,
+];
+/// Bytes of it: from 2 KiB to 8 GiB, each four times the one before.
+const TRANSFER_BYTES: &[f64] = &[
+    2048.0,
+    8192.0,
+    32_768.0,
+    131_072.0,
+    524_288.0,
+    2_097_152.0,
+    8_388_608.0,
+    33_554_432.0,
+    134_217_728.0,
+    536_870_912.0,
+    2_147_483_648.0,
+    8_589_934_592.0,
+];
+/// Descriptors of it.
+const DESCRIPTORS: &[f64] = &[
+    10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 200.0, 400.0, 1000.0, 2000.0, 4000.0, 10_000.0, 20_000.0,
+    50_000.0,
+];
 /// Completions of one request.
 const COMPLETIONS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
 /// Preemptions of one request.
@@ -115,6 +143,14 @@ pub struct Observed {
     pub preemptions: Histogram,
     /// Prompt tokens that were not cached.
     pub computed_prompt_tokens: Histogram,
+    /// Of a pull, from its beginning to its last byte.
+    pub transfer: Histogram,
+    /// Until it is under way: nothing, here.
+    pub transfer_post: Histogram,
+    /// Bytes of a pull, whole blocks.
+    pub transfer_bytes: Histogram,
+    /// Runs of neighbouring blocks of a pull.
+    pub transfer_descriptors: Histogram,
 }
 
 impl Observed {
@@ -136,6 +172,10 @@ impl Observed {
             decode: Histogram::new(PHASE),
             preemptions: Histogram::new(PREEMPTIONS),
             computed_prompt_tokens: tokens(),
+            transfer: Histogram::new(TRANSFER),
+            transfer_post: Histogram::new(POST),
+            transfer_bytes: Histogram::new(TRANSFER_BYTES),
+            transfer_descriptors: Histogram::new(DESCRIPTORS),
         }
     }
 }
@@ -161,6 +201,8 @@ pub struct Totals {
     pub expired: u64,
     /// Pulls that failed.
     pub failed_pulls: u64,
+    /// Pods that said they had pulled what was not kept any more.
+    pub late_notifications: u64,
     /// Output tokens.
     pub generation_tokens: u64,
     /// Finished by reaching their length.
@@ -188,6 +230,7 @@ impl Totals {
             pulled_prompt_tokens: 0,
             expired: 0,
             failed_pulls: 0,
+            late_notifications: 0,
             generation_tokens: 0,
             finished: 0,
             aborted: 0,

@@ -4,7 +4,7 @@
 //! A request with `do_remote_decode` keeps its blocks when it ends, and its answer says where they
 //! are. A request that brings these parameters back with `do_remote_prefill` pulls what its own cache
 //! lacks over the side channel: a line of JSON each way, the time the bytes would take, and a line
-//! that frees the blocks. The role of the configuration changes nothing, as in vLLM.
+//! that frees the blocks. The role of the configuration changes only what is exposed, as in vLLM.
 
 use std::io;
 use std::sync::Arc;
@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::engine::Engine;
@@ -55,6 +56,8 @@ pub enum Role {
 /// A pod that hands over KV.
 #[derive(Debug, Clone)]
 pub struct TransferSetup {
+    /// What the pod says it is for.
+    pub role: Role,
     /// Tells lives of engines apart.
     pub engine_id: String,
     /// Host of the side channel, told to others.
@@ -90,12 +93,29 @@ pub(super) struct Remote {
     request_id: String,
     host: String,
     port: u16,
+    /// Numbers of its blocks, of all groups in a row.
+    blocks: Vec<u64>,
+}
+
+/// A pull that came to its end.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Pull {
+    /// From its beginning to the last byte, in simulated seconds.
+    pub(super) seconds: f64,
+    /// Of whole blocks.
+    pub(super) bytes: f64,
+    /// Runs of neighbouring blocks: NIXL moves such a run at once. The stand-in has one region of
+    /// memory, an engine one for each layer.
+    pub(super) descriptors: usize,
 }
 
 impl TransferParams {
     /// Where to pull from; `None` when something is missing, which vLLM only warns of.
     pub(super) fn remote(self) -> Option<Remote> {
+        let groups = self.remote_block_ids.as_ref().and_then(Value::as_array);
+        let numbers = groups.into_iter().flatten().filter_map(Value::as_array);
         Some(Remote {
+            blocks: numbers.flatten().filter_map(Value::as_u64).collect(),
             engine_id: self.remote_engine_id?,
             request_id: self.remote_request_id?,
             host: self.remote_host?,
@@ -121,6 +141,8 @@ pub(super) struct Transfer {
     setup: TransferSetup,
     port: u16,
     time_scale: f64,
+    /// Of one pod, whose pulls share it: one after the other.
+    link: Mutex<()>,
 }
 
 impl Transfer {
@@ -138,6 +160,7 @@ impl Transfer {
             setup,
             port,
             time_scale,
+            link: Mutex::default(),
         })
     }
 
@@ -164,8 +187,13 @@ impl Transfer {
         )
     }
 
-    /// Pulls `tokens` tokens, and frees the blocks there.
-    pub(super) async fn pull(&self, remote: &Remote, tokens: usize) -> io::Result<()> {
+    /// Pulls the blocks that hold the last `tokens` tokens of a prompt, and frees all of them there.
+    pub(super) async fn pull(
+        &self,
+        remote: &Remote,
+        tokens: usize,
+        block_tokens: usize,
+    ) -> io::Result<Pull> {
         let reach = async {
             let address = (remote.host.as_str(), remote.port);
             let mut stream = BufReader::new(TcpStream::connect(address).await?);
@@ -181,15 +209,39 @@ impl Transfer {
         };
         let reached = tokio::time::timeout(REACH_TIME, reach).await;
         let mut stream = reached.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-        let seconds = tokens as f64 * self.setup.token_bytes / self.setup.bytes_per_second;
+        let begun = Instant::now();
+        let blocks = tokens.div_ceil(block_tokens);
+        let bytes = (blocks * block_tokens) as f64 * self.setup.token_bytes;
+        let seconds = bytes / self.setup.bytes_per_second;
         let time = Duration::try_from_secs_f64(seconds / self.time_scale).unwrap_or(REACH_TIME);
+        let moved = async {
+            let _link = self.link.lock().await;
+            tokio::time::sleep(time).await;
+        };
         tokio::select! {
-            () = tokio::time::sleep(time) => {}
+            () = moved => {}
             // The other side has nothing to say: it died.
             _ = stream.fill_buf() => return Err(io::ErrorKind::UnexpectedEof.into()),
         }
-        send(&mut stream, &Message::Done).await
+        let seconds = begun.elapsed().as_secs_f64() * self.time_scale;
+        send(&mut stream, &Message::Done).await?;
+        Ok(Pull {
+            seconds,
+            bytes,
+            descriptors: runs(remote.blocks.iter().rev().take(blocks)),
+        })
     }
+}
+
+/// How many runs of neighbours `blocks`, last first, are.
+fn runs<'a>(blocks: impl Iterator<Item = &'a u64>) -> usize {
+    let mut behind: Option<u64> = None;
+    let begins = blocks.filter(|&&block| {
+        let neighbour = behind.is_some_and(|behind| behind.checked_sub(1) == Some(block));
+        behind = Some(block);
+        !neighbour
+    });
+    begins.count()
 }
 
 async fn send(stream: &mut BufReader<TcpStream>, message: &Message) -> io::Result<()> {
@@ -260,4 +312,28 @@ async fn hand_over(stream: TcpStream, engine_id: &str, engine: &Engine) -> io::R
         engine.free_kept(&request);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_moved_at_once() {
+        let runs_of = |blocks: &[u64]| runs(blocks.iter().rev());
+        assert_eq!(runs_of(&[38, 39, 40, 41]), 1);
+        assert_eq!(runs_of(&[38, 39, 50, 51, 7]), 3);
+        assert_eq!(runs_of(&[3, 2, 1]), 3, "downwards is no run");
+        assert_eq!((runs_of(&[u64::MAX]), runs_of(&[])), (1, 0));
+    }
+
+    #[test]
+    fn block_numbers_are_read_over_groups_and_nothing_else() {
+        let params: TransferParams = serde_json::from_value(json!({
+            "remote_block_ids": [[1, 2, "x"], 7, [9]], "remote_engine_id": "e",
+            "remote_request_id": "r", "remote_host": "h", "remote_port": 1,
+        }))
+        .unwrap();
+        assert_eq!(params.remote().unwrap().blocks, [1, 2, 9]);
+    }
 }

@@ -44,7 +44,10 @@ impl Cluster {
 
     async fn replica(&self, config: &str) -> Replica {
         let flags = [
-            format!("--kubeconfig={}/kubeconfig", self.directory.path().display()),
+            format!(
+                "--kubeconfig={}/kubeconfig",
+                self.directory.path().display()
+            ),
             "--pool-name=pool".to_owned(),
             "--pool-namespace=default".to_owned(),
             "--ha-enable-leader-election".to_owned(),
@@ -106,7 +109,10 @@ async fn a_leader_gives_the_lease_back_first_and_serves_on_until_it_ends() {
     eventually("the first leads", || first.serves("readiness")).await;
     let leader = cluster.holder();
     let second = cluster.replica(HEAD).await;
-    eventually("the second has the pool", async || second.endpoints().await.len() == 1).await;
+    eventually("the second has the pool", async || {
+        second.endpoints().await.len() == 1
+    })
+    .await;
     assert!(second.serves("liveness").await && !second.serves("readiness").await);
     // Only readiness keeps traffic away from it.
     assert_eq!(destination(&second.channel).await, "10.0.0.1:8000");
@@ -114,7 +120,10 @@ async fn a_leader_gives_the_lease_back_first_and_serves_on_until_it_ends() {
     first.terminate();
     eventually("not ready", async || !first.serves("readiness").await).await;
     assert!(first.serves("liveness").await);
-    eventually("the lease is given back", async || cluster.holder() != leader).await;
+    eventually("the lease is given back", async || {
+        cluster.holder() != leader
+    })
+    .await;
     eventually("the second leads", || second.serves("readiness")).await;
     let lease = cluster.server.get(LEASES, LEASE).unwrap();
     assert_eq!(lease["spec"]["leaseTransitions"], 1);
@@ -133,7 +142,10 @@ async fn a_leader_gives_the_lease_back_first_and_serves_on_until_it_ends() {
         std::future::ready(status.is_some())
     })
     .await;
-    assert!(status.as_ref().unwrap().contains("exit status: 0"), "{status:?}");
+    assert!(
+        status.as_ref().unwrap().contains("exit status: 0"),
+        "{status:?}"
+    );
     assert!(second.serves("readiness").await);
 }
 
@@ -146,7 +158,11 @@ async fn with_the_gate_off_a_standby_keeps_and_asks_nothing_until_it_leads() {
     let second = cluster.replica(&config).await;
     eventually("the second waits for the lease", async || {
         let asked = cluster.server.requests();
-        let asked = asked.iter().filter(|r| r.contains(&format!("GET /apis/coordination.k8s.io/v1/namespaces/default/leases/{LEASE}")));
+        let asked = asked.iter().filter(|r| {
+            r.contains(&format!(
+                "GET /apis/coordination.k8s.io/v1/namespaces/default/leases/{LEASE}"
+            ))
+        });
         asked.count() > 4
     })
     .await;

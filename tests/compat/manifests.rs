@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use pinpod::config::{LoadOptions, builtin, load};
 use pinpod::epp::options;
 use pinpod::telemetry::metrics::table::{Kind, TABLE};
+use pinpod::telemetry::trace::settings;
 use serde_json::Value;
 
 use super::schema::Schemas;
@@ -185,6 +186,16 @@ fn every_command_line_is_understood_and_every_pod_is_locked_down() {
             "{file}: {:?}",
             options.warnings
         );
+        // Traces go where the environment says, which is understood whole.
+        let variable = |name: &str| {
+            let mut all = container["env"].as_array().into_iter().flatten();
+            let found = all.find(|e| e["name"] == name)?;
+            Some(found["value"].as_str().unwrap().to_owned())
+        };
+        let traces = settings::read("epp", variable).unwrap();
+        assert_eq!(traces.warnings, Vec::<String>::new(), "{file}");
+        let wanted = variable("OTEL_TRACES_EXPORTER").is_some() && options.tracing;
+        assert_eq!(traces.settings.is_some(), wanted, "{file}");
         let ports: BTreeMap<_, _> = container["ports"]
             .as_array()
             .into_iter()

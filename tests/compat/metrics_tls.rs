@@ -8,7 +8,9 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::crypto::ring;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use tokio_rustls::rustls::pki_types::{
+    CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName,
+};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::drop_in::local;
@@ -19,9 +21,7 @@ type Identity = (CertificateDer<'static>, PrivateKeyDer<'static>);
 
 fn authority(name: &str) -> Authority {
     let mut params = CertificateParams::default();
-    params
-        .distinguished_name
-        .push(DnType::CommonName, name);
+    params.distinguished_name.push(DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
@@ -48,14 +48,20 @@ fn secret(authority: &Authority, directory: &Path) {
 }
 
 /// First line of the answer to a scrape; an error when there is none.
-async fn scrape(port: u16, trusted: &Authority, identity: Option<Identity>) -> Result<String, String> {
+async fn scrape(
+    port: u16,
+    trusted: &Authority,
+    identity: Option<Identity>,
+) -> Result<String, String> {
     let mut roots = RootCertStore::empty();
     roots.add(trusted.der().clone()).unwrap();
     let builder = ClientConfig::builder_with_provider(ring::default_provider().into());
     let builder = builder.with_safe_default_protocol_versions().unwrap();
     let builder = builder.with_root_certificates(roots);
     let config = match identity {
-        Some((certificate, key)) => builder.with_client_auth_cert(vec![certificate], key).unwrap(),
+        Some((certificate, key)) => builder
+            .with_client_auth_cert(vec![certificate], key)
+            .unwrap(),
         None => builder.with_no_client_auth(),
     };
     let stream = tokio::net::TcpStream::connect(local(port)).await.unwrap();
@@ -95,8 +101,13 @@ async fn the_port_shows_the_given_certificate_and_speaks_nothing_but_tls() {
     let refused = scrape(picker.metrics, &other, None).await.unwrap_err();
     assert!(refused.contains("UnknownIssuer"), "{refused}");
     // A scraper that was not told.
-    let mut plain = tokio::net::TcpStream::connect(local(picker.metrics)).await.unwrap();
-    plain.write_all(b"GET /metrics HTTP/1.1\r\nhost: picker\r\n\r\n").await.unwrap();
+    let mut plain = tokio::net::TcpStream::connect(local(picker.metrics))
+        .await
+        .unwrap();
+    plain
+        .write_all(b"GET /metrics HTTP/1.1\r\nhost: picker\r\n\r\n")
+        .await
+        .unwrap();
     let mut answer = Vec::new();
     // Closed, perhaps by a reset, after an alert at most.
     let _ = plain.read_to_end(&mut answer).await;
@@ -120,10 +131,15 @@ async fn clients_need_a_certificate_of_the_given_authority() {
     assert_eq!(known.unwrap(), OK);
     let nobody = scrape(port, &own, None).await.unwrap_err();
     assert!(nobody.contains("CertificateRequired"), "{nobody}");
-    let stranger = scrape(port, &own, Some(client_of(&strangers))).await.unwrap_err();
+    let stranger = scrape(port, &own, Some(client_of(&strangers)))
+        .await
+        .unwrap_err();
     assert!(stranger.contains("received fatal alert"), "{stranger}");
     // The certificate of the server is none of a client.
     let server = scrape(port, &own, Some(client_of(&own))).await;
     assert!(server.is_err(), "{server:?}");
-    assert_eq!(scrape(port, &own, Some(client_of(&clients))).await.unwrap(), OK);
+    assert_eq!(
+        scrape(port, &own, Some(client_of(&clients))).await.unwrap(),
+        OK
+    );
 }

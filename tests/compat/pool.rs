@@ -203,6 +203,7 @@ impl Pool {
             early: None,
             subset: Subset::Any,
             received_at: Instant::now(),
+            trace: pinpod::telemetry::trace::Span::default(),
         };
         self.director.decide(intake, BodyKnowledge::Complete)
     }

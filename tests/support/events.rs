@@ -52,8 +52,20 @@ pub fn message(frames: &[&[u8]]) -> Vec<u8> {
     bytes
 }
 
-/// `[ts, [["BlockStored", hashes, nil, ids, 16, nil, "GPU", adapter, extra keys]], 0]`
+/// [`stored_in`] GPU memory.
 pub fn stored(
+    seq: u64,
+    hashes: &[u64],
+    ids: &[u32],
+    adapter: Option<&str>,
+    salt: Option<&str>,
+) -> Vec<u8> {
+    stored_in("GPU", seq, hashes, ids, adapter, salt)
+}
+
+/// `[ts, [["BlockStored", hashes, nil, ids, 16, nil, medium, adapter, extra keys]], 0]`
+pub fn stored_in(
+    medium: &str,
     seq: u64,
     hashes: &[u64],
     ids: &[u32],
@@ -68,7 +80,7 @@ pub fn stored(
     bytes.push(0xc0);
     numbers(&mut bytes, ids.iter().copied().map(u64::from));
     bytes.extend([u8::try_from(BLOCK).unwrap(), 0xc0]);
-    string(&mut bytes, "GPU");
+    string(&mut bytes, medium);
     match adapter {
         Some(adapter) => string(&mut bytes, adapter),
         None => bytes.push(0xc0),

@@ -222,6 +222,17 @@ pub async fn post_to(address: SocketAddr, path: &str, body: impl Into<Bytes>) ->
     send(address, false, request).await.unwrap()
 }
 
+/// The same with further headers.
+pub async fn post_with(
+    address: SocketAddr,
+    path: &str,
+    body: impl Into<Bytes>,
+    headers: &[(&str, &str)],
+) -> Answer {
+    let request = request("POST", path, body.into(), headers);
+    send(address, false, request).await.unwrap()
+}
+
 fn request(method: &str, uri: &str, body: Bytes, headers: &[(&str, &str)]) -> Request<Full<Bytes>> {
     let mut request = Request::builder()
         .method(method)
@@ -267,4 +278,12 @@ pub fn completion(prompt: &str, max_tokens: usize, stream: bool) -> String {
         body["stream_options"] = serde_json::json!({"include_usage": true});
     }
     body.to_string()
+}
+
+/// Sends a signal to a process, or to a group when `target` begins with a minus.
+pub fn send_signal(name: &str, target: &str) {
+    let status = std::process::Command::new("kill")
+        .args([&format!("-{name}"), "--", target])
+        .status();
+    assert!(status.unwrap().success());
 }

@@ -12,6 +12,8 @@ use smallvec::SmallVec;
 
 use super::media_tokens::{EstimateSettings, MediaEstimate, VideoHints};
 use super::token_metrics::TokenObserver;
+use crate::datalayer::Endpoint;
+use crate::kvcache::tokens::hub::Repo;
 use crate::kvcache::tokens::remote::{RemoteSettings, RemoteTokenizer};
 use crate::kvcache::tokens::service::{
     Answer, ModelSettings, Pending, PromptTokens, Settings as TokenSettings, TokenService,
@@ -89,6 +91,8 @@ struct Local {
 struct LocalModel {
     name: String,
     directory: PathBuf,
+    repo: String,
+    revision: String,
     adapters: Vec<String>,
     chat_template: Option<PathBuf>,
 }
@@ -127,7 +131,7 @@ impl Plugin for TokenProducer {
             name: "local",
             kind: "object",
             default: "",
-            help: "Tokenize in this process: `models`, each with `name`, `directory` (tokenizer.json, tokenizer_config.json, chat template), `adapters` and `chatTemplate` (a file).",
+            help: "Tokenize in this process: `models`, each with `name`, `directory` (tokenizer.json, tokenizer_config.json, chat template), `adapters` and `chatTemplate` (a file). Instead of a directory, `repo` (owner/name on the Hugging Face hub, which `name` defaults to) and `revision` (main) are fetched in the background into the hub's cache; `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and `HTTPS_PROXY` mean what they mean to engines.",
         },
         ParamDoc {
             name: "modelName",
@@ -241,14 +245,9 @@ impl Vllm {
 
 impl Local {
     fn load(&self, name: &str) -> Result<Tokenizer, PluginError> {
-        let models = self.models.iter().map(|model| ModelSettings {
-            name: model.name.clone(),
-            directory: model.directory.clone(),
-            adapters: model.adapters.clone(),
-            chat_template: model.chat_template.clone(),
-        });
+        let models = self.models.iter().map(LocalModel::resolve);
         let settings = TokenSettings {
-            models: models.collect(),
+            models: models.collect::<Result<_, _>>()?,
             ..TokenSettings::default()
         };
         if settings.models.is_empty() {
@@ -259,6 +258,39 @@ impl Local {
         let service = Arc::new(service);
         service.publish(name);
         Ok(Tokenizer::Local(service))
+    }
+}
+
+impl LocalModel {
+    fn resolve(&self) -> Result<ModelSettings, ParamError> {
+        let refuse = |what: &str| Err(ParamError(format!("local.models: {what}")));
+        let no_directory = self.directory.as_os_str().is_empty();
+        let repo = match (self.repo.is_empty(), no_directory) {
+            (true, true) => return refuse("directory or repo is required"),
+            (false, false) => return refuse("directory and repo exclude each other"),
+            (true, false) if !self.revision.is_empty() => return refuse("revision without repo"),
+            (true, false) => None,
+            (false, true) => match Repo::new(&self.repo, &self.revision) {
+                Ok(repo) => Some(repo),
+                Err(error) => return refuse(&error.to_string()),
+            },
+        };
+        let template = self.chat_template.as_ref();
+        if repo.is_some() && template.is_some_and(|path| path.is_relative()) {
+            return refuse("chatTemplate has to be an absolute path beside repo");
+        }
+        let name = if self.name.is_empty() {
+            &self.repo
+        } else {
+            &self.name
+        };
+        Ok(ModelSettings {
+            name: name.clone(),
+            directory: self.directory.clone(),
+            repo,
+            adapters: self.adapters.clone(),
+            chat_template: self.chat_template.clone(),
+        })
     }
 }
 
@@ -320,7 +352,16 @@ impl TokenProducer {
         match answered {
             Ok(tokenized) => {
                 how.increment(1);
-                let counts = tokenized.prompts.iter().map(|p| p.ids.len() as u64);
+                let features = attributes.get(self.features).unwrap_or_default();
+                let prompts = tokenized.prompts.iter().zip(0..);
+                let counts = prompts.map(|(prompt, index)| {
+                    // Media of which nobody said how many tokens they are stay estimated.
+                    let own = features.iter().filter(|f| f.prompt == index);
+                    let unknown = prompt.media.iter().any(|item| item.tokens.is_none());
+                    let media = own.map(|f| u64::from(f.tokens)).sum::<u64>();
+                    prompt.ids.len() as u64 + if unknown { media } else { 0 }
+                });
+                let counts: SmallVec<[u64; 4]> = counts.collect();
                 let tokens = attributes.write(self.tokens);
                 tokens.clear();
                 tokens.extend(counts);
@@ -394,6 +435,25 @@ impl DataProducer for TokenProducer {
             work: Box::pin(work),
             timeout: timeout + TIMEOUT_MARGIN,
         })
+    }
+
+    /// The models whose prompts are tokenized here, and what became of their files.
+    fn overview(&self, _: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
+        let Tokenizer::Local(service) = &self.tokenizer else {
+            return None;
+        };
+        let models = service.models().into_iter().map(|model| {
+            serde_json::json!({
+                "model": model.name,
+                "loaded": model.loaded,
+                "repo": model.repo.as_ref().map(Repo::id),
+                "revision": model.repo.as_ref().map(Repo::revision),
+                "commit": model.commit,
+                "error": model.error,
+                "unsplittable": model.unsplittable,
+            })
+        });
+        Some(serde_json::json!({"models": models.collect::<Vec<_>>()}))
     }
 
     fn produce_prepared(
@@ -630,6 +690,59 @@ mod tests {
         let mut others = pool.keys.new_attributes();
         producer.produce(&second, &[], &mut others).unwrap();
         assert_ne!(*others.get(producer.ids).unwrap()[0].ids, [591, 3105]);
+    }
+
+    #[test]
+    fn a_model_has_a_directory_or_a_repo() {
+        let resolve = |json: &str| {
+            let model: LocalModel = serde_json::from_str(json).unwrap();
+            model.resolve()
+        };
+        let hub = resolve(r#"{"repo": "meta-llama/Llama-3.1-8B-Instruct", "revision": "v1"}"#);
+        let hub = hub.unwrap();
+        assert_eq!(hub.name, "meta-llama/Llama-3.1-8B-Instruct");
+        let repo = hub.repo.unwrap();
+        assert_eq!((repo.id(), repo.revision()), (hub.name.as_str(), "v1"));
+        let named = resolve(r#"{"name": "llama", "repo": "a/b", "chatTemplate": "/t.jinja"}"#);
+        assert_eq!(named.unwrap().name, "llama");
+        for (json, reason) in [
+            (r#"{"name": "m"}"#, "directory or repo is required"),
+            (
+                r#"{"directory": "/m", "repo": "a/b"}"#,
+                "exclude each other",
+            ),
+            (
+                r#"{"directory": "/m", "revision": "v1"}"#,
+                "revision without repo",
+            ),
+            (r#"{"repo": "../b"}"#, "is not owner/name"),
+            (
+                r#"{"repo": "a/b", "revision": "../x"}"#,
+                "is not a branch, tag or commit",
+            ),
+            (
+                r#"{"repo": "a/b", "chatTemplate": "t.jinja"}"#,
+                "absolute path",
+            ),
+        ] {
+            let error = resolve(json).unwrap_err().to_string();
+            assert!(error.contains(reason), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn models_are_shown_with_what_became_of_their_files() {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer");
+        let parameters =
+            serde_json::json!({"local": {"models": [{"name": "m", "directory": directory}]}});
+        let producer: TokenProducer = Pool::new([]).plugin(&parameters.to_string());
+        let shown = producer.overview(&[]).unwrap();
+        let model = &shown["models"][0];
+        assert_eq!(model["model"], "m");
+        assert_eq!(model["loaded"], true);
+        assert!(model["error"].is_null() && model["repo"].is_null());
+        let estimate: TokenProducer = Pool::new([]).plugin("{}");
+        assert!(estimate.overview(&[]).is_none());
     }
 
     #[tokio::test(start_paused = true)]

@@ -60,10 +60,17 @@ impl TokenObserver {
                 read,
             )
         });
+        let hub: [(&str, Read); 2] = [("ok", |s| &s.hub_resolved), ("error", |s| &s.hub_failures)];
+        let hub = hub.into_iter().map(|(result, read)| {
+            (
+                counter("pinpod_tokenizer_hub_fetches_total", "result", result),
+                read,
+            )
+        });
         let reasons = stats.fallbacks().map(|(reason, _)| reason.label());
         let fallback = |reason| counter("pinpod_tokenizer_fallbacks_total", "reason", reason);
         let counters = Counters {
-            plain: jobs.chain(reloads).collect(),
+            plain: jobs.chain(reloads).chain(hub).collect(),
             fallbacks: reasons.map(fallback).collect(),
             durations: ["wait", "work"].map(|phase| buckets(plugin_name, phase)),
         };

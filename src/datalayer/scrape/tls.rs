@@ -64,6 +64,15 @@ pub fn client_config(source: &HttpSource) -> Result<Option<Arc<ClientConfig>>, T
     Ok(Some(Arc::new(config)))
 }
 
+/// For servers of the public web: believes whom the system trusts and shows no certificate.
+pub fn system_trust() -> Result<Arc<ClientConfig>, TlsSettingsError> {
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(refuse)?;
+    let builder = builder.with_root_certificates(system_roots()?);
+    Ok(Arc::new(builder.with_no_client_auth()))
+}
+
 /// For probes: believes every peer and shows no certificate.
 pub fn accept_any() -> ClientConfig {
     let provider = Arc::new(ring::default_provider());

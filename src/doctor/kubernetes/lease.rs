@@ -46,7 +46,9 @@ impl Record {
 
     /// The pod that holds it: an identity is its name and something random.
     fn pod(&self) -> &str {
-        self.holder.rsplit_once('_').map_or(&self.holder, |(pod, _)| pod)
+        self.holder
+            .rsplit_once('_')
+            .map_or(&self.holder, |(pod, _)| pod)
     }
 }
 

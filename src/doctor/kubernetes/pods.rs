@@ -119,7 +119,9 @@ impl Seen {
         self.ready += 1;
         // As the picker sees it; what it cannot read is no endpoint for it either.
         let read = serde_json::from_value(pod.clone());
-        let endpoints = read.map(|pod| endpoints_of(&pod, ports)).unwrap_or_default();
+        let endpoints = read
+            .map(|pod| endpoints_of(&pod, ports))
+            .unwrap_or_default();
         if endpoints.is_empty() {
             self.closed.note(name);
         }
@@ -130,7 +132,10 @@ impl Seen {
             .filter(|port| !declared.is_empty() && !declared.contains(&u64::from(*port)))
             .collect();
         if !strange.is_empty() {
-            self.strange.entry((strange, declared)).or_default().note(name);
+            self.strange
+                .entry((strange, declared))
+                .or_default()
+                .note(name);
         }
     }
 

@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use super::{Installation, Target, check, encoded};
 use crate::datalayer::EndpointSpec;
 use crate::doctor::finding::{Finding, Report, Severity};
 use crate::kubernetes::testing::{ApiServer, eventually, pod, pool};
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 /// A pool with two ready pods, a picker behind a Service, and every right.
 async fn healthy() -> ApiServer {
@@ -203,7 +203,10 @@ async fn a_lease_must_be_kept_by_a_ready_picker() {
     };
     let says = |found: Option<(Severity, String)>, severity, part: &str| {
         let (seen, message) = found.expect("a finding");
-        assert!(seen == severity && message.contains(part), "{seen:?} {message}");
+        assert!(
+            seen == severity && message.contains(part),
+            "{seen:?} {message}"
+        );
     };
     says(look().await, Severity::Error, "there is no such lease");
     server.apply(lease("epp-0_abc", 3));
@@ -218,7 +221,10 @@ async fn a_lease_must_be_kept_by_a_ready_picker() {
     says(look().await, Severity::Warning, "none of the pickers");
     server.refuse("coordination.k8s.io/v1/leases", 403);
     let found = pool_findings(&server).await;
-    assert_eq!((found[0].1, found[0].2.as_str()), ("kubernetes", "you may not read it"));
+    assert_eq!(
+        (found[0].1, found[0].2.as_str()),
+        ("kubernetes", "you may not read it")
+    );
 }
 
 #[tokio::test]
@@ -229,7 +235,9 @@ async fn a_leader_whose_clock_is_off_is_a_leader() {
     let renew = async {
         eventually("a first look", || {
             let requests = server.requests();
-            requests.iter().any(|r| r.contains("/leases/epp-default-pool"))
+            requests
+                .iter()
+                .any(|r| r.contains("/leases/epp-default-pool"))
         })
         .await;
         server.apply(lease("epp-0_abc", 98));

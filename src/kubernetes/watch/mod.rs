@@ -309,7 +309,9 @@ impl<K: Object> Watcher<K> {
         self.standing.lost();
         let pause = match failure.retry_after() {
             // The server knows best, and says so to everybody at once.
-            Some(after) => after.min(LONGEST_RETRY_AFTER).mul_f64(1.0 + fastrand::f64() / 2.0),
+            Some(after) => after
+                .min(LONGEST_RETRY_AFTER)
+                .mul_f64(1.0 + fastrand::f64() / 2.0),
             None => self.backoff.pause(),
         };
         tokio::time::sleep(pause).await;

@@ -174,7 +174,11 @@ async fn what_was_there_is_soon_asked_for_again() {
         let begun = Instant::now();
         assert_eq!(next(&mut updates).await, format!("applied {name}"));
         // 8 s, or the longest pause if all shorter ones fell into the wait before.
-        assert!(begun.elapsed() < Duration::from_secs(16), "{:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < Duration::from_secs(16),
+            "{:?}",
+            begun.elapsed()
+        );
         assert!(contact.is_complete());
         server.go_down();
         tokio::time::sleep(Duration::from_mins(2)).await;
@@ -249,7 +253,11 @@ async fn metrics_say_whether_and_how_a_collection_is_followed() {
         server.apply(pod("a", 1));
         let begun = now();
         let (mut updates, _) = watch(&server, pods());
-        assert_eq!(of("watch_connected", &[]), Some(0.0), "nothing was heard yet");
+        assert_eq!(
+            of("watch_connected", &[]),
+            Some(0.0),
+            "nothing was heard yet"
+        );
         assert_eq!(next(&mut updates).await, "listed 1");
         let connected = |value| move || of("watch_connected", &[]) == Some(value);
         eventually("connected", connected(1.0)).await;

@@ -272,14 +272,16 @@ impl Shared {
             Some(mark) if seq > mark.seq + 1 => {
                 count(&stream.stats.gaps);
                 count(&stream.stats.losses);
-                if self.options.on_loss == LossPolicy::Reset {
-                    stream.reset();
+                match self.options.on_loss {
+                    LossPolicy::Reset => stream.reset(),
+                    LossPolicy::Keep => stream.stale = true,
                 }
             }
             _ => {}
         }
         stream.apply(seq, payload);
-        stream.set_state(StreamState::Live);
+        let settled = stream.settled();
+        stream.set_state(settled);
     }
 
     fn publisher(&self, topic: &Bytes, payload: &[u8]) -> Option<(Bytes, SharedPublisher)> {

@@ -39,7 +39,7 @@ pub struct Stored<'a> {
     /// Medium as sent; empty means the GPU. Compare without case.
     pub medium: &'a str,
     /// Raw msgpack of `extra_keys` (an array with nil or an array for each hash), read by
-    /// `wire::extra_keys` only when it is there and not all nil.
+    /// `wire::extra_keys`.
     pub extra_keys: Option<&'a [u8]>,
     /// Salt from SGLang's metadata map, where vLLM has it among `extra_keys`.
     pub cache_salt: Option<&'a str>,
@@ -75,7 +75,8 @@ pub enum StreamState {
     Joining = 1,
     /// Every event since the base was applied.
     Live = 2,
-    /// Events were lost and a replay is under way; what is known may be stale.
+    /// Events are missing, or may be: a replay is under way, a connection came anew and nothing has told yet
+    /// that none was missed, or a payload did not decode. What is known may be stale.
     Gap = 3,
 }
 

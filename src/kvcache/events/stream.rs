@@ -38,6 +38,9 @@ pub(super) struct Stream {
     scratch: Scratch,
     /// Newest batch applied or refused; `None` before the first one and after a reset.
     pub(super) last: Option<Mark>,
+    /// Events are missing that were not forgotten: lost under [`super::subscriber::LossPolicy::Keep`], or
+    /// of a payload that does not decode. Ends with a reset.
+    pub(super) stale: bool,
     pub(super) stats: Arc<SubscriberStats>,
 }
 
@@ -56,12 +59,13 @@ impl Stream {
             sink,
             scratch: Scratch::default(),
             last: None,
+            stale: false,
             stats,
         }
     }
 
     /// Applies a batch and makes it the newest. A payload that does not decode is counted and still
-    /// takes its number.
+    /// takes its number; what it would have changed is missing from then on.
     pub(super) fn apply(&mut self, seq: u64, payload: &[u8]) {
         let sink = &mut self.sink;
         match self.scratch.decode(payload, |batch| sink.apply(batch)) {
@@ -73,6 +77,7 @@ impl Stream {
             }
             Err(error) => {
                 count(&self.stats.bad_payloads);
+                self.stale = true;
                 tracing::debug!(seq, %error, "batch dropped");
             }
         }
@@ -96,7 +101,17 @@ impl Stream {
     pub(super) fn reset(&mut self) {
         self.sink.reset();
         self.last = None;
+        self.stale = false;
         self.stats.set_last_seq(None);
+    }
+
+    /// The state of a stream whose batches arrive without a gap.
+    pub(super) fn settled(&self) -> StreamState {
+        if self.stale {
+            StreamState::Gap
+        } else {
+            StreamState::Live
+        }
     }
 
     pub(super) fn set_state(&mut self, state: StreamState) {

@@ -52,7 +52,10 @@ impl Source {
     /// say otherwise, counted up by its rank.
     pub fn of_endpoint(endpoint: &EndpointSpec, live_port: u16, replay_port: u16) -> Option<Self> {
         let port = |label: &str, default| {
-            let own = endpoint.labels.get(label).and_then(|port| port.parse().ok());
+            let own = endpoint
+                .labels
+                .get(label)
+                .and_then(|port| port.parse().ok());
             own.unwrap_or(default)
         };
         let (live, replay) = (port(EVENTS_PORT, live_port), port(REPLAY_PORT, replay_port));
@@ -150,8 +153,9 @@ pub(super) struct Subscriber {
     no_replay_before: Option<Instant>,
     /// This connection's publisher was not yet recognised as the one `stream.last` is from.
     unrecognised: bool,
-    /// Events are missing and were not forgotten ([`LossPolicy::Keep`]).
-    stale: bool,
+    /// Batches may have been missed before this connection: neither a replay nor a batch that follows the
+    /// newest one has told otherwise.
+    unsure: bool,
     /// A message came on this connection.
     heard: bool,
 }
@@ -175,7 +179,7 @@ impl Subscriber {
             rounds: 0,
             no_replay_before: None,
             unrecognised: false,
-            stale: false,
+            unsure: false,
             heard: false,
         }
     }
@@ -233,6 +237,7 @@ impl Subscriber {
 
     async fn follow(&mut self, mut connection: Connection) -> ZmtpError {
         self.unrecognised = self.stream.last.is_some();
+        self.unsure = self.unrecognised;
         let start = match self.stream.last {
             Some(mark) => self.start_replay(mark.seq, Purpose::Recognise),
             None => self.start_replay(0, Purpose::Fill),
@@ -313,6 +318,7 @@ impl Subscriber {
                     // Not even the remembered batch: these numbers were never reached.
                     self.restarted();
                 } else {
+                    self.unsure = false;
                     self.drain();
                 }
             }
@@ -343,7 +349,6 @@ impl Subscriber {
             // long that events are lost. This answer is all there is either way.
             count(&self.stream.stats.restarts);
             self.stream.reset();
-            self.stale = false;
         }
         match self.stream.last {
             Some(mark) if seq <= mark.seq => count(&self.stream.stats.duplicates),
@@ -361,7 +366,7 @@ impl Subscriber {
         tracing::info!(live = %self.source.live, "engine restarted, its KV blocks are forgotten");
         self.stream.reset();
         self.unrecognised = false;
-        self.stale = false;
+        self.unsure = false;
         self.replay = None;
         if !self.start_replay(0, Purpose::Fill) {
             self.drain();
@@ -373,7 +378,7 @@ impl Subscriber {
         count(&self.stream.stats.losses);
         match self.options.on_loss {
             LossPolicy::Reset => self.stream.reset(),
-            LossPolicy::Keep => self.stale = true,
+            LossPolicy::Keep => self.stream.stale = true,
         }
     }
 
@@ -391,6 +396,7 @@ impl Subscriber {
                     }
                 }
                 self.unrecognised = false;
+                self.unsure = false;
                 self.stream.apply(seq, &payload);
                 continue;
             };
@@ -428,6 +434,8 @@ impl Subscriber {
                 self.lose();
             }
             self.unrecognised = false;
+            // It follows, or what is missing was accounted for just now.
+            self.unsure = false;
             self.stream.apply(seq, &payload);
         }
         self.rounds = 0;
@@ -435,10 +443,10 @@ impl Subscriber {
     }
 
     fn set_settled_state(&mut self) {
-        self.stream.set_state(if self.stale {
+        self.stream.set_state(if self.unsure {
             StreamState::Gap
         } else {
-            StreamState::Live
+            self.stream.settled()
         });
     }
 }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-pub use super::extra_keys::{BlockKeys, ExtraKey, ExtraKeys, extra_keys};
+pub use super::extra_keys::{BadExtraKeys, ExtraKey, ExtraKeys, extra_keys, without_adapter};
 use super::msgpack::{Broken, Head, Reader, text};
 use super::{Batch, Cleared, Event, Removed, Stored};
 

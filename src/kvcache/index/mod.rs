@@ -76,8 +76,9 @@ pub struct IndexSettings {
     /// report reused prefixes in full.
     pub idempotent_stores: bool,
     /// Blocks in a tier other than the GPU's, on an endpoint that has never reported a removal from that
-    /// tier, count for so long after the newest store to their run, in whole minutes and at least one. LMCache's connector
-    /// reports stores only.
+    /// tier, count for so long after the newest store to their run, in whole minutes and at least one: a
+    /// store by any endpoint that shares the run, since the run and not its holders has that time. LMCache's
+    /// connector reports stores only.
     pub silent_tier_ttl: Duration,
 }
 

@@ -82,10 +82,21 @@ impl Names {
         self.shared.get(at..at + names.len()) == Some(names) && !names.contains(&NONE)
     }
 
-    /// Names a block for everybody.
-    pub(super) fn share(&mut self, offset: u32, name: u64) {
-        if let Some(place) = self.shared.get_mut(offset as usize) {
-            *place = name;
+    /// How many of the `n` blocks from `offset` on are like the first in having a shared name or none, and
+    /// whether they have one.
+    pub(super) fn alike(&self, offset: u32, n: usize) -> (usize, bool) {
+        let at = offset as usize;
+        let names = self.shared.get(at..at + n).unwrap_or_default();
+        let has = names.first().is_some_and(|name| *name != NONE);
+        let other = names.iter().position(|name| (*name != NONE) != has);
+        (other.unwrap_or(n), has)
+    }
+
+    /// Names the blocks from `offset` on for everybody.
+    pub(super) fn share(&mut self, offset: u32, names: &[u64]) {
+        let at = offset as usize;
+        if let Some(places) = self.shared.get_mut(at..at + names.len()) {
+            places.copy_from_slice(names);
         }
     }
 
@@ -105,9 +116,9 @@ impl Names {
         })
     }
 
-    /// Names a block for the column alone, which has no own name for it; `more` tells how many of the
-    /// following blocks will be named too.
-    pub(super) fn add_own(&mut self, column: u32, offset: u32, name: u64, more: usize) {
+    /// Names the blocks from `offset` on for the column alone, which has no own names for them; `more`
+    /// tells how many of the following blocks will be named too.
+    pub(super) fn add_own(&mut self, column: u32, offset: u32, names: &[u64], more: usize) {
         let at = self.find(column).unwrap_or_else(|at| {
             self.own.insert(
                 at,
@@ -115,7 +126,7 @@ impl Names {
                     column,
                     start: offset,
                     live: 0,
-                    names: Vec::with_capacity(1 + more),
+                    names: Vec::with_capacity(names.len() + more),
                 },
             );
             at
@@ -129,12 +140,13 @@ impl Names {
             list.start = offset;
         }
         let slot = (offset - list.start) as usize;
-        if list.names.len() <= slot {
-            list.names.resize(slot + 1, NONE);
+        let end = slot + names.len();
+        if list.names.len() < end {
+            list.names.resize(end, NONE);
         }
-        if let Some(place) = list.names.get_mut(slot) {
-            *place = name;
-            list.live += 1;
+        if let Some(places) = list.names.get_mut(slot..end) {
+            places.copy_from_slice(names);
+            list.live += short(names.len());
         }
     }
 
@@ -188,10 +200,10 @@ mod tests {
     #[test]
     fn own_names_may_start_anywhere_and_grow_both_ways() {
         let mut names = names(10);
-        names.add_own(3, 5, 55, 0);
-        names.add_own(3, 7, 77, 0);
-        names.add_own(3, 2, 22, 0);
-        names.add_own(1, 5, 51, 0);
+        names.add_own(3, 5, &[55], 0);
+        names.add_own(3, 7, &[77], 0);
+        names.add_own(3, 2, &[22], 0);
+        names.add_own(1, 5, &[51], 0);
         let own: Vec<_> = (0..10).map(|offset| names.own(3, offset)).collect();
         let none = None;
         assert_eq!(
@@ -223,11 +235,11 @@ mod tests {
     fn a_shorter_run_gives_up_the_names_behind_its_end() {
         let mut names = names(4);
         for offset in 0..4 {
-            names.share(offset, 10 + u64::from(offset));
+            names.share(offset, &[10 + u64::from(offset)]);
         }
-        names.add_own(3, 1, 91, 2);
-        names.add_own(3, 3, 93, 0);
-        names.add_own(5, 2, 52, 0);
+        names.add_own(3, 1, &[91], 2);
+        names.add_own(3, 3, &[93], 0);
+        names.add_own(5, 2, &[52], 0);
         assert!(names.agree(1, &[11, 12]) && !names.agree(1, &[11, 13]));
         assert!(!names.agree(3, &[13, 14]), "longer than the run");
         let (mut shared, mut own) = (Vec::new(), Vec::new());

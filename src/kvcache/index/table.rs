@@ -299,15 +299,41 @@ impl Table {
         let Some(Some(column)) = self.columns.get(id as usize) else {
             return;
         };
-        for names in names.chunks(WARM) {
-            let found = names.iter().filter(|name| {
-                let tag = tag(**name);
-                let same = |named: &Named| named.tag == tag;
-                let own = column.own.find(spread(tag), same).is_some();
-                own | self.by_name.find(spread(tag), same).is_some()
+        let found = names
+            .iter()
+            .filter(|name| self.may_know(column, tag(**name)));
+        std::hint::black_box(found.count());
+    }
+
+    /// Which of the first [`WARM`] names are certainly new, as bits: no table has one with such a tag, and
+    /// no name before it either.
+    fn new_names(&self, id: u32, names: &[u64]) -> u64 {
+        let Some(Some(column)) = self.columns.get(id as usize) else {
+            return 0;
+        };
+        let mut before = [0_u64; 16];
+        let mut new = 0;
+        for (at, name) in names.iter().take(WARM).enumerate() {
+            let tag = tag(*name);
+            let known = self.may_know(column, tag);
+            let mark = 1 << (tag & 63);
+            let marks = before.get_mut((tag >> 6 & 15) as usize);
+            let repeated = marks.is_none_or(|marks| {
+                let repeated = *marks & mark != 0;
+                *marks |= mark;
+                repeated
             });
-            std::hint::black_box(found.count());
+            let is_new = !(known || repeated || *name == NONE);
+            new |= u64::from(is_new) << at;
         }
+        new
+    }
+
+    /// Some name with the tag is known.
+    fn may_know(&self, column: &Column, tag: u32) -> bool {
+        let same = |named: &Named| named.tag == tag;
+        let own = column.own.find(spread(tag), same).is_some();
+        own | self.by_name.find(spread(tag), same).is_some()
     }
 
     /// The block only this column calls by the name.
@@ -666,7 +692,6 @@ impl Table {
             self.meta(first.run)
                 .is_some_and(|meta| meta.names.has_own(id, first.offset..end))
         };
-        self.warm(id, names);
         let mut naming = Naming {
             id,
             first,
@@ -674,8 +699,72 @@ impl Table {
             renamed,
             left: false,
         };
-        for at in 0..names.len() {
-            self.name_one(draft, &mut naming, at);
+        let mut at = 0;
+        while let Some(ahead) = names.get(at..).filter(|ahead| !ahead.is_empty()) {
+            let chunk = ahead.get(..WARM).unwrap_or(ahead);
+            let mut new = self.new_names(id, chunk);
+            let end = at + chunk.len();
+            while at < end {
+                let n = if naming.renamed || naming.left {
+                    0
+                } else {
+                    new.trailing_ones()
+                };
+                if n == 0 {
+                    self.name_one(draft, &mut naming, at);
+                    at += 1;
+                    new >>= 1;
+                } else {
+                    self.name_new(&naming, at, n as usize);
+                    at += n as usize;
+                    new = new.unbounded_shr(n);
+                }
+            }
+        }
+    }
+
+    /// The `n` blocks from number `at` on are called by their names now, which nobody has used and which
+    /// are all different; the column has no names for them.
+    fn name_new(&mut self, naming: &Naming<'_>, at: usize, n: usize) {
+        let Self {
+            metas,
+            columns,
+            by_name,
+            own_names,
+            ..
+        } = self;
+        let Naming {
+            id, first, names, ..
+        } = *naming;
+        let meta = metas.get_mut(first.run as usize);
+        let column = columns.get_mut(id as usize).and_then(Option::as_mut);
+        let (Some(meta), Some(column)) = (meta, column) else {
+            return;
+        };
+        let mut place = Place {
+            run: first.run,
+            offset: first.offset + short(at),
+        };
+        let mut rest = names.get(at..at + n).unwrap_or_default();
+        let behind = names.len() - at - n;
+        while !rest.is_empty() {
+            let (same, shared) = meta.names.alike(place.offset, rest.len());
+            let (now, later) = rest.split_at(same);
+            let table = if shared {
+                meta.names
+                    .add_own(id, place.offset, now, later.len() + behind);
+                *own_names += same;
+                &mut column.own
+            } else {
+                meta.names.share(place.offset, now);
+                &mut *by_name
+            };
+            table.reserve(same, |named| spread(named.tag));
+            for name in now {
+                insert(table, place, *name);
+                place.offset += 1;
+            }
+            rest = later;
         }
     }
 
@@ -736,14 +825,14 @@ impl Table {
 
     fn share(&mut self, place: Place, name: u64) {
         if let Some(meta) = self.meta_mut(place.run) {
-            meta.names.share(place.offset, name);
+            meta.names.share(place.offset, &[name]);
         }
         insert(&mut self.by_name, place, name);
     }
 
     fn add_own(&mut self, id: u32, place: Place, name: u64, more: usize) {
         if let Some(meta) = self.meta_mut(place.run) {
-            meta.names.add_own(id, place.offset, name, more);
+            meta.names.add_own(id, place.offset, &[name], more);
         }
         if let Some(column) = self.column(id) {
             insert(&mut column.own, place, name);

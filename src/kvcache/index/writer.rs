@@ -5,12 +5,13 @@ use std::ops::Range;
 use tokio::time::Instant;
 
 use super::KvIndex;
-use super::extras::ExtraKeys;
+use super::extras;
 use super::parked::Parked;
 use super::run::Plane;
 use super::table::{Hold, MAX_GROUPS, Removal, Table, WARM, key};
 use super::view::{Draft, Op, stamp};
 use crate::kvcache::block::{BlockContent, BlockHasher, BlockKey, KeySpace};
+use crate::kvcache::events::wire::extra_keys;
 use crate::kvcache::events::{Batch, Event, EventSink, Removed, Stored, StreamState};
 
 /// Blocks whose contents and keys a writer keeps room for between batches.
@@ -215,42 +216,33 @@ impl Hashed {
         let salt = event
             .cache_salt
             .filter(|salt| event.parent.is_none() && !salt.is_empty());
-        let Ok(extra_keys) = event.extra_keys.map(ExtraKeys::new).transpose() else {
+        let read = |raw| extra_keys(raw, event.hashes.len(), event.lora_name);
+        let Ok(keys) = event.extra_keys.map(read).transpose() else {
             return Contents::Malformed;
         };
-        let Some(mut extra_keys) = extra_keys else {
+        let Some(mut keys) = keys.flatten() else {
             if salt.is_none() {
                 // The usual engine; the compiler leaves extras out of this loop.
                 hasher.contents(event.tokens, block_size, &mut self.contents, |_, _| {});
                 return Contents::At(start..self.contents.len());
             }
-            hasher.contents(
-                event.tokens,
-                block_size,
-                &mut self.contents,
-                |at, extras| {
-                    if let Some(salt) = salt.filter(|_| at == 0) {
-                        extras.salt(salt);
-                    }
-                },
-            );
+            hasher.contents(event.tokens, block_size, &mut self.contents, |at, parts| {
+                if let Some(salt) = salt.filter(|_| at == 0) {
+                    parts.salt(salt);
+                }
+            });
             return Contents::At(start..self.contents.len());
         };
         let mut malformed = false;
-        hasher.contents(
-            event.tokens,
-            block_size,
-            &mut self.contents,
-            |at, extras| {
-                let first = event.parent.is_none() && at == 0;
-                malformed |= extra_keys
-                    .next_block(event.lora_name, first, extras)
-                    .is_err();
-                if let Some(salt) = salt.filter(|_| first) {
-                    extras.salt(salt);
-                }
-            },
-        );
+        hasher.contents(event.tokens, block_size, &mut self.contents, |at, parts| {
+            let first = event.parent.is_none() && at == 0;
+            malformed |= keys
+                .next_block(|key| extras::add(key, first, parts))
+                .is_err();
+            if let Some(salt) = salt.filter(|_| first) {
+                parts.salt(salt);
+            }
+        });
         if malformed {
             return Contents::Malformed;
         }

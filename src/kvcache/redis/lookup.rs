@@ -14,6 +14,10 @@ use super::{LOOKUP_LIMIT, SharedError, SharedIndex};
 /// is not there costs one.
 const KEYS_AT_ONCE: usize = 256;
 
+/// Tiers told apart in [`Found::by_tier`]; the last stands for all others.
+pub const TIERS: [&str; 5] = ["gpu", "cpu", "storage", "speculative", "other"];
+const SPECULATIVE: usize = 3;
+
 /// What one candidate holds of one prompt.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Found {
@@ -23,6 +27,8 @@ pub struct Found {
     pub stored: u32,
     /// Sum over the leading blocks of the best weight among the tiers that have it.
     pub score: f64,
+    /// Leading blocks in each of [`TIERS`].
+    pub by_tier: [u32; TIERS.len()],
 }
 
 impl SharedIndex {
@@ -101,6 +107,8 @@ struct Copy {
     candidate: usize,
     weight: f64,
     stored: bool,
+    /// Place in [`TIERS`].
+    tier: usize,
 }
 
 impl<'a> Fields<'a> {
@@ -121,6 +129,7 @@ impl<'a> Fields<'a> {
                 candidate: *self.names.get(entry.pod_identifier.as_str())?,
                 weight: self.weight(&entry.device_tier),
                 stored: !entry.speculative,
+                tier: tier_number(&entry),
             })
         });
         self.known.insert(field.to_vec(), copy);
@@ -132,13 +141,32 @@ impl<'a> Fields<'a> {
     }
 }
 
+fn tier_number(entry: &Entry) -> usize {
+    if entry.speculative {
+        return SPECULATIVE;
+    }
+    let tier = entry.device_tier.to_ascii_lowercase();
+    let known = TIERS.iter().position(|known| *known == tier);
+    known.unwrap_or(TIERS.len() - 1)
+}
+
+/// A candidate's copies of one block.
+#[derive(Debug, Clone, std::marker::Copy)]
+struct Here {
+    /// Best weight.
+    weight: f64,
+    stored: bool,
+    /// A bit for each of [`TIERS`].
+    tiers: u8,
+}
+
 /// The candidates' way along one prompt.
 struct Walk {
     found: Vec<Found>,
     /// Blocks passed.
     done: u32,
-    /// Best weight in the block at hand, and whether it is stored there.
-    here: Vec<Option<(f64, bool)>>,
+    /// Of the block at hand.
+    here: Vec<Option<Here>>,
 }
 
 impl Walk {
@@ -155,19 +183,29 @@ impl Walk {
         self.here.fill(None);
         for copy in holders.iter().filter_map(|field| fields.read(field)) {
             if let Some(here) = self.here.get_mut(copy.candidate) {
-                let (weight, stored) = here.unwrap_or((f64::NEG_INFINITY, false));
-                *here = Some((weight.max(copy.weight), stored || copy.stored));
+                let known = here.get_or_insert(Here {
+                    weight: f64::NEG_INFINITY,
+                    stored: false,
+                    tiers: 0,
+                });
+                known.weight = known.weight.max(copy.weight);
+                known.stored |= copy.stored;
+                known.tiers |= 1 << copy.tier;
             }
         }
         let mut any = false;
         for (found, here) in self.found.iter_mut().zip(&self.here) {
-            let Some((weight, stored)) = here.filter(|_| found.blocks == self.done) else {
+            let Some(here) = here.filter(|_| found.blocks == self.done) else {
                 continue;
             };
             any = true;
-            found.stored += u32::from(stored && found.stored == found.blocks);
+            found.stored += u32::from(here.stored && found.stored == found.blocks);
+            for (tier, blocks) in found.by_tier.iter_mut().enumerate() {
+                let holds = here.tiers & 1 << tier != 0;
+                *blocks += u32::from(holds && *blocks == found.blocks);
+            }
             found.blocks += 1;
-            found.score += weight;
+            found.score += here.weight;
         }
         self.done += 1;
         any

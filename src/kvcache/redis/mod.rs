@@ -20,14 +20,14 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, RedisError};
+use redis::{AsyncConnectionConfig, Client, RedisError, TlsCertificates};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 pub use keys::{Algorithm, KeyScheme, standard_hashes};
 pub use layout::Entry;
-pub use lookup::Found;
+pub use lookup::{Found, TIERS};
 pub use sink::SharedSink;
 
 use self::apply::Applier;
@@ -50,8 +50,11 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// Where the index is and how its keys are made.
 #[derive(Debug, Clone)]
 pub struct SharedSettings {
-    /// `redis://`, `valkey://` or `unix:` address; `host:port` is taken for the first.
+    /// `redis://`, `valkey://` or `unix:` address; `host:port` is taken for the first. `rediss://` and
+    /// `valkeys://` speak TLS.
     pub address: String,
+    /// PEM certificates that those are checked against; the system's when absent.
+    pub ca_certificates: Option<Vec<u8>>,
     /// Makes keys.
     pub scheme: KeyScheme,
     /// Weight of a tier by lower-case name; 1.0 where none is given.
@@ -97,6 +100,8 @@ pub struct SharedStats {
     pub without_model: AtomicU64,
     /// Stores dropped: their parent block is unknown.
     pub without_parent: AtomicU64,
+    /// Stores whose extra keys cannot be read.
+    pub malformed: AtomicU64,
 }
 
 /// The shared index, as every request and publisher of this process uses it.
@@ -175,7 +180,7 @@ impl Op {
 impl SharedIndex {
     /// An index that is not connected yet; [`SharedIndex::run`] does that and takes the queue.
     pub fn new(settings: &SharedSettings) -> Result<(Arc<Self>, Queue), String> {
-        let client = Client::open(address(&settings.address)?).map_err(|e| e.to_string())?;
+        let client = client(settings)?;
         let (queue, receiver) = mpsc::channel(MAX_QUEUED);
         let weights = settings.tier_weights.iter();
         let index = Self {
@@ -344,14 +349,35 @@ impl SharedIndex {
     }
 }
 
+fn client(settings: &SharedSettings) -> Result<Client, String> {
+    let address = address(&settings.address)?;
+    let client = match &settings.ca_certificates {
+        Some(_) if !address.starts_with("rediss://") => {
+            return Err("certificates are for rediss:// only".to_owned());
+        }
+        Some(pem) => {
+            let certificates = TlsCertificates {
+                client_tls: None,
+                root_cert: Some(pem.clone()),
+            };
+            Client::build_with_tls(address, certificates)
+        }
+        None => Client::open(address),
+    };
+    client.map_err(|e| e.to_string())
+}
+
 /// The address as the client library reads it.
 fn address(text: &str) -> Result<String, String> {
+    if text.contains("skip_verify") {
+        return Err("skip_verify is not available: give caCertPath".to_owned());
+    }
     let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
     match scheme {
-        "redis" | "unix" => Ok(text.to_owned()),
+        "redis" | "rediss" | "unix" => Ok(text.to_owned()),
         "" if text.starts_with("unix:") => Ok(text.to_owned()),
         "" | "valkey" => Ok(format!("redis://{rest}")),
-        "rediss" | "valkeys" => Err("TLS to the shared index is not available".to_owned()),
+        "valkeys" => Ok(format!("rediss://{rest}")),
         _ => Err(format!("{scheme}:// is neither redis:// nor unix:")),
     }
 }
@@ -363,6 +389,7 @@ mod tests {
     fn settings() -> SharedSettings {
         SharedSettings {
             address: "127.0.0.1:1".to_owned(),
+            ca_certificates: None,
             scheme: KeyScheme::new(Algorithm::CborFnv, "", 16),
             tier_weights: Vec::new(),
         }
@@ -374,8 +401,16 @@ mod tests {
         assert_eq!(address("valkey://h:1/2").unwrap(), "redis://h:1/2");
         assert_eq!(address("redis://h").unwrap(), "redis://h");
         assert_eq!(address("unix:///run/r").unwrap(), "unix:///run/r");
-        assert!(address("rediss://h").unwrap_err().contains("TLS"));
+        assert_eq!(address("rediss://h").unwrap(), "rediss://h");
+        assert_eq!(address("valkeys://h:1").unwrap(), "rediss://h:1");
         assert!(address("http://h").is_err());
+        let lax = address("rediss://h?skip_verify=true").unwrap_err();
+        assert!(lax.contains("caCertPath"), "{lax}");
+        let plain = SharedSettings {
+            ca_certificates: Some(Vec::new()),
+            ..settings()
+        };
+        assert!(client(&plain).unwrap_err().contains("rediss"));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use super::{Op, SharedIndex, StoredBlocks};
 use crate::kvcache::events::central::Topic;
-use crate::kvcache::events::wire::{ExtraKey, extra_keys};
+use crate::kvcache::events::wire::{BadExtraKeys, ExtraKey, extra_keys};
 use crate::kvcache::events::{Batch, Event, EventSink, Removed, Stored, StreamState};
 
 /// Groups whose kind is remembered.
@@ -52,13 +52,17 @@ impl SharedSink {
             self.index.stats.without_model.fetch_add(1, Relaxed);
             return;
         };
+        let Ok(extras) = extras(event) else {
+            self.index.stats.malformed.fetch_add(1, Relaxed);
+            return;
+        };
         self.index.push(Op::Stored(Box::new(StoredBlocks {
             endpoint: Arc::clone(&self.endpoint),
             model,
             hashes: event.hashes.to_vec(),
             parent: event.parent,
             tokens: event.tokens.to_vec(),
-            extras: extras(event),
+            extras,
             medium: event.medium.to_owned(),
             group: event.group,
         })));
@@ -101,30 +105,26 @@ impl SharedSink {
 }
 
 /// What each block's key depends on beside its tokens: media by their identifiers, then the salt. The
-/// adapter stands for the model and is left out.
-fn extras(event: &Stored<'_>) -> Vec<Vec<String>> {
-    let Some(keys) = event.extra_keys.map(extra_keys) else {
-        return Vec::new();
+/// adapter stands for the model and is left out. What no request can have becomes a text that none has.
+fn extras(event: &Stored<'_>) -> Result<Vec<Vec<String>>, BadExtraKeys> {
+    let read = |raw| extra_keys(raw, event.hashes.len(), event.lora_name);
+    let Some(mut keys) = event.extra_keys.map(read).transpose()?.flatten() else {
+        return Ok(Vec::new());
     };
-    if keys.all_nil() {
-        return Vec::new();
-    }
-    keys.map(|block| {
-        let mut adapter = event.lora_name;
-        let named = block.filter_map(|key| match key {
-            ExtraKey::Str(text) if adapter == Some(text) => {
-                adapter = None;
-                None
-            }
-            ExtraKey::Str(text)
-            | ExtraKey::Mm {
-                identifier: text, ..
-            } => Some(text.to_owned()),
-            ExtraKey::Bytes(_) => None,
-        });
-        named.collect()
-    })
-    .collect()
+    let block = |_| {
+        let mut named = Vec::new();
+        keys.next_block(|key| {
+            named.push(match key {
+                ExtraKey::Str(text)
+                | ExtraKey::Mm {
+                    identifier: text, ..
+                } => text.to_owned(),
+                ExtraKey::Bytes(bytes) | ExtraKey::Unknown(bytes) => format!("\0{bytes:02x?}"),
+            });
+        })?;
+        Ok(named)
+    };
+    event.hashes.iter().map(block).collect()
 }
 
 impl EventSink for SharedSink {

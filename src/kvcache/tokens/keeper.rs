@@ -1,4 +1,4 @@
-//! The thread that keeps models as their files are.
+//! The thread that keeps models as their files are, and brings them from the hub.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use super::hub::Hub;
+use super::hub::follow::follow;
 use super::slot::Slot;
 
-/// Looks at the files of all models from time to time. A thread of its own, because reading a
-/// tokenizer takes up to a second and must hold up neither requests nor the pool. Dropping it ends the
-/// thread after the model it is reading.
+/// Looks at the files of all models from time to time, and fetches those of the hub. A thread of its
+/// own, because reading a tokenizer takes up to a second and must hold up neither requests nor the pool.
+/// Dropping it ends the thread after the model it is reading.
 #[derive(Debug)]
 pub(super) struct Keeper {
     stop: CancellationToken,
@@ -18,14 +20,28 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    /// Looks at every slot each `poll`.
-    pub(super) fn start(slots: Arc<[Arc<Slot>]>, poll: Duration) -> std::io::Result<Self> {
+    /// Looks at every slot each `poll`, never without one, and follows those that `hub` is to fill.
+    pub(super) fn start(
+        slots: Arc<[Arc<Slot>]>,
+        poll: Option<Duration>,
+        hub: Option<Arc<Hub>>,
+    ) -> std::io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_time()
+            .enable_all()
             .build()?;
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let keep = async move {
+            // End with the runtime, right after this.
+            for slot in slots.iter() {
+                if let (Some(hub), Some(repo)) = (&hub, slot.repo()) {
+                    let (slot, hub, repo) = (Arc::clone(slot), Arc::clone(hub), repo.clone());
+                    tokio::spawn(follow(slot, hub, repo));
+                }
+            }
+            let Some(poll) = poll else {
+                return stopped.cancelled().await;
+            };
             while stopped
                 .run_until_cancelled(tokio::time::sleep(poll))
                 .await

@@ -49,6 +49,21 @@ pub enum MessageError {
     Unsupported(&'static str),
 }
 
+/// Stands for what an engine puts in the place of media; a character that no client's text should have.
+pub(super) const MARK: &str = "\u{f8ff}\u{e000}";
+
+/// What becomes of media in a chat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Media {
+    /// [`MessageError::Media`].
+    Refuse,
+    /// As an engine gives them to a template that wants parts: `{"type": "image"}`. In a string they
+    /// begin the message, in words that only the engine's model knows: [`Self::Mark`].
+    AsParts,
+    /// A text that nothing else has, `MARK`.
+    Mark,
+}
+
 /// What of a template decides how it is given messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wants {
@@ -59,14 +74,18 @@ pub struct Wants {
 }
 
 /// The conversation that a template sees.
-pub fn conversation(messages: &Value, wants: Wants) -> Result<Vec<Value>, MessageError> {
+pub fn conversation(
+    messages: &Value,
+    wants: Wants,
+    media: Media,
+) -> Result<Vec<Value>, MessageError> {
     let list = sequence(messages, "messages is not a list")?;
     if list.len() > MAX_MESSAGES {
         return Err(MessageError::Invalid("too many messages"));
     }
     let converted: Result<Vec<Value>, MessageError> = list
         .iter()
-        .map(|message| convert(message, wants.format))
+        .map(|message| convert(message, wants.format, media))
         .collect();
     let converted = converted?;
     let is_developer = |m: &Value| role_of(m).as_deref() == Some("developer");
@@ -202,7 +221,7 @@ pub(super) fn sequence(value: &Value, otherwise: &'static str) -> Result<Vec<Val
         .collect())
 }
 
-fn convert(message: &Value, format: ContentFormat) -> Result<Value, MessageError> {
+fn convert(message: &Value, format: ContentFormat, media: Media) -> Result<Value, MessageError> {
     let role = field(message, "role").ok_or(MessageError::Invalid("message without role"))?;
     let role_name = role
         .as_str()
@@ -210,7 +229,7 @@ fn convert(message: &Value, format: ContentFormat) -> Result<Value, MessageError
         .to_owned();
     let mut out = Map::default();
     out.push("role", role);
-    out.push("content", content(message, &role_name, format)?);
+    out.push("content", content(message, &role_name, format, media)?);
     match role_name.as_str() {
         "assistant" => {
             if let Some(calls) = field(message, "tool_calls") {
@@ -249,45 +268,109 @@ fn convert(message: &Value, format: ContentFormat) -> Result<Value, MessageError
     Ok(out.build())
 }
 
-fn content(message: &Value, role: &str, format: ContentFormat) -> Result<Value, MessageError> {
-    let parts = match field(message, "content") {
+fn content(
+    message: &Value,
+    role: &str,
+    format: ContentFormat,
+    media: Media,
+) -> Result<Value, MessageError> {
+    let given = match field(message, "content") {
         None => Vec::new(),
         Some(text) if text.as_str().is_some() => vec![text],
         Some(list) => sequence(&list, "content is neither a string nor a list")?,
     };
-    let mut texts = Vec::with_capacity(parts.len());
-    for part in &parts {
-        let Some(text) = part_text(part)? else {
-            continue;
+    let mut parts = Vec::with_capacity(given.len());
+    for part in &given {
+        let read = match modality(part) {
+            Some(modality) if media != Media::Refuse => Part::Medium(modality),
+            _ => match part_text(part)? {
+                Some(text) => Part::Text(text),
+                None => continue,
+            },
         };
-        if role == "system" && text.as_str().is_some_and(|t| t.starts_with(BILLING_HEADER)) {
-            return Err(MessageError::Unsupported("a billing header"));
+        if let Part::Text(text) = &read {
+            let text = text.as_str().unwrap_or_default();
+            if role == "system" && text.starts_with(BILLING_HEADER) {
+                return Err(MessageError::Unsupported("a billing header"));
+            }
+            if media != Media::Refuse && text.contains(MARK) {
+                return Err(MessageError::Media);
+            }
         }
-        texts.push((text, part));
+        parts.push((read, part));
     }
     if format == ContentFormat::String || role == "tool" {
         // As a string empty parts vanish; in a tool's list of parts they stay as empty lines.
         let keep_empty = format == ContentFormat::Parts;
-        let lines = texts.iter().filter_map(|(text, _)| text.as_str());
-        let lines: Vec<&str> = lines.filter(|t| keep_empty || !t.is_empty()).collect();
+        let lines = parts.iter().filter_map(|(part, _)| match part {
+            Part::Text(text) => text.as_str(),
+            Part::Medium(_) => None,
+        });
+        let mut lines: Vec<&str> = lines.filter(|t| keep_empty || !t.is_empty()).collect();
+        // Whatever the order of the parts: engines put all placeholders first unless told otherwise.
+        if parts
+            .iter()
+            .any(|(part, _)| matches!(part, Part::Medium(_)))
+        {
+            lines.insert(0, MARK);
+        }
         return Ok(Value::from(lines.join("\n")));
     }
-    let wrap = |(text, part): (Value, &Value)| {
-        let mut map = Map::default();
-        map.push("type", Value::from("text"));
-        map.push("text", text);
-        if part.as_str().is_none() {
-            for key in keys(part)? {
-                let name = key.as_str().unwrap_or_default();
-                if !PART_FIELDS.contains(&name) {
-                    map.push(name, part.get_item(&key).unwrap_or_default());
-                }
+    let wrapped: Result<Vec<Value>, MessageError> = parts
+        .into_iter()
+        .map(|(read, part)| wrap(read, part, media))
+        .collect();
+    Ok(Value::from(wrapped?))
+}
+
+/// A part as it was read.
+enum Part {
+    Text(Value),
+    /// Its modality.
+    Medium(&'static str),
+}
+
+/// A part as a template sees it.
+fn wrap(read: Part, part: &Value, media: Media) -> Result<Value, MessageError> {
+    let mut map = Map::default();
+    let text = match read {
+        Part::Medium(modality) if media == Media::AsParts => {
+            map.push("type", Value::from(modality));
+            return Ok(map.build());
+        }
+        Part::Medium(_) => Value::from(MARK),
+        Part::Text(text) => text,
+    };
+    map.push("type", Value::from("text"));
+    map.push("text", text);
+    if part.as_str().is_none() && modality(part).is_none() {
+        for key in keys(part)? {
+            let name = key.as_str().unwrap_or_default();
+            if !PART_FIELDS.contains(&name) {
+                map.push(name, part.get_item(&key).unwrap_or_default());
             }
         }
-        Ok(map.build())
+    }
+    Ok(map.build())
+}
+
+/// The modality of a part that is a medium of a kind known here.
+fn modality(part: &Value) -> Option<&'static str> {
+    if part.as_str().is_some() {
+        return None;
+    }
+    let named = |names: &[&'static str]| names.iter().copied().find(|n| field(part, n).is_some());
+    let kind = match field(part, "type") {
+        Some(kind) => kind.as_str()?.to_owned(),
+        // Engines tell by the field that is there.
+        None => named(&["image_url", "input_audio", "audio_url", "video_url"])?.to_owned(),
     };
-    let wrapped: Result<Vec<Value>, MessageError> = texts.into_iter().map(wrap).collect();
-    Ok(Value::from(wrapped?))
+    Some(match kind.as_str() {
+        "image_url" | "input_image" | "image_embeds" | "image_pil" => "image",
+        "input_audio" | "audio_url" | "audio_embeds" => "audio",
+        "video_url" | "video_embeds" => "video",
+        _ => return None,
+    })
 }
 
 /// The text of a part, `None` for one that is skipped.
@@ -370,7 +453,7 @@ mod tests {
             format,
             developer: true,
         };
-        let list = conversation(&parse(&format!("[{json}]")), wants)?;
+        let list = conversation(&parse(&format!("[{json}]")), wants, Media::Refuse)?;
         Ok(serde_json::to_string(&list[0]).unwrap())
     }
 
@@ -440,7 +523,7 @@ mod tests {
                 format: ContentFormat::String,
                 developer,
             };
-            let list = conversation(&parse(json), wants).unwrap();
+            let list = conversation(&parse(json), wants, Media::Refuse).unwrap();
             serde_json::to_string(&list).unwrap()
         };
         let first =
@@ -483,6 +566,36 @@ mod tests {
             dump(r#"[{"function":{"name":"f","strict":null},"defer_loading":true}]"#),
             r#"[{"type":"function","function":{"name":"f","description":null,"parameters":null,"defer_loading":true},"defer_loading":true}]"#
         );
+    }
+
+    #[test]
+    fn media_have_the_place_an_engine_gives_them() {
+        let given = r#"[{"role":"user","content":[{"type":"text","text":"a"},{"type":"image_url","image_url":{"url":"x"},"uuid":"u"},{"input_audio":{"data":""}},{"type":"text","text":"b"}]}]"#;
+        let content = |format, media| {
+            let wants = Wants {
+                format,
+                developer: true,
+            };
+            let list = conversation(&parse(given), wants, media).unwrap();
+            serde_json::to_string(&field(&list[0], "content").unwrap()).unwrap()
+        };
+        let mark = serde_json::to_string(MARK).unwrap();
+        let mark = mark.trim_matches('"');
+        assert_eq!(
+            content(ContentFormat::Parts, Media::AsParts),
+            r#"[{"type":"text","text":"a"},{"type":"image"},{"type":"audio"},{"type":"text","text":"b"}]"#
+        );
+        assert_eq!(
+            content(ContentFormat::Parts, Media::Mark),
+            format!(
+                r#"[{{"type":"text","text":"a"}},{{"type":"text","text":"{mark}"}},{{"type":"text","text":"{mark}"}},{{"type":"text","text":"b"}}]"#
+            )
+        );
+        // Placeholders are put in front of the texts.
+        for media in [Media::AsParts, Media::Mark] {
+            let string = content(ContentFormat::String, media);
+            assert_eq!(string, format!(r#""{mark}\na\nb""#));
+        }
     }
 
     #[test]

@@ -4,14 +4,16 @@
 //! through the model's own tokenizer ([`tokenizer`]). Prompts grow by appending, so text is cut at
 //! places where cutting provably changes nothing ([`split`]) and the pieces are remembered
 //! ([`memo`]); what is new is tokenized on a bounded pool ([`pool`]). [`service`] is the entry point,
-//! [`remote`] asks an engine instead.
+//! [`remote`] asks an engine instead. Files come from a directory or from the hub ([`hub`]).
 //!
 //! Does not know blocks, endpoints or plugins.
 
 pub mod anthropic;
 pub mod content_format;
+pub mod hub;
 mod keeper;
 pub mod lru;
+mod media;
 pub mod memo;
 pub mod messages;
 mod model;
@@ -25,4 +27,5 @@ pub mod split;
 pub mod stats;
 pub mod template;
 mod tiktoken;
+mod tiktoken_family;
 pub mod tokenizer;

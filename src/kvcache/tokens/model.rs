@@ -1,12 +1,15 @@
 //! [`Model`]: one model's tokenizer and templates, and the ids of a body by them.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use minijinja::Value;
 
 use super::anthropic::{self, Rules};
+use super::content_format::ContentFormat;
+use super::media;
 use super::memo::Memo;
-use super::messages::{self, field, keys};
+use super::messages::{self, MARK, Media, field, keys};
 use super::responses;
 use super::service::{MAX_PROMPTS, ModelSettings, PromptTokens, TokenizeError, Tokenized};
 use super::template::{Chat, Templates};
@@ -20,6 +23,8 @@ pub(super) struct Model {
     templates: Option<Templates>,
     /// How Anthropic bodies become chats.
     rules: Rules,
+    /// Ids that stand for media or lie beside them.
+    media_ids: Vec<u32>,
 }
 
 impl Model {
@@ -46,7 +51,9 @@ impl Model {
             }
             None => Templates::load(directory, &config)?,
         };
-        let templates = templates.filter(|_| !speaks_harmony(directory));
+        let model_config = model_config(directory);
+        // gpt-oss does not use its template: engines build its prompt in code.
+        let templates = templates.filter(|_| model_config["model_type"] != "gpt_oss");
         let tokenizer = ModelTokenizer::load(directory, &config)?;
         let mut model = Self {
             memo: Memo::new(tokenizer, memo_bytes),
@@ -55,6 +62,7 @@ impl Model {
                 disabled_effort: "none",
             },
             templates,
+            media_ids: media::ids_of(&model_config),
         };
         model.rules.disabled_effort = model.disabled_effort();
         Ok(model)
@@ -69,7 +77,7 @@ impl Model {
                 "reasoning_effort": effort,
             });
             let body: Value = serde_json::from_value(body).ok()?;
-            self.render(&body).ok()
+            self.render(&body, Media::Refuse).ok()
         };
         let none = prompt("none");
         let mut others = ["low", "medium", "high", "xhigh", "max"].into_iter();
@@ -95,10 +103,46 @@ impl Model {
             _ => body,
         };
         let special = flag(&body, "add_special_tokens", false)?;
-        let text = self.render(&body)?;
+        let text = match self.render(&body, Media::Refuse) {
+            Err(TokenizeError::Media) => return self.before_media(&body, special, budget_bytes),
+            text => text?,
+        };
         let ids = self.memo.encode_within(&text, special, budget_bytes);
         Ok(ids.transpose()?.map(|ids| Tokenized {
             prompts: vec![PromptTokens::text(ids)],
+        }))
+    }
+
+    /// The tokens of a chat with media, of which those before the first medium are the engine's. How many
+    /// tokens a medium becomes, and what it is called, only the engine knows; the ids from there on are
+    /// good for counting.
+    fn before_media(
+        &self,
+        body: &Value,
+        special: bool,
+        budget_bytes: usize,
+    ) -> Result<Option<Tokenized>, TokenizeError> {
+        let marked = self.render(body, Media::Mark)?;
+        let template = self.templates.as_ref().map(|t| t.choose(has_tools(body)));
+        let parts = template.is_some_and(|t| t.wants().format == ContentFormat::Parts);
+        let (whole, end) = if parts {
+            let whole = self.render(body, Media::AsParts)?;
+            let end = media::common_bytes(&whole, &marked);
+            (whole, end)
+        } else {
+            let end = marked.find(MARK).ok_or(TokenizeError::Media)?;
+            (marked, end)
+        };
+        let before = whole.get(..end).unwrap_or_default();
+        let encode = |text: &str| self.memo.encode_within(text, special, budget_bytes);
+        let (Some(ids), Some(known)) = (encode(&whole), encode(before)) else {
+            return Ok(None);
+        };
+        let (ids, known): (Arc<[u32]>, _) = (ids?, known?);
+        let is_added = |id: u32| self.memo.tokenizer().is_added(id);
+        let exact = media::exact_ids(&ids, &known, parts, is_added, &self.media_ids);
+        Ok(Some(Tokenized {
+            prompts: vec![PromptTokens::until(ids, exact)],
         }))
     }
 
@@ -130,7 +174,7 @@ impl Model {
     }
 
     /// The text of a chat.
-    fn render(&self, body: &Value) -> Result<String, TokenizeError> {
+    fn render(&self, body: &Value, media: Media) -> Result<String, TokenizeError> {
         let templates = self
             .templates
             .as_ref()
@@ -149,7 +193,7 @@ impl Model {
         let given = field(body, "messages")
             .ok_or_else(|| TokenizeError::Malformed("no messages".to_owned()))?;
         let chat = Chat {
-            messages: messages::conversation(&given, template.wants())?,
+            messages: messages::conversation(&given, template.wants(), media)?,
             tools,
             documents: field(body, "documents"),
             variables: variables(templates.special(), body)?,
@@ -164,11 +208,15 @@ impl Model {
     }
 }
 
-/// gpt-oss does not use its template: engines build its prompt in code.
-fn speaks_harmony(directory: &Path) -> bool {
+/// What `config.json` says of the model; null without a readable one.
+fn model_config(directory: &Path) -> serde_json::Value {
     let config = read(directory, "config.json", MAX_CONFIG_BYTES).ok();
-    let config = config.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-    config.is_some_and(|config| config["model_type"] == "gpt_oss")
+    let config = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    config.unwrap_or_default()
+}
+
+fn has_tools(body: &Value) -> bool {
+    field(body, "tools").is_some()
 }
 
 /// The body as a value whose objects keep their order, as Python's do.

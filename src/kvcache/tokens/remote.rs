@@ -93,7 +93,7 @@ struct Rendered {
 #[derive(Deserialize)]
 struct Features {
     #[serde(default)]
-    mm_hashes: ByModality<String>,
+    mm_hashes: ByModality<Option<String>>,
     #[serde(default)]
     mm_placeholders: ByModality<Placeholder>,
 }
@@ -406,29 +406,36 @@ fn has_media(body: &Value) -> bool {
 }
 
 impl Rendered {
-    fn into_tokens(self) -> PromptTokens {
+    fn into_tokens(mut self) -> PromptTokens {
+        let features = self.features.as_mut();
+        let hashes = features.map(|f| std::mem::take(&mut f.mm_hashes));
+        let hashes = hashes.unwrap_or_default();
         let mut media: Vec<MediaItem> = Vec::new();
-        if let Some(features) = self.features {
-            for (modality, places) in features.mm_placeholders {
-                let hashes = features
-                    .mm_hashes
-                    .get(&modality)
-                    .map_or(&[][..], Vec::as_slice);
-                let modality = match modality.as_str() {
-                    "image" => "image",
-                    "video" => "video",
-                    "audio" => "audio",
-                    _ => continue,
-                };
-                media.extend(places.iter().zip(hashes).map(|(place, hash)| MediaItem {
+        for (modality, places) in self
+            .features
+            .map(|f| f.mm_placeholders)
+            .into_iter()
+            .flatten()
+        {
+            let hashes = hashes.get(&modality).map_or(&[][..], Vec::as_slice);
+            let modality = match modality.as_str() {
+                "video" => "video",
+                "audio" => "audio",
+                // Whatever it is, its tokens are none of a text.
+                _ => "image",
+            };
+            // A medium without a name ends what has keys.
+            media.extend(places.iter().enumerate().map(|(at, place)| {
+                let hash = hashes.get(at).and_then(Option::as_deref);
+                MediaItem {
                     modality,
-                    hash: xxh64(hash.as_bytes(), 0),
-                    identifier: Some(hash.as_str().into()),
+                    hash: hash.map_or(0, |hash| xxh64(hash.as_bytes(), 0)),
+                    identifier: hash.map(Into::into),
                     token_offset: Some(place.offset),
                     tokens: Some(place.length),
                     extent: Extent::Unknown,
-                }));
-            }
+                }
+            }));
         }
         media.sort_by_key(|item| item.token_offset);
         PromptTokens {
@@ -556,6 +563,28 @@ mod tests {
             sent,
             r#"{"model":"tiny","messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#
         );
+    }
+
+    #[test]
+    fn media_that_the_engine_does_not_name_end_what_has_keys() {
+        let rendered = |features: serde_json::Value| {
+            let answer = json!({"token_ids": [1, 9, 9, 2, 8, 8, 3], "features": features});
+            let rendered: Rendered = serde_json::from_value(answer).unwrap();
+            rendered.into_tokens()
+        };
+        let places = |modality: &str| json!({modality: [{"offset": 1, "length": 2}, {"offset": 4, "length": 2}]});
+        let named = rendered(
+            json!({"mm_hashes": {"image": ["a", "b"]}, "mm_placeholders": places("image")}),
+        );
+        assert!(named.is_whole());
+        assert_eq!(named.named_media().len(), 2);
+        for hashes in [json!({"image": ["a"]}), json!({"image": ["a", null]})] {
+            let some = rendered(json!({"mm_hashes": hashes, "mm_placeholders": places("image")}));
+            assert_eq!(some.keyed_ids(), [1, 9, 9, 2]);
+        }
+        // A modality of tomorrow is still no text.
+        let odd = rendered(json!({"mm_hashes": {}, "mm_placeholders": places("smell")}));
+        assert_eq!(odd.keyed_ids(), [1]);
     }
 
     #[tokio::test]

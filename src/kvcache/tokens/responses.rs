@@ -191,6 +191,8 @@ fn content(given: Option<Value>) -> Result<Value, MessageError> {
     let parts = parts.iter().map(|part| {
         match text_of(part, "type").as_deref() {
             Some("input_text" | "output_text") => {}
+            // Where it lies in the prompt is told by the chat.
+            Some("input_image") => return Ok(part.clone()),
             _ => return Err(MessageError::Media),
         }
         let mut out = Map::default();
@@ -352,6 +354,8 @@ mod tests {
         }
         let image =
             r#"[{"role":"user","content":[{"type":"input_image","image_url":"http://x"}]}]"#;
-        assert_eq!(messages(image), Err(MessageError::Media));
+        assert_eq!(messages(image), Ok(image.to_owned()));
+        let file = r#"[{"role":"user","content":[{"type":"input_file","file_id":"f"}]}]"#;
+        assert_eq!(messages(file), Err(MessageError::Media));
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use hashbrown::HashMap;
 use parking_lot::RwLock;
 
+use super::hub::{Hub, HubSettings, Repo};
 use super::keeper::Keeper;
 use super::memo::{DEFAULT_MEMO_BYTES, MemoStats};
 use super::messages::MessageError;
@@ -16,7 +17,7 @@ use super::slot::Slot;
 use super::stats::{FallbackReason, TokenStats};
 use super::template::RenderError;
 use super::tokenizer::{EncodeError, LoadError};
-use crate::request::{ApiKind, InferenceRequest, MediaItem, Prompt};
+use crate::request::{ApiKind, Extent, InferenceRequest, MediaItem, Prompt};
 
 /// How often the files of a model's directory are looked at unless configured.
 pub const DEFAULT_POLL: Duration = Duration::from_secs(5);
@@ -50,6 +51,8 @@ pub struct Settings {
     pub queue: usize,
     /// How often files are looked at for changes; `None`, never.
     pub poll: Option<Duration>,
+    /// The hub that models with a `repo` come from; `None`, as the environment says.
+    pub hub: Option<HubSettings>,
 }
 
 impl Default for Settings {
@@ -60,6 +63,7 @@ impl Default for Settings {
             workers: Pool::default_workers(),
             queue: DEFAULT_QUEUE,
             poll: Some(DEFAULT_POLL),
+            hub: None,
         }
     }
 }
@@ -71,6 +75,9 @@ pub struct ModelSettings {
     pub name: String,
     /// Holds `tokenizer.json` and, for chats, `tokenizer_config.json` and the chat template.
     pub directory: PathBuf,
+    /// Instead of a directory: where on the hub the files are. They are fetched in the background; until
+    /// then the model has no tokenizer.
+    pub repo: Option<Repo>,
     /// LoRA adapters: other names for the same tokenizer.
     pub adapters: Vec<String>,
     /// Engine flag `--chat-template`: a file that replaces the model's template.
@@ -164,6 +171,27 @@ impl PromptTokens {
         named
     }
 
+    /// False when some of the prompt has no keys, because only the engine knows its media.
+    pub fn is_whole(&self) -> bool {
+        self.keyed_ids().len() == self.ids.len()
+    }
+
+    /// A prompt of which the engine's ids are known up to `exact`, where the first medium begins.
+    pub(super) fn until(ids: Arc<[u32]>, exact: usize) -> Self {
+        let first = MediaItem {
+            modality: "image",
+            hash: 0,
+            identifier: None,
+            token_offset: Some(u32::try_from(exact).unwrap_or(u32::MAX)),
+            tokens: None,
+            extent: Extent::Unknown,
+        };
+        Self {
+            ids,
+            media: vec![first],
+        }
+    }
+
     pub(super) fn text(ids: Arc<[u32]>) -> Self {
         Self {
             ids,
@@ -209,6 +237,10 @@ pub struct ModelState {
     pub name: String,
     /// A tokenizer is in use.
     pub loaded: bool,
+    /// Where on the hub its files are, if there: `owner/name` and revision.
+    pub repo: Option<Repo>,
+    /// The commit of the hub's files that are in use or were tried last.
+    pub commit: Option<String>,
     /// Why the newest files are not in use, if they are not.
     pub error: Option<String>,
     /// Why its texts are tokenized whole, which is slow; `None` when they are cut and remembered.
@@ -243,9 +275,15 @@ pub fn published() -> Vec<(String, Arc<TokenService>)> {
 }
 
 impl TokenService {
-    /// Loads every model that is on disk and starts to watch the files. Blocks for up to seconds:
-    /// start-up only.
+    /// Loads every model that is on disk, starts to watch the files and to fetch those of the hub. Blocks
+    /// for up to seconds, but for no network: start-up only.
     pub fn load(settings: Settings) -> Result<Self, LoadError> {
+        let hub = if settings.models.iter().any(|model| model.repo.is_some()) {
+            let hub = Hub::new(settings.hub.unwrap_or_else(HubSettings::from_env));
+            Some(Arc::new(hub.map_err(|e| LoadError::invalid("hub", e))?))
+        } else {
+            None
+        };
         let stats = Arc::<TokenStats>::default();
         let mut names = HashMap::new();
         let mut slots = Vec::new();
@@ -264,9 +302,8 @@ impl TokenService {
         let started = |error| LoadError::invalid("tokenizer workers", error);
         let pool =
             Pool::new(settings.workers, settings.queue, Arc::clone(&stats)).map_err(started)?;
-        let keeper = settings
-            .poll
-            .map(|poll| Keeper::start(Arc::clone(&slots), poll));
+        let keeper = (settings.poll.is_some() || hub.is_some())
+            .then(|| Keeper::start(Arc::clone(&slots), settings.poll, hub));
         Ok(Self {
             names,
             slots,
@@ -308,6 +345,8 @@ impl TokenService {
             ModelState {
                 name: slot.name().to_owned(),
                 loaded: model.is_some(),
+                repo: slot.repo().cloned(),
+                commit: slot.commit(),
                 error: slot.error(),
                 unsplittable: unsplittable.map(ToString::to_string),
                 memo: model.as_ref().map(|m| m.memo.stats()).unwrap_or_default(),

@@ -80,6 +80,12 @@ pub struct TokenStats {
     pub stale_models: AtomicUsize,
     /// Gauge: models without a tokenizer, because their files are not here yet.
     pub missing_models: AtomicUsize,
+    /// Revisions of the hub that were resolved and are in the cache.
+    pub hub_resolved: AtomicU64,
+    /// Attempts at one that failed; the model goes on as it is, or is missing.
+    pub hub_failures: AtomicU64,
+    /// Files downloaded from the hub.
+    pub hub_downloads: AtomicU64,
     fallbacks: [AtomicU64; FallbackReason::ALL.len()],
 }
 
@@ -161,7 +167,11 @@ impl TokenStats {
     }
 
     pub(super) fn add(counter: &AtomicU64) {
-        counter.fetch_add(1, Ordering::Relaxed);
+        Self::add_n(counter, 1);
+    }
+
+    pub(super) fn add_n(counter: &AtomicU64, n: u64) {
+        counter.fetch_add(n, Ordering::Relaxed);
     }
 }
 

@@ -1,10 +1,9 @@
 //! Vocabularies of tiktoken: byte strings with a rank, one a line in base64. A rank is the id and the
 //! priority of a merge.
 //!
-//! Three families are told apart by `tokenizer_class` of `tokenizer_config.json`: Qwen 1
-//! (`QWenTokenizer`), Kimi and Moonlight (`TikTokenTokenizer`), and everything else as Hugging Face's
-//! `TikTokenConverter` takes it, with the word expression of Llama 3 unless the configuration has a
-//! `pattern`. Words are found by the same engine as those of `tokenizer.json` files.
+//! Words, normalization and control tokens are in each model's Python code, so its family has to be
+//! known by the configuration beside the vocabulary ([`super::tiktoken_family`]). Words are found by the
+//! same engine as those of `tokenizer.json` files.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -17,30 +16,20 @@ use serde_json::Value;
 use tokenizers::utils::SysRegex;
 use tokenizers::{NormalizedString, Normalizer, normalizers::NFC};
 
-use super::split::{KIMI, LLAMA3, QWEN2, Splitter, Unsplittable};
-use super::tokenizer::{LoadError, MAX_TOKENIZER_BYTES, read};
+use super::split::{Splitter, Unsplittable};
+use super::tiktoken_family::Family;
+use super::tokenizer::{LoadError, MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, read};
 
 /// Names a vocabulary has, beside `*.tiktoken`.
-const FILE: &str = "tiktoken.model";
+pub(super) const FILE: &str = "tiktoken.model";
+/// Tells what the model is.
+const MODEL_CONFIG: &str = "config.json";
 /// Suffix of the others.
 const EXTENSION: &str = "tiktoken";
-/// Control tokens that Kimi's tokenizer has above its ranks, named or not.
-const KIMI_RESERVED: u32 = 256;
-/// Control tokens of Qwen 1 beside its three named ones.
-const QWEN_EXTRA: u32 = 205;
 /// Kimi's tokenizer cuts longer texts (in characters), whatever stands there.
 const KIMI_MAX_CHARS: usize = 400_000;
 /// And longer runs of white space, or of anything else.
 const KIMI_MAX_RUN: usize = 25_000;
-
-/// How one family of models uses its vocabulary.
-#[derive(Debug)]
-struct Family {
-    words: String,
-    nfc: bool,
-    cuts: bool,
-    control: Vec<(String, u32)>,
-}
 
 /// A vocabulary with its words and control tokens.
 pub(super) struct TikToken {
@@ -60,6 +49,12 @@ impl std::fmt::Debug for TikToken {
             .field("control", &self.control.len())
             .finish_non_exhaustive()
     }
+}
+
+/// True for the name of a vocabulary.
+pub(super) fn is_name(name: &str) -> bool {
+    let extension = Path::new(name).extension();
+    !name.contains('/') && (name == FILE || extension.is_some_and(|e| e == EXTENSION))
 }
 
 /// The vocabulary in `directory`; the first by name if there are several.
@@ -85,15 +80,23 @@ impl TikToken {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let directory = path.parent().unwrap_or(path);
         let bytes = read(directory, &name, MAX_TOKENIZER_BYTES)?;
-        Self::parse(&bytes, config).map_err(|reason| LoadError::invalid(&name, reason))
+        let model = if directory.join(MODEL_CONFIG).exists() {
+            let bytes = read(directory, MODEL_CONFIG, MAX_CONFIG_BYTES)?;
+            serde_json::from_slice(&bytes).map_err(|e| LoadError::invalid(MODEL_CONFIG, e))?
+        } else {
+            Value::Null
+        };
+        let invalid = |reason: String| LoadError::invalid(&name, reason);
+        let ranks = read_ranks(&bytes).map_err(invalid)?;
+        let above = u32::try_from(ranks.len()).unwrap_or(u32::MAX);
+        let family = Family::of(&name, config, &model, above).map_err(invalid)?;
+        Self::new(ranks, family).map_err(invalid)
     }
 
-    fn parse(
-        bytes: &[u8],
-        config: &Value,
+    fn new(
+        ranks: HashMap<Box<[u8]>, u32>,
+        family: Family,
     ) -> Result<(Self, Result<Splitter, Unsplittable>), String> {
-        let ranks = read_ranks(bytes)?;
-        let family = Family::of(config, u32::try_from(ranks.len()).unwrap_or(u32::MAX));
         let splitter = Splitter::for_words(
             &family.words,
             family.control.iter().map(|(name, _)| name.as_str()),
@@ -127,6 +130,11 @@ impl TikToken {
         control
             .or_else(|| self.ranks.get(token.as_bytes()))
             .copied()
+    }
+
+    /// True for a control token.
+    pub(super) fn is_control(&self, id: u32) -> bool {
+        self.control.values().any(|known| *known == id)
     }
 
     /// An error for a text that its tokenizer would cut at a place of its own.
@@ -212,56 +220,6 @@ fn read_ranks(bytes: &[u8]) -> Result<HashMap<Box<[u8]>, u32>, String> {
         return Err("a byte has no rank".to_owned());
     }
     Ok(ranks)
-}
-
-impl Family {
-    fn of(config: &Value, ranks: u32) -> Self {
-        match config["tokenizer_class"].as_str() {
-            Some("QWenTokenizer") => {
-                let named = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
-                let named = named.into_iter().map(ToOwned::to_owned);
-                let extra = (0..QWEN_EXTRA).map(|number| format!("<|extra_{number}|>"));
-                Self {
-                    words: QWEN2.to_owned(),
-                    nfc: true,
-                    cuts: false,
-                    control: named.chain(extra).zip(ranks..).collect(),
-                }
-            }
-            Some("TikTokenTokenizer") => {
-                let named: HashMap<u32, String> =
-                    added_tokens(config).map(|(t, id)| (id, t)).collect();
-                let control = (ranks..ranks.saturating_add(KIMI_RESERVED)).map(|id| {
-                    let name = named.get(&id).cloned();
-                    (
-                        name.unwrap_or_else(|| format!("<|reserved_token_{id}|>")),
-                        id,
-                    )
-                });
-                Self {
-                    words: KIMI.to_owned(),
-                    nfc: false,
-                    cuts: true,
-                    control: control.collect(),
-                }
-            }
-            _ => Self {
-                words: config["pattern"].as_str().unwrap_or(LLAMA3).to_owned(),
-                nfc: false,
-                cuts: false,
-                control: added_tokens(config).collect(),
-            },
-        }
-    }
-}
-
-/// Content and id of each entry of `added_tokens_decoder`.
-fn added_tokens(config: &Value) -> impl Iterator<Item = (String, u32)> {
-    let decoder = config["added_tokens_decoder"].as_object();
-    decoder.into_iter().flatten().filter_map(|(id, token)| {
-        let content = token["content"].as_str().filter(|c| !c.is_empty())?;
-        Some((content.to_owned(), id.parse().ok()?))
-    })
 }
 
 /// `text` as an expression that matches nothing else.
@@ -358,6 +316,7 @@ impl Merger {
 #[cfg(test)]
 mod tests {
     use super::super::memo::Memo;
+    use super::super::split::LLAMA3;
     use super::super::tokenizer::ModelTokenizer;
     use super::*;
     use serde_json::json;
@@ -367,8 +326,9 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/tiktoken")
     }
 
-    /// 900 ranks trained on this repository's map and some scripts; ids of tiktoken 0.14.0 for the
-    /// expressions and control tokens of each family.
+    /// Ranks trained on this repository's documents and some scripts: 900, and 4000 in `large`, which has
+    /// random texts of what the expressions treat differently. Ids of tiktoken 0.14.0 for the expressions
+    /// and control tokens of each family.
     #[derive(serde::Deserialize)]
     struct Vectors {
         ranks: usize,
@@ -377,9 +337,13 @@ mod tests {
         families: BTreeMap<String, Vec<Vec<u32>>>,
     }
 
-    fn vectors() -> Vectors {
-        let bytes = std::fs::read(directory().join("vectors.json")).unwrap();
+    fn vectors_in(directory: &Path) -> Vectors {
+        let bytes = std::fs::read(directory.join("vectors.json")).unwrap();
         serde_json::from_slice(&bytes).unwrap()
+    }
+
+    fn vectors() -> Vectors {
+        vectors_in(&directory())
     }
 
     fn config(family: &str, vectors: &Vectors) -> Value {
@@ -390,6 +354,7 @@ mod tests {
         let ranks = vectors.ranks;
         match family {
             "qwen" => json!({"tokenizer_class": "QWenTokenizer"}),
+            "hunyuan" => json!({"tokenizer_class": "HYTokenizer"}),
             "kimi" => {
                 let named: Vec<_> = vectors.named.clone().into_iter().collect();
                 json!({"tokenizer_class": "TikTokenTokenizer", "added_tokens_decoder": added(&named)})
@@ -399,32 +364,38 @@ mod tests {
                     (ranks.to_string(), "<|begin_of_text|>".to_owned()),
                     ((ranks + 9).to_string(), "<|eot_id|>".to_owned()),
                 ];
-                json!({"added_tokens_decoder": added(&named)})
+                json!({"pattern": LLAMA3, "added_tokens_decoder": added(&named)})
             }
         }
     }
 
     #[test]
     fn ids_are_those_of_tiktoken_in_every_family() {
-        let vectors = vectors();
-        assert_eq!(vectors.families.len(), 3);
-        for (family, expected) in &vectors.families {
-            let config = config(family, &vectors);
-            let tokenizer = ModelTokenizer::load(&directory(), &config).unwrap();
-            assert!(tokenizer.splitter().is_ok(), "{family}");
-            assert_eq!(tokenizer.affixes(), Some((&[][..], &[][..])));
-            assert_eq!(expected.len(), vectors.texts.len());
-            for (text, expected) in vectors.texts.iter().zip(expected) {
-                let ids = tokenizer.encode(text, true).unwrap();
-                assert_eq!(&ids, expected, "{family}: {text:?}");
+        for (directory, families) in [(directory(), 3), (directory().join("large"), 4)] {
+            let vectors = vectors_in(&directory);
+            assert_eq!(vectors.families.len(), families);
+            for (family, expected) in &vectors.families {
+                let tokenizer =
+                    ModelTokenizer::load(&directory, &config(family, &vectors)).unwrap();
+                agree(family, tokenizer, &vectors, expected);
             }
-            // Every text as one, by segments, against the whole.
-            let whole = vectors.texts.concat().repeat(20);
-            let plain = tokenizer.encode(&whole, false).unwrap();
-            let memo = Memo::new(tokenizer, 1 << 20);
-            assert_eq!(*memo.encode(&whole, false).unwrap(), plain[..], "{family}");
-            assert!(memo.stats().misses > 4, "{family}: {:?}", memo.stats());
         }
+    }
+
+    fn agree(family: &str, tokenizer: ModelTokenizer, vectors: &Vectors, expected: &[Vec<u32>]) {
+        assert!(tokenizer.splitter().is_ok(), "{family}");
+        assert_eq!(tokenizer.affixes(), Some((&[][..], &[][..])));
+        assert_eq!(expected.len(), vectors.texts.len());
+        for (text, expected) in vectors.texts.iter().zip(expected) {
+            let ids = tokenizer.encode(text, true).unwrap();
+            assert_eq!(&ids, expected, "{family}: {text:?}");
+        }
+        // Every text as one, by segments, against the whole.
+        let whole = vectors.texts.concat().repeat(20);
+        let plain = tokenizer.encode(&whole, false).unwrap();
+        let memo = Memo::new(tokenizer, 1 << 20);
+        assert_eq!(*memo.encode(&whole, false).unwrap(), plain[..], "{family}");
+        assert!(memo.stats().misses > 4, "{family}: {:?}", memo.stats());
     }
 
     #[test]

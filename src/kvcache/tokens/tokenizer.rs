@@ -155,6 +155,17 @@ impl ModelTokenizer {
         }
     }
 
+    /// True for a token that is found in a text before it is split into words.
+    pub(super) fn is_added(&self, id: u32) -> bool {
+        match &self.vocabulary {
+            Vocabulary::File(tokenizer) => tokenizer
+                .get_added_vocabulary()
+                .get_added_tokens_decoder()
+                .contains_key(&id),
+            Vocabulary::Ranks(ranks) => ranks.is_control(id),
+        }
+    }
+
     /// The id of a token, added ones included.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         match &self.vocabulary {

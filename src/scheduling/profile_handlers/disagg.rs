@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use super::pairing::{self, Pairing};
-use super::staged::{Order, Staged, decider, encode_header, prefill_header};
+use super::staged::{Order, Staged, decider, encode_header, prefill_header, record_stages};
 use crate::plugin::{Build, Maturity, ParamDoc, ParamError, Plugin, PluginError};
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_PRODUCER, TOKENIZED_PROMPT,
@@ -17,6 +17,7 @@ use crate::scheduling::{
     SchedulingResult, Survivors,
 };
 use crate::telemetry::metrics::DecisionSeries;
+use crate::telemetry::trace::names;
 
 /// Prefill endpoints that a request may name.
 const MAX_PREFILL_ENDPOINTS: i64 = 8;
@@ -243,6 +244,7 @@ impl Settings {
             encode_decider: get(&self.encode_decider())?,
             prefill_endpoints,
             pairing,
+            span: names::PICK_DISAGG_PROFILE,
         })
     }
 
@@ -343,9 +345,12 @@ impl PreRequest for DisaggProfileHandler {
     ) {
         let find = |stage: &str| result.others.iter().find(|p| &*p.profile == stage);
         let limit = self.staged.prefill_endpoints;
-        let prefill =
-            find(PREFILL_STAGE).and_then(|picks| prefill_header(candidates, picks, limit));
-        let encode = find(ENCODE_STAGE).and_then(|picks| encode_header(candidates, picks));
+        let stages = (find(PREFILL_STAGE), find(ENCODE_STAGE));
+        record_stages(cycle, candidates, stages);
+        let prefill = stages
+            .0
+            .and_then(|picks| prefill_header(candidates, picks, limit));
+        let encode = stages.1.and_then(|picks| encode_header(candidates, picks));
         tracing::debug!(
             request_id = cycle.request.id,
             llm_d.epp.pd.disaggregation_used = prefill.is_some(),

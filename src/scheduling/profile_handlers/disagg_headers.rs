@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::staged::{encode_header, prefill_header};
+use super::staged::{encode_header, prefill_header, record_stages};
 use crate::plugin::{Build, Maturity, ParamDoc, Plugin, PluginError};
 use crate::scheduling::stages::{ENCODE_HEADER, ENCODE_STAGE, PREFILL_HEADER, PREFILL_STAGE};
 use crate::scheduling::{Candidate, Cycle, Outcome, PreRequest, ProfilePicks, SchedulingResult};
@@ -60,7 +60,7 @@ impl Plugin for DisaggHeadersHandler {
 impl PreRequest for DisaggHeadersHandler {
     fn on_pick(
         &self,
-        _: &Cycle<'_>,
+        cycle: &Cycle<'_>,
         candidates: &[Candidate],
         result: &SchedulingResult,
         outcome: &mut Outcome,
@@ -69,12 +69,15 @@ impl PreRequest for DisaggHeadersHandler {
             let mut others = result.others.iter();
             others.find(|p| *p.profile == *profile || &*p.profile == stage)
         };
-        if let Some(picks) = find(&self.prefill, PREFILL_STAGE)
+        let prefill = find(&self.prefill, PREFILL_STAGE);
+        let encode = find(&self.encode, ENCODE_STAGE);
+        record_stages(cycle, candidates, (prefill, encode));
+        if let Some(picks) = prefill
             && let Some(value) = prefill_header(candidates, picks, 1)
         {
             outcome.set_header_if_absent(PREFILL_HEADER, value);
         }
-        if let Some(picks) = find(&self.encode, ENCODE_STAGE)
+        if let Some(picks) = encode
             && let Some(value) = encode_header(candidates, picks)
         {
             outcome.set_header_if_absent(ENCODE_HEADER, value);

@@ -15,6 +15,7 @@ use crate::scheduling::{
     SchedulingResult, Survivors,
 };
 use crate::telemetry::metrics::DecisionSeries;
+use crate::telemetry::trace::names;
 
 /// Decode first, then prefill on an endpoint of its own if the decider says so.
 ///
@@ -108,6 +109,7 @@ impl Plugin for PdProfileHandler {
             encode_decider: None,
             prefill_endpoints: 1,
             pairing: None,
+            span: names::PICK_PD_PROFILE,
         };
         Ok(Self {
             staged,

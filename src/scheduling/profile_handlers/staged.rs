@@ -10,9 +10,13 @@ use super::pairing::{Choice, Pairing};
 use crate::plugin::{Build, ParamError, PluginError};
 use crate::scheduling::stages::{Decision, ENCODE_STAGE, PREFILL_STAGE};
 use crate::scheduling::{
-    Candidate, Decider, ProfilePicks, ProfileRun, Round, ScheduleError, SchedulingResult, Scored,
-    Survivors,
+    Candidate, Cycle, Decider, ProfilePicks, ProfileRun, Round, ScheduleError, SchedulingResult,
+    Scored, Survivors,
 };
+use crate::telemetry::trace::{Site, names};
+
+/// The step that ends a request without a decode endpoint.
+const MISSING_DECODE: &str = "error_missing_decode_profile";
 
 /// Which stage is picked first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +43,8 @@ pub(super) struct Staged {
     pub(super) prefill_endpoints: usize,
     /// Chooses the prefill and the decode endpoint together.
     pub(super) pairing: Option<Pairing>,
+    /// Span of a step.
+    pub(super) span: Site,
 }
 
 /// The decider that the parameter `field` names.
@@ -84,22 +90,78 @@ fn addresses<'a>(candidates: &[Candidate], picks: impl Iterator<Item = &'a u32>)
     })
 }
 
+/// Records where the stages of a request run, as their headers say it. `picked` are endpoints of
+/// prefill and encode.
+pub(super) fn record_stages(
+    cycle: &Cycle<'_>,
+    candidates: &[Candidate],
+    (prefill, encode): (Option<&ProfilePicks>, Option<&ProfilePicks>),
+) {
+    if !cycle.request.trace.is_recording() {
+        return;
+    }
+    let mut span = cycle.request.span(names::PREPARE_DISAGGREGATION);
+    let first = prefill.map(|p| p.picks.first().and_then(|&p| candidates.get(p as usize)));
+    match first {
+        Some(Some(candidate)) => {
+            let address = candidate.endpoint.spec.address;
+            span.record(|| {
+                [
+                    ("llm_d.epp.pd.disaggregation_used", true.into()),
+                    (
+                        "llm_d.epp.pd.prefill_pod_address",
+                        address.ip().to_string().into(),
+                    ),
+                    (
+                        "llm_d.epp.pd.prefill_pod_port",
+                        address.port().to_string().into(),
+                    ),
+                ]
+            });
+        }
+        unused => {
+            let reason = if unused.is_some() {
+                "no_prefill_profile_target_endpoints"
+            } else {
+                "no_prefill_profile_result"
+            };
+            span.record(|| {
+                [
+                    ("llm_d.epp.pd.disaggregation_used", false.into()),
+                    ("llm_d.epp.pd.reason", reason.into()),
+                ]
+            });
+        }
+    }
+    match encode.map(|picks| encode_header(candidates, picks)) {
+        Some(Some(endpoints)) => span.record(|| {
+            let endpoints = String::from_utf8_lossy(&endpoints).into_owned();
+            [
+                ("llm_d.epp.encode.disaggregation_used", true.into()),
+                ("llm_d.epp.encode.endpoints", endpoints.into()),
+            ]
+        }),
+        unused => {
+            let reason = if unused.is_some() {
+                "no_encode_profile_target_endpoints"
+            } else {
+                "no_encode_profile_result"
+            };
+            span.record(|| {
+                [
+                    ("llm_d.epp.encode.disaggregation_used", false.into()),
+                    ("llm_d.epp.encode.reason", reason.into()),
+                ]
+            });
+        }
+    }
+}
+
 fn first_pick(run: &ProfileRun) -> Option<u32> {
     match run {
         ProfileRun::Picked(picked) => picked.picks.first().copied(),
         _ => None,
     }
-}
-
-/// Logs a step of a decision, under the names that traces have for it.
-fn note(round: &Round<'_>, step: &'static str) {
-    let request = round.cycle.request;
-    tracing::debug!(
-        request_id = request.id,
-        gen_ai.request.model = request.target_model,
-        llm_d.epp.profile_handler.decision = step,
-        "pick_disagg_profile"
-    );
 }
 
 impl Staged {
@@ -117,7 +179,7 @@ impl Staged {
         match (self.order, decode) {
             (_, None) => {}
             (Order::DecodeFirst, Some(decode)) if open(&decode) => {
-                note(round, "run_decode");
+                self.note(round, runs, "run_decode", Some(&self.decode));
                 run.push(decode);
                 // To be chosen together, neither may know of the other.
                 let paired = prefill.filter(|_| self.pairing.is_some());
@@ -130,28 +192,26 @@ impl Staged {
                 if pick.is_none() || begun {
                     return;
                 }
-                self.ask_encode(round, encode.filter(open), pick, run);
+                self.ask_encode(round, runs, encode.filter(open), (pick, &mut *run));
                 let prefill = prefill.filter(open);
                 if let (Some(prefill), Some(decider)) = (prefill, &self.prefill_decider) {
                     let wanted = decider.wants_stage(round, pick);
-                    note(
-                        round,
-                        if wanted {
-                            "run_prefill"
-                        } else {
-                            "skip_prefill"
-                        },
-                    );
+                    let step = if wanted {
+                        "run_prefill"
+                    } else {
+                        "skip_prefill"
+                    };
+                    self.note(round, runs, step, wanted.then_some(&*self.prefill));
                     run.extend(wanted.then_some(prefill));
                 }
             }
             (Order::PrefillFirst, Some(decode)) => {
                 if let Some(prefill) = prefill.filter(open) {
-                    note(round, "run_prefill");
+                    self.note(round, runs, "run_prefill", Some(&self.prefill));
                     run.push(prefill);
                 } else if open(&decode) {
-                    self.ask_encode(round, encode.filter(open), None, run);
-                    note(round, "run_decode");
+                    self.ask_encode(round, runs, encode.filter(open), (None, &mut *run));
+                    self.note(round, runs, "run_decode", Some(&self.decode));
                     run.push(decode);
                 }
             }
@@ -161,14 +221,60 @@ impl Staged {
     fn ask_encode(
         &self,
         round: &Round<'_>,
+        runs: &[ProfileRun],
         encode: Option<usize>,
-        decode: Option<u32>,
-        run: &mut Vec<usize>,
+        (decode, run): (Option<u32>, &mut Vec<usize>),
     ) {
         if let (Some(encode), Some(decider)) = (encode, &self.encode_decider) {
             let wanted = decider.wants_stage(round, decode);
-            note(round, if wanted { "run_encode" } else { "skip_encode" });
+            let step = if wanted { "run_encode" } else { "skip_encode" };
+            let selected = self.encode.as_deref().filter(|_| wanted);
+            self.note(round, runs, step, selected);
             run.extend(wanted.then_some(encode));
+        }
+    }
+
+    /// Logs and records a step of the decision, and the profile it selects.
+    fn note(
+        &self,
+        round: &Round<'_>,
+        runs: &[ProfileRun],
+        step: &'static str,
+        selected: Option<&str>,
+    ) {
+        let request = round.cycle.request;
+        tracing::debug!(
+            request_id = request.id,
+            gen_ai.request.model = request.target_model,
+            llm_d.epp.profile_handler.decision = step,
+            "{}",
+            self.span.name
+        );
+        if !request.trace.is_recording() {
+            return;
+        }
+        let mut span = request.span(self.span.clone());
+        let executed = runs.iter().filter(|run| **run != ProfileRun::NotRun);
+        span.record(|| {
+            [
+                ("llm_d.epp.profile_handler.decision", step.into()),
+                (
+                    "llm_d.epp.profile_handler.total_profiles",
+                    round.names.len().into(),
+                ),
+                (
+                    "llm_d.epp.profile_handler.executed_profiles",
+                    executed.count().into(),
+                ),
+            ]
+        });
+        if let Some(selected) = selected {
+            let name = "llm_d.epp.profile_handler.selected_profile";
+            span.record(|| [(name, selected.to_owned().into())]);
+        }
+        if step == MISSING_DECODE {
+            span.record(|| [("llm_d.epp.profile_handler.decode_failed", true.into())]);
+            span.fail("no endpoint to decode on");
         }
     }
 
@@ -180,13 +286,20 @@ impl Staged {
         runs: &mut [ProfileRun],
     ) -> Result<(SchedulingResult, Decision), ScheduleError> {
         let at = |name: &str| round.names.iter().position(|n| **n == *name);
+        let executed = round
+            .cycle
+            .request
+            .trace
+            .is_recording()
+            .then(|| runs.to_vec());
+        let executed = executed.unwrap_or_default();
         let mut take = |position: Option<usize>| match runs.get_mut(position?).map(std::mem::take) {
             Some(ProfileRun::Picked(picks)) => Some(picks),
             _ => None,
         };
         let (decode_at, prefill_at) = (at(&self.decode), at(&self.prefill));
         let Some(mut primary) = take(decode_at) else {
-            note(round, "error_missing_decode_profile");
+            self.note(round, &executed, MISSING_DECODE, None);
             return Err(ScheduleError::NoDecodeEndpoint);
         };
         let encode = take(self.encode.as_deref().and_then(at));
@@ -212,7 +325,7 @@ impl Staged {
         let prefill = prefill.and_then(|picks| elsewhere(picks, decode));
         let decision = Decision::of(encodes, prefill.is_some());
         add(prefill, PREFILL_STAGE);
-        note(round, complete(decision));
+        self.note(round, &executed, complete(decision), None);
         Ok((SchedulingResult { primary, others }, decision))
     }
 

@@ -20,6 +20,7 @@ use super::super::body::AnswerBody;
 use super::super::exchange::{Exchange, Refusal};
 use super::super::json::{Change, Field, Splice, quoted};
 use super::super::metrics::Path;
+use super::super::spans::CHUNKED_DECODE;
 
 /// Events that wait for the client; a slow client holds up the next call.
 const MAX_WAITING: usize = 2;
@@ -57,12 +58,13 @@ pub(super) fn plan(exchange: &Exchange) -> Option<Plan> {
 
 /// Decodes by `plan`; `first` changes the body of the first call only.
 pub(super) async fn serve(
-    exchange: Exchange,
+    mut exchange: Exchange,
     plan: Plan,
     path: Path,
     first: Vec<Change>,
 ) -> Result<Answer, Refusal> {
     let streamed = exchange.prompt.is_true(Field::Stream);
+    exchange.decoding = exchange.span.child(CHUNKED_DECODE);
     let mut decode = Decode {
         exchange,
         left: plan.budget,

@@ -58,27 +58,44 @@ pub(super) async fn serve(
     Ok(())
 }
 
-/// Dropped at the first failure, which ends the calls still running.
+/// Dropped at the first item that nobody encodes, which ends the calls still running.
 async fn encode(
     exchange: &Exchange,
     items: &[Bytes],
     encoders: &[HostPort],
 ) -> Result<Vec<Bytes>, LegFailure> {
-    let id = exchange.request_id.to_str().unwrap_or_default();
-    let calls = items.iter().zip(encoders.iter().cycle()).enumerate();
-    let calls = calls.map(|(index, (item, encoder))| {
-        let body = body(exchange, item);
-        let id = HeaderValue::from_str(&format!("{id}-enc-{index}"));
-        async move {
-            let id = id.map_err(|_| LegFailure::Garbage("the request id is no header value"))?;
-            exchange.encode(encoder, body?, id).await
-        }
-    });
+    let calls = items.iter().enumerate();
+    let calls = calls.map(|(index, item)| encode_item(exchange, index, item, encoders));
     let calls: Vec<_> = calls.collect();
     stream::iter(calls)
         .buffered(MAX_PARALLEL)
         .try_collect()
         .await
+}
+
+/// Items are dealt to the endpoints in turn. One that fails at its own goes to the next, each endpoint
+/// once, unless the item itself is refused.
+async fn encode_item(
+    exchange: &Exchange,
+    index: usize,
+    item: &Bytes,
+    encoders: &[HostPort],
+) -> Result<Bytes, LegFailure> {
+    let id = exchange.request_id.to_str().unwrap_or_default();
+    let id = HeaderValue::from_str(&format!("{id}-enc-{index}"))
+        .map_err(|_| LegFailure::Garbage("the request id is no header value"))?;
+    let body = body(exchange, item)?;
+    let mut failure = LegFailure::Garbage("no encode endpoint");
+    let own = index % encoders.len().max(1);
+    for encoder in encoders.iter().cycle().skip(own).take(encoders.len()) {
+        failure = match exchange.encode(encoder, body.clone(), id.clone()).await {
+            Ok(answer) => return Ok(answer),
+            Err(failure) if failure.is_final() => return Err(failure),
+            Err(failure) => failure,
+        };
+        tracing::warn!(encode_target = %encoder, index, %failure, "encode failed");
+    }
+    Err(failure)
 }
 
 /// The client's body with one message that has one item.

@@ -11,6 +11,7 @@ mod mooncake;
 mod moriio;
 mod nixl;
 mod offloading;
+mod opening;
 mod resolver;
 mod sglang;
 mod shared_storage;

@@ -1,17 +1,18 @@
 //! `nixlv2`: prefill first, and its answer tells the decode engine where to fetch the blocks.
 
 use bytes::Bytes;
-use http::header;
+use http::{StatusCode, header};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::super::answer::Answer;
+use super::super::answer::{Answer, decode_failed};
 use super::super::body::AnswerBody;
 use super::super::exchange::{Exchange, LegFailure, Refusal};
 use super::super::json::Field;
 use super::super::metrics::Path;
 use super::super::prompt::Limits;
 use super::super::usage::UsageRewrite;
+use super::opening::{self, Opening};
 use super::{chunked, offloading};
 
 /// Asks a prefill engine to keep its blocks for somebody.
@@ -67,16 +68,33 @@ async fn decode(exchange: Exchange, prefilled: Prefilled) -> Result<Answer, Refu
     if let Some(plan) = chunked::plan(&exchange) {
         return chunked::serve(exchange, plan, Path::PrefillDecode, vec![change]).await;
     }
+    let fetches = change.1.as_deref() != Some(b"null");
     let response = exchange
         .decode(exchange.prompt.with(&[change]), &[])
         .await?;
+    let (mut head, mut leg) = response.into_parts();
+    let mut read = Bytes::new();
+    if fetches && exchange.may_prefill_here() {
+        let mut failed = head.status == StatusCode::INTERNAL_SERVER_ERROR;
+        if head.status.is_success() && opening::is_stream(&head.headers) {
+            let begun = opening::read(&mut leg).await;
+            let (opening, begun) = begun.map_err(|error| Box::new(decode_failed(&error)))?;
+            (failed, read) = (opening == Opening::Failed, begun);
+        }
+        if failed {
+            // vLLM says so when the prefill engine is gone before its blocks were fetched. Nothing of
+            // the answer has reached the client yet.
+            tracing::warn!(decode_target = %exchange.decode, "decode failed: once more, with the prompt read here");
+            drop(leg);
+            return offloading::decode_alone(&exchange, Path::LocalPrefill).await;
+        }
+    }
     exchange.sidecar.metrics().served(Path::PrefillDecode);
-    let (mut head, leg) = response.into_parts();
     if !head.status.is_success() {
         return Ok(Answer::from_parts(head, AnswerBody::leg(leg)));
     }
     head.headers.remove(header::CONTENT_LENGTH);
-    let body = AnswerBody::usage(UsageRewrite::new(leg, prefilled.cached_tokens));
+    let body = AnswerBody::usage(UsageRewrite::new(read, leg, prefilled.cached_tokens));
     Ok(Answer::from_parts(head, body))
 }
 

@@ -309,29 +309,77 @@ async fn every_media_item_is_encoded() {
     }
 }
 
+/// Sends two images to these encode endpoints.
+async fn encode(decode: &Engine, encoders: &[&Engine]) -> Answered {
+    let settings = Settings {
+        ec_connector: Some(EcConnector::EcExample),
+        encode_timeout: Some(Duration::from_millis(300)),
+        ..Settings::default()
+    };
+    let sidecar = Running::start(decode, settings).await;
+    let encoders: Vec<String> = encoders.iter().map(|e| e.address.to_string()).collect();
+    let encoders = encoders.join(",");
+    let answer = sidecar
+        .ask(CHAT, &[("x-encoder-hosts-ports", &encoders)], MEDIA)
+        .await;
+    sidecar.nothing_left().await;
+    answer
+}
+
 #[tokio::test]
-async fn a_failed_encode_ends_the_others() {
-    let bad = Engine::start([Act::Reply(500, "text/plain", String::new())]).await;
-    let slow = Engine::start([Act::Hang]).await;
+async fn what_an_encode_endpoint_fails_at_is_done_by_the_next() {
+    for act in [
+        Act::Reply(500, "text/plain", String::new()),
+        Act::Reply(429, "text/plain", String::new()),
+        Act::Die,
+        Act::Hang,
+        Act::Break(vec!["{".into()]),
+    ] {
+        let bad = Engine::start([act.clone()]).await;
+        let good = Engine::start([Act::json("{}")]).await;
+        let decode = Engine::start([Act::json("{}")]).await;
+        let answer = encode(&decode, &[&bad, &good]).await;
+        assert_eq!(answer.status, 200, "{act:?}");
+        assert_eq!(decode.seen().len(), 1, "{act:?}");
+        // Its own item, and the one that the other could not do.
+        assert_eq!((bad.seen().len(), good.seen().len()), (1, 2), "{act:?}");
+        let ids: std::collections::BTreeSet<u8> = good
+            .seen()
+            .iter()
+            .map(|seen| *seen.headers["x-request-id"].as_bytes().last().unwrap())
+            .collect();
+        assert_eq!(ids, [b'0', b'1'].into(), "{act:?}: both items");
+        until(|| bad.open() == 0).await;
+    }
+}
+
+#[tokio::test]
+async fn an_item_that_nobody_encodes_ends_the_others() {
+    let failing = || Engine::start([Act::Reply(500, "text/plain", String::new())]);
+    let (one, two) = (failing().await, failing().await);
     let decode = Engine::start([Act::json("{}")]).await;
+    assert_eq!(encode(&decode, &[&one, &two]).await.status, 502);
+    assert!(decode.seen().is_empty());
+    // A refused item is refused everywhere: nobody else is asked, and who works for others stops.
+    let refusing = Engine::start([Act::Reply(400, "text/plain", String::new())]).await;
+    let slow = Engine::start([Act::Hang]).await;
+    assert_eq!(encode(&decode, &[&refusing, &slow]).await.status, 502);
+    assert!(slow.seen().len() <= 1);
+    until(|| slow.open() == 0).await;
+    assert!(decode.seen().is_empty());
+    // Without items encode endpoints are not asked.
     let settings = Settings {
         ec_connector: Some(EcConnector::EcExample),
         ..Settings::default()
     };
     let sidecar = Running::start(&decode, settings).await;
-    let encoders = format!("{},{}", bad.address, slow.address);
-    let answer = sidecar
-        .ask(CHAT, &[("x-encoder-hosts-ports", &encoders)], MEDIA)
-        .await;
-    assert_eq!(answer.status, 502);
-    sidecar.nothing_left().await;
-    until(|| slow.open() == 0).await;
-    assert!(decode.seen().is_empty());
-    // Without items, or without the connector, encode endpoints are not asked.
+    let target = one.address.to_string();
+    let asked = one.seen().len();
     sidecar
-        .ask(CHAT, &[("x-encoder-hosts-ports", &encoders)], "{}")
+        .ask(CHAT, &[("x-encoder-hosts-ports", &target)], "{}")
         .await;
     assert_eq!(decode.only().body, "{}");
+    assert_eq!(one.seen().len(), asked);
 }
 
 fn chat(text: &str, finish: &str, prompt: u64, made: u64) -> Act {

@@ -1,5 +1,7 @@
 //! What the client gets when a stage fails, and that nothing is left behind.
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use super::super::settings::PrefillFallback;
 use super::*;
 
@@ -96,6 +98,70 @@ async fn the_failure_itself_when_that_is_wanted() {
 }
 
 #[tokio::test]
+async fn blocks_that_cannot_be_fetched_are_computed_here() {
+    let lost = Act::Reply(500, "application/json", r#"{"error":{}}"#.into());
+    let role = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n";
+    let error = "data: {\"error\": {\"code\": 500}}\n\n";
+    let word = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":null}]}\n\n";
+    let stream = |pieces: &[&str]| Act::Stream(pieces.iter().map(|p| (*p).to_owned()).collect());
+    // A stream has begun by then: it is its first event, or the one behind the role.
+    for (first, whole, calls) in [
+        (stream(&[error, "data: [DONE]\n\n"]), "{}".to_owned(), 2),
+        (stream(&[role, error]), "{}".to_owned(), 2),
+        (
+            stream(&[role, word, error]),
+            [role, word, error].concat(),
+            1,
+        ),
+        (stream(&[role, word]), [role, word].concat(), 1),
+    ] {
+        let prefill = Engine::start([prefilled(1)]).await;
+        let decode = Engine::start([first, Act::json("{}")]).await;
+        let sidecar = Running::start(&decode, quick()).await;
+        let answer = ask(&sidecar, &prefill.address.to_string()).await;
+        assert_eq!((answer.body, decode.seen().len()), (whole, calls));
+    }
+    for (prefill_act, fallback, second, status, calls) in [
+        (
+            prefilled(1),
+            PrefillFallback::Local,
+            Act::json("{}"),
+            200,
+            2,
+        ),
+        (prefilled(1), PrefillFallback::Local, lost.clone(), 500, 2),
+        (
+            prefilled(1),
+            PrefillFallback::Error,
+            Act::json("{}"),
+            500,
+            1,
+        ),
+        // Nothing was to be fetched: the failure is the engine's own.
+        (
+            Act::json("{}"),
+            PrefillFallback::Local,
+            Act::json("{}"),
+            500,
+            1,
+        ),
+    ] {
+        let prefill = Engine::start([prefill_act]).await;
+        let decode = Engine::start([lost.clone(), second]).await;
+        let settings = Settings {
+            prefill_fallback: fallback,
+            ..quick()
+        };
+        let sidecar = Running::start(&decode, settings).await;
+        let answer = ask(&sidecar, &prefill.address.to_string()).await;
+        let seen = decode.seen();
+        assert_eq!((answer.status.as_u16(), seen.len()), (status, calls));
+        assert!(seen.get(1).is_none_or(|second| second.body == BODY));
+        assert_eq!(prefill.seen().len(), 1);
+    }
+}
+
+#[tokio::test]
 async fn a_brief_failure_is_retried_at_the_same_endpoint() {
     let busy = Act::Reply(503, "application/json", "{}".into());
     let prefill = Engine::start([busy.clone(), busy, prefilled(1)]).await;
@@ -127,6 +193,20 @@ async fn an_endpoint_that_is_not_allowed_is_not_called() {
     );
     assert!(decode.seen().is_empty());
 
+    // A body that takes a while is read to its end, or a client that reads only then would meet a closed
+    // connection.
+    let mut stream = TcpStream::connect(sidecar.address).await.unwrap();
+    let text = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: x\r\nx-prefiller-host-port: {}\r\ncontent-length: {}\r\n\r\n{}",
+        evil.address,
+        8 << 20,
+        " ".repeat(8 << 20),
+    );
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let mut status = [0; 12];
+    stream.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 403");
+
     let answer = ask(&sidecar, &format!("{},{}", evil.address, good.address)).await;
     assert_eq!(answer.status, 200);
     assert_eq!(good.seen().len(), 1);
@@ -147,9 +227,7 @@ async fn a_client_that_leaves_ends_the_prefill() {
                 "POST {CHAT} HTTP/1.1\r\nhost: x\r\nx-prefiller-host-port: {target}\r\ncontent-length: {}\r\n\r\n{BODY}",
                 BODY.len()
             );
-            tokio::io::AsyncWriteExt::write_all(&mut stream, text.as_bytes())
-                .await
-                .unwrap();
+            stream.write_all(text.as_bytes()).await.unwrap();
             stream
         })
     };
@@ -199,6 +277,16 @@ async fn a_decode_engine_that_dies_cuts_the_stream_off() {
     assert!(broken, "the client can tell that something is missing");
     assert!("data: 1\n\n".starts_with(&text));
     sidecar.nothing_left().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_before_it_says_anything_is_a_bad_gateway() {
+    let role = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n";
+    let prefill = Engine::start([prefilled(1)]).await;
+    let decode = Engine::start([Act::Break(vec![role.into()])]).await;
+    let sidecar = Running::start(&decode, quick()).await;
+    let answer = ask(&sidecar, &prefill.address.to_string()).await;
+    assert_eq!(answer.status, 502, "{}", answer.body);
 }
 
 #[tokio::test]

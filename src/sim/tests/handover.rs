@@ -4,18 +4,20 @@
 use std::time::Duration;
 
 use super::super::fixtures::recording;
-use super::super::transfer::TransferSetup;
+use super::super::transfer::{Role, TransferSetup};
 use super::*;
 
 /// Two pods that hand over, the lease of kept blocks in seconds.
 async fn pods(lease: u64) -> (Pod, Pod) {
-    let pod = |engine: &str| {
+    let pod = |engine: &str, role| {
         let setup = TransferSetup {
+            role,
             engine_id: engine.to_owned(),
             host: "127.0.0.1".to_owned(),
             port: 0,
             lease: Duration::from_secs(lease),
-            token_bytes: 1000.0,
+            // Two layers of two heads of 32, keys and values, two bytes each, as recorded.
+            token_bytes: 512.0,
             bytes_per_second: 1e9,
         };
         SimConfig {
@@ -24,8 +26,8 @@ async fn pods(lease: u64) -> (Pod, Pod) {
         }
     };
     (
-        Pod::with(pod("prefill")).await,
-        Pod::with(pod("decode")).await,
+        Pod::with(pod("prefill", Role::Prefill)).await,
+        Pod::with(pod("decode", Role::Decode)).await,
     )
 }
 
@@ -128,6 +130,29 @@ async fn a_completion_is_handed_over_as_recorded() {
             .await,
         0.0
     );
+    // Nine blocks of 16 tokens, then the one that the cache lacked. Each time they are neighbours.
+    for (series, value) in [
+        ("vllm:nixl_xfer_time_seconds_count", 2.0),
+        ("vllm:nixl_post_time_seconds_count", 2.0),
+        ("vllm:nixl_bytes_transferred_count", 2.0),
+        ("vllm:nixl_bytes_transferred_sum", 10.0 * 8192.0),
+        (
+            "vllm:nixl_bytes_transferred_bucket{engine=\"0\",le=\"8192.0\",model_name=\"tiny\"}",
+            1.0,
+        ),
+        ("vllm:nixl_num_descriptors_sum", 2.0),
+        ("vllm:nixl_num_failed_transfers_total", 0.0),
+    ] {
+        assert_eq!(decode_pod.metric(series).await, value, "{series}");
+    }
+    for pod in [&prefill_pod, &decode_pod] {
+        assert_eq!(pod.metric("vllm:nixl_num_kv_expired_reqs_total").await, 0.0);
+        let late = "vllm:nixl_num_notifications_after_expiry_total";
+        assert_eq!(pod.metric(late).await, 0.0);
+    }
+    // The side that is pulled from counts no transfer.
+    let transfers = "vllm:nixl_xfer_time_seconds_count";
+    assert_eq!(prefill_pod.metric(transfers).await, 0.0);
 }
 
 #[tokio::test]
@@ -192,6 +217,14 @@ async fn what_is_not_there_is_refused_as_recorded() {
     let half = json!({"do_remote_prefill": true, "remote_block_ids": [[1]]});
     let half = extended(body, json!({"kv_transfer_params": half}));
     decode_pod.value(COMPLETIONS, half).await;
+    for (series, value) in [
+        // Nobody there, two names that are unknown, one that was lost.
+        ("vllm:nixl_num_failed_transfers_total", 4.0),
+        ("vllm:nixl_xfer_time_seconds_count", 0.0),
+        ("vllm:nixl_num_failed_notifications_total", 0.0),
+    ] {
+        assert_eq!(decode_pod.metric(series).await, value, "{series}");
+    }
 }
 
 #[tokio::test]
@@ -205,6 +238,9 @@ async fn blocks_that_nobody_pulls_are_freed_when_their_lease_ends() {
         json!({"kv_transfer_params": first["kv_transfer_params"]}),
     );
     assert_eq!(decode_pod.post(COMPLETIONS, late).await.0, 500);
+    let expired = "vllm:nixl_num_kv_expired_reqs_total";
+    assert_eq!(prefill_pod.metric(expired).await, 1.0);
+    assert_eq!(decode_pod.metric(expired).await, 0.0);
 }
 
 #[tokio::test]

@@ -36,6 +36,14 @@ pub fn install() -> anyhow::Result<Exposition> {
     Ok(exposition)
 }
 
+/// Runs `test` under a recorder of its own; handles made on this thread meanwhile count there.
+#[cfg(test)]
+pub(crate) fn counted(test: impl FnOnce()) -> Exposition {
+    let recorder = Recorder::new();
+    metrics::with_local_recorder(&recorder, test);
+    recorder.exposition()
+}
+
 fn describe() {
     for series in TABLE {
         let help = format!("[ALPHA] {}", series.help);

@@ -26,6 +26,7 @@ impl PrecisePrefixProducer {
             let on = |candidate| self.explain_on(candidate, number, keys);
             json!({
                 "tokens": prompt.ids.len(),
+                "exactTokens": prompt.keyed_ids().len(),
                 "endpoints": candidates.iter().map(on).collect::<Vec<_>>(),
             })
         });

@@ -24,10 +24,11 @@ use self::parity::{HitCheck, Parity};
 use self::publishers::{Backend, Publishers};
 use self::settings::{Raw, Settings};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
-use crate::kvcache::events::subscriber::{EVENTS_PORT, REPLAY_PORT};
 use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace, MediaSpan};
+use crate::kvcache::events::subscriber::{EVENTS_PORT, REPLAY_PORT};
+use crate::kvcache::events::wire::without_adapter;
 use crate::kvcache::index::{CPU, KvIndex, Lookup, Trust};
-use crate::kvcache::redis::SharedIndex;
+use crate::kvcache::redis::{Found, SharedIndex};
 use crate::kvcache::tokens::service::PromptTokens;
 use crate::plugin::{
     Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
@@ -41,13 +42,18 @@ use crate::scheduling::{
     SchedulingResult, Scorer,
 };
 use crate::telemetry::metrics::register;
+use crate::telemetry::trace::{Span, names};
 
+/// How a look-up went, in its span.
+const PRODUCER_RESULT: &str = "llm_d.epp.producer.result";
 /// Internal column with the request's block keys, for the prediction after the pick.
 const KEYS: &str = "precise-prefix-keys";
 /// Internal column with what each candidate should find in its cache.
 const PREDICTIONS: &str = "precise-prefix-predictions";
 /// Internal column with the keys of each prompt in a shared index.
 const SHARED_KEYS: &str = "precise-prefix-shared-keys";
+/// Internal column with what each candidate holds by a shared index.
+const SHARED_FOUND: &str = "precise-prefix-shared-found";
 /// The pool serves one base model, whatever name a request gives it; adapters have spaces of their own.
 const BASE_MODEL: &str = "";
 /// Different block sizes in one pool that a request is hashed by; endpoints of further sizes count as
@@ -75,10 +81,12 @@ pub struct PrecisePrefixProducer {
     predictions: Column<Prediction>,
     /// Keys of each prompt in an index that replicas share.
     shared_keys: Column<Vec<u64>>,
+    shared_found: Column<Found>,
     shared_failed: Counter,
     parity: Arc<Parity>,
     max_bytes: usize,
     exact: Counter,
+    partial: Counter,
     mixed: Counter,
     without_tokens: Counter,
     without_events: Counter,
@@ -99,6 +107,10 @@ struct Keys {
     blocks: Vec<BlockKey>,
     /// End of each prompt's keys.
     ends: Vec<usize>,
+    /// Blocks of the prompts, those without keys included.
+    total_blocks: usize,
+    /// Every prompt has keys to its end; none has media that only its engine knows.
+    whole: bool,
 }
 
 impl Keys {
@@ -106,6 +118,25 @@ impl Keys {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
         let ranges = starts.zip(&self.ends);
         ranges.filter_map(|(from, to)| self.blocks.get(from..*to))
+    }
+
+    /// What an endpoint matches where some blocks have no keys: if it holds all that have some, what is
+    /// guessed of the rest may be there as well; else a hole ends the prefix and no guess helps.
+    fn beyond(&self, found: PrefixMatch, guess: &PrefixMatch) -> PrefixMatch {
+        if self.whole || (found.cached_blocks as usize) < self.blocks.len() {
+            return found;
+        }
+        let guessed = guess.ratio() * f64::from(found.total_blocks);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a share of a u32"
+        )]
+        let guessed = (guessed as u32).min(found.total_blocks);
+        PrefixMatch {
+            matched_blocks: found.matched_blocks.max(guessed),
+            ..found
+        }
     }
 }
 
@@ -136,7 +167,7 @@ const PARAMETERS: &[ParamDoc] = &[
         name: "indexerConfig",
         kind: "object",
         default: "",
-        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
+        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379, or rediss:// checked against `caCertPath` or the system's certificates) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
     },
     ParamDoc {
         name: "kvEventsConfig",
@@ -205,6 +236,7 @@ impl PrecisePrefixProducer {
             lookups: settings.enable_metrics.then(LookupSeries::new),
             speculative_ttl: settings.speculative_ttl,
             exact: requests("exact"),
+            partial: requests("partial"),
             mixed: requests("mixed"),
             without_tokens: requests("no_tokens"),
             without_events: requests("no_events"),
@@ -214,6 +246,7 @@ impl PrecisePrefixProducer {
             keys: build.keys.produce(KEYS),
             predictions: build.keys.produce(PREDICTIONS),
             shared_keys: build.keys.produce(SHARED_KEYS),
+            shared_found: build.keys.produce(SHARED_FOUND),
             shared_failed: requests("shared_failed"),
             parity: Arc::default(),
             max_bytes: settings.index.max_bytes,
@@ -234,15 +267,18 @@ impl PrecisePrefixProducer {
             block_size,
         };
         let salt = request.payload.cache_salt.as_deref();
+        let blocks = |prompt: &PromptTokens| prompt.ids.len() / block_size.max(1) as usize;
         let mut all = Keys {
             block_size,
+            total_blocks: prompts.iter().map(blocks).sum(),
+            whole: prompts.iter().all(PromptTokens::is_whole),
             ..Keys::default()
         };
         let mut keys = Vec::new();
         for prompt in prompts {
             let named = prompt.named_media();
             let spans = named.iter().map(|(item, identifier)| MediaSpan {
-                identifier,
+                identifier: without_adapter(identifier, lora),
                 offset: item.token_offset.unwrap_or(0),
                 length: item.tokens.unwrap_or(1),
             });
@@ -271,6 +307,19 @@ impl PrecisePrefixProducer {
         };
         let known = self.index.is_adapter(name) || candidates.iter().any(listed);
         known.then_some(name)
+    }
+
+    /// Counts a look-up that matched `known` of so many candidates exactly, by the `whole` prompt or by
+    /// the part before what has no ids.
+    fn count(&self, whole: bool, known: usize, candidates: usize, span: &mut Span) {
+        let (counter, result) = match known {
+            0 => (&self.without_events, "no_events"),
+            _ if !whole => (&self.partial, "partial"),
+            all if all == candidates => (&self.exact, "exact"),
+            _ => (&self.mixed, "mixed"),
+        };
+        counter.increment(1);
+        span.record(|| [(PRODUCER_RESULT, result.into())]);
     }
 
     /// Matches every candidate whose engine publishes events; the others keep `None`. Returns how many
@@ -342,21 +391,19 @@ impl DataProducer for PrecisePrefixProducer {
         candidates: &[Candidate],
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
+        let mut span = request.span(names::PRODUCE_PRECISE_PREFIX_CACHE);
         let mut keys = Vec::new();
         let found = SCRATCH.with_borrow_mut(|scratch| {
             let prompts = attributes.get(self.ids).unwrap_or_default();
             let known = if prompts.is_empty() {
                 self.without_tokens.increment(1);
+                span.record(|| [(PRODUCER_RESULT, "skipped_no_tokens".into())]);
                 scratch.predictions.clear();
                 0
             } else {
                 let known = self.look_up(request, prompts, candidates, scratch, &mut keys);
-                let counter = match known {
-                    0 => &self.without_events,
-                    all if all == candidates.len() => &self.exact,
-                    _ => &self.mixed,
-                };
-                counter.increment(1);
+                let whole = prompts.iter().all(PromptTokens::is_whole);
+                self.count(whole, known, candidates.len(), &mut span);
                 known
             };
             let guesses = attributes.get(self.approximate).unwrap_or_default();
@@ -366,11 +413,13 @@ impl DataProducer for PrecisePrefixProducer {
                 let size = scratch.sizes.get(at).copied().flatten();
                 let of_size = size.and_then(|size| keys.iter().find(|k| k.block_size == size));
                 match of_size.filter(|_| known > 0 && trust != Trust::Unknown) {
-                    Some(of_size) => exact_match(
-                        of_size,
-                        scratch.scores.get(at).copied(),
-                        scratch.held.get(at).copied(),
-                    ),
+                    Some(of_size) => {
+                        let score = scratch.scores.get(at).copied();
+                        let found = exact_match(of_size, score, scratch.held.get(at).copied());
+                        guesses
+                            .get(at)
+                            .map_or(found, |guess| of_size.beyond(found, guess))
+                    }
                     None => guesses.get(at).copied().unwrap_or_default(),
                 }
             });
@@ -379,6 +428,7 @@ impl DataProducer for PrecisePrefixProducer {
             predictions.extend_from_slice(&scratch.predictions);
             matches
         });
+        record_matches(&mut span, &found);
         attributes.write(self.matches).extend(found);
         attributes.write(self.keys).append(&mut keys);
         Ok(())
@@ -402,7 +452,10 @@ impl DataProducer for PrecisePrefixProducer {
         attributes: &mut Attributes,
     ) -> Result<(), ProducerError> {
         match self.publishers.remote() {
-            Some(index) => self.produce_shared(index, prepared, candidates, attributes),
+            Some(index) => {
+                let mut span = request.span(names::PRODUCE_PRECISE_PREFIX_CACHE);
+                self.produce_shared(index, prepared, candidates, (attributes, &mut span))
+            }
             None => self.produce(request, candidates, attributes),
         }
     }
@@ -426,6 +479,27 @@ impl DataProducer for PrecisePrefixProducer {
     }
 }
 
+/// What a recorded look-up found.
+fn record_matches(span: &mut Span, matches: &[PrefixMatch]) {
+    span.record(|| {
+        let most = |of: fn(&PrefixMatch) -> u32| matches.iter().map(of).max().unwrap_or(0);
+        [
+            (
+                "llm_d.epp.producer.candidate_endpoints",
+                matches.len().into(),
+            ),
+            (
+                "llm_d.epp.producer.total_blocks",
+                most(|m| m.total_blocks).into(),
+            ),
+            (
+                "llm_d.epp.producer.max_match_blocks",
+                most(|m| m.matched_blocks).into(),
+            ),
+        ]
+    });
+}
+
 /// Full blocks of a prompt that an engine can reuse: it computes the last token in any case.
 fn usable_blocks(tokens: usize, block_size: u32) -> u64 {
     tokens.saturating_sub(1) as u64 / u64::from(block_size.max(1))
@@ -441,7 +515,7 @@ fn exact_match(keys: &Keys, score: Option<f64>, held: Option<(u32, u32)>) -> Pre
     let matched_blocks = score.unwrap_or(0.0).max(0.0) as u32;
     PrefixMatch {
         matched_blocks,
-        total_blocks: u32::try_from(keys.blocks.len()).unwrap_or(u32::MAX),
+        total_blocks: u32::try_from(keys.total_blocks).unwrap_or(u32::MAX),
         block_size_tokens: keys.block_size,
         cached_blocks: held.map_or(0, |(any, _)| any),
         host_blocks: held.map(|(_, host)| host),
@@ -547,7 +621,10 @@ impl PrecisePrefixProducer {
             endpoint: Arc::clone(endpoint),
             keys,
             predicted_tokens: prediction.tokens,
-            own_prompt_tokens: prompts.iter().map(|prompt| prompt.ids.len() as u64).sum(),
+            own_prompt_tokens: prompts
+                .iter()
+                .map(|prompt| prompt.is_whole().then_some(prompt.ids.len() as u64))
+                .sum(),
             model: request.target_model.clone(),
             prompt: parity::prompt_kind(request),
             salted: salt.is_some_and(|salt| !salt.is_empty()),

@@ -138,12 +138,13 @@ impl RemoteSeries {
             ("late", |s| &s.late),
             ("failed", |s| &s.failed),
         ];
-        let events: [(&'static str, ReadShared); 5] = [
+        let events: [(&'static str, ReadShared); 6] = [
             ("written", |s| &s.written),
             ("overflowed", |s| &s.overflowed),
             ("lost", |s| &s.lost),
             ("without_model", |s| &s.without_model),
             ("without_parent", |s| &s.without_parent),
+            ("malformed", |s| &s.malformed),
         ];
         let connections = metrics::counter!("pinpod_kv_shared_index_connections_total");
         let mut counters: Vec<(Follow, ReadShared)> =
@@ -177,6 +178,7 @@ struct IndexSeries {
     evicted: Follow,
     refused: [Follow; 2],
     parked: [Follow; 2],
+    malformed: Follow,
 }
 
 impl Observer {
@@ -310,6 +312,7 @@ impl Series {
         let [parked, dropped] = &mut self.index.parked;
         parked.to(read(&totals.parked));
         dropped.to(read(&totals.parked_dropped));
+        self.index.malformed.to(read(&totals.malformed));
         self.skipped(
             "llm_d_epp_kv_cache_events_stores_skipped_total",
             &totals.stores_skipped,
@@ -367,6 +370,7 @@ impl IndexSeries {
             evicted: Follow::new(metrics::counter!("pinpod_kv_index_evicted_runs_total")),
             refused: [refused("block"), refused("prediction")],
             parked: [parked("parked"), parked("dropped")],
+            malformed: Follow::new(metrics::counter!("pinpod_kv_index_malformed_stores_total")),
         }
     }
 

@@ -109,6 +109,9 @@ struct ClassState {
 
 /// Answers of one endpoint.
 struct EndpointState {
+    /// It told once how much it found. Engines that do so leave the detail out, or null, when it is 0, so
+    /// from then on its absence means 0; before, nothing.
+    reports: bool,
     /// Predicted and found tokens of the last answers.
     window: VecDeque<(u64, u64)>,
     ratio: Gauge,
@@ -135,9 +138,6 @@ pub(super) struct Parity(Mutex<Inner>);
 struct Inner {
     endpoints: HashMap<EndpointIndex, EndpointState>,
     models: HashSet<Arc<str>>,
-    /// Some endpoint of the pool told how much it found. Engines leave the detail out when it is 0, so
-    /// from then on its absence means 0.
-    reports: bool,
 }
 
 impl std::fmt::Debug for Parity {
@@ -153,7 +153,8 @@ pub(super) struct HitCheck {
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) keys: Option<Arc<Keys>>,
     pub(super) predicted_tokens: u64,
-    pub(super) own_prompt_tokens: u64,
+    /// `None` where only the engine knows how many tokens the media are.
+    pub(super) own_prompt_tokens: Option<u64>,
     pub(super) model: String,
     pub(super) prompt: &'static str,
     pub(super) salted: bool,
@@ -219,16 +220,15 @@ pub(super) fn stored_tokens(index: &KvIndex, endpoint: EndpointIndex, keys: &Key
 impl Parity {
     fn compare(&self, check: &HitCheck, usage: PromptUsage) {
         let mut inner = self.0.lock();
-        inner.reports |= usage.cached_tokens.is_some();
-        let found = match usage.cached_tokens {
-            Some(found) => found,
-            None if inner.reports => 0,
-            None => {
-                inner.endpoint(&check.endpoint).count("unreported");
-                return;
-            }
+        let Some(found) = inner.endpoint(&check.endpoint).found(usage.cached_tokens) else {
+            return;
         };
         let predicted = check.predicted_tokens;
+        // Of a prompt with media the prediction is a lower bound.
+        let found = match check.own_prompt_tokens {
+            Some(_) => found,
+            None => found.min(predicted),
+        };
         let verdict = judge(predicted, found, check.block(), || check.held_now());
         let class = Class {
             model: inner.model(&check.model),
@@ -327,6 +327,7 @@ impl EndpointState {
         let own = ("endpoint_name", name);
         let counter = |name: &'static str| metrics::counter!(name, labels(&[own]));
         Self {
+            reports: false,
             window: VecDeque::with_capacity(WINDOW),
             ratio: metrics::gauge!("pinpod_kv_hit_parity", labels(&[own])),
             predicted: counter("pinpod_kv_hit_predicted_tokens_total"),
@@ -337,6 +338,16 @@ impl EndpointState {
             }),
             classes: HashMap::new(),
         }
+    }
+
+    /// Tokens the engine found; `None`, and counted, while nobody knows whether it tells at all.
+    fn found(&mut self, reported: Option<u64>) -> Option<u64> {
+        self.reports |= reported.is_some();
+        if !self.reports {
+            self.count("unreported");
+            return None;
+        }
+        Some(reported.unwrap_or(0))
     }
 
     fn count(&self, result: &str) {
@@ -451,7 +462,8 @@ fn reason(verdict: Verdict) -> &'static str {
 
 /// Where to look first.
 fn suspect(check: &HitCheck, usage: PromptUsage) -> &'static str {
-    if check.own_prompt_tokens != usage.prompt_tokens {
+    let own = check.own_prompt_tokens;
+    if own.is_some_and(|own| own != usage.prompt_tokens) {
         "tokenizer or chat template: the engine counts other prompt tokens"
     } else if check.salted {
         "cache salt"
@@ -533,6 +545,17 @@ mod tests {
         ];
         assert_eq!(class(&mut state, &broken), None);
         assert_eq!(class(&mut state, &[MoreHits; 4]), Some(MoreHits));
+    }
+
+    #[test]
+    fn an_endpoint_that_never_told_is_unknown_whatever_others_tell() {
+        let (mut telling, mut silent) = (EndpointState::new("a"), EndpointState::new("b"));
+        assert_eq!(telling.found(None), None);
+        assert_eq!(telling.found(Some(32)), Some(32));
+        // Older engines leave out a 0.
+        assert_eq!(telling.found(None), Some(0));
+        assert_eq!(silent.found(None), None);
+        assert_eq!(silent.found(Some(0)), Some(0));
     }
 
     #[test]

@@ -10,8 +10,8 @@ use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::sink::{Slot, Tap, Totals};
 use super::BASE_MODEL;
+use super::sink::{Slot, Tap, Totals};
 use crate::datalayer::{Endpoint, EndpointIndex};
 use crate::kvcache::events::EventSink;
 use crate::kvcache::events::central::{self, Attributed, Topic};

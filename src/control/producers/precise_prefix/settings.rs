@@ -1,6 +1,7 @@
 //! Parameters of `precise-prefix-cache-producer`.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -75,6 +76,7 @@ struct CostAware {
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 struct Redis {
     address: String,
+    ca_cert_path: Option<PathBuf>,
     backend_type: String,
     #[serde(rename = "enableRDMA")]
     enable_rdma: bool,
@@ -260,6 +262,9 @@ fn shared(
         "" => DEFAULT_REDIS,
         address => address,
     };
+    let certificates = redis.ca_cert_path.as_ref().map(std::fs::read).transpose();
+    let certificates =
+        certificates.map_err(|error| ParamError(format!("{FIELD}.caCertPath: {error}")))?;
     let algorithm = match processor.hash_algorithm.as_str() {
         "xxh64" => Algorithm::Xxh64,
         _ => Algorithm::CborFnv,
@@ -274,6 +279,7 @@ fn shared(
     })?;
     let settings = SharedSettings {
         address: address.to_owned(),
+        ca_certificates: certificates,
         scheme: KeyScheme::new(algorithm, &processor.hash_seed, block_tokens),
         tier_weights: tier_weights.to_vec(),
     };
@@ -376,8 +382,12 @@ mod tests {
     fn errors_name_the_parameter() {
         for (text, error) in [
             (
-                r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"address": "rediss://h"}}}}"#,
-                "redisConfig.address: TLS to the shared index is not available",
+                r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"address": "rediss://h?skip_verify=true"}}}}"#,
+                "redisConfig.address: skip_verify is not available: give caCertPath",
+            ),
+            (
+                r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"caCertPath": "/no/such"}}}}"#,
+                "redisConfig.caCertPath: No such file or directory (os error 2)",
             ),
             (
                 r#"{"tokenProcessorConfig": {"hashAlgorithm": "md5"}}"#,

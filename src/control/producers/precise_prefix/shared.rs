@@ -4,14 +4,16 @@ use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{PrecisePrefixProducer, Prediction, Trust};
+use super::{PRODUCER_RESULT, PrecisePrefixProducer, Prediction, Trust, record_matches};
 use crate::datalayer::EndpointIndex;
-use crate::kvcache::redis::{Found, LOOKUP_LIMIT, SharedError, SharedIndex};
+use crate::kvcache::events::wire::without_adapter;
+use crate::kvcache::redis::{Found, LOOKUP_LIMIT, SharedError, SharedIndex, TIERS};
 use crate::kvcache::tokens::service::PromptTokens;
 use crate::plugin::Attributes;
 use crate::request::InferenceRequest;
 use crate::scheduling::attributes::PrefixMatch;
 use crate::scheduling::{Candidate, Preparation, ProducerError, SchedulingResult};
+use crate::telemetry::trace::Span;
 
 /// What the preparation may take beyond its own limit before it counts as failed.
 const MARGIN: Duration = Duration::from_millis(100);
@@ -58,51 +60,53 @@ impl PrecisePrefixProducer {
         index: &SharedIndex,
         prepared: Box<dyn Any + Send>,
         candidates: &[Candidate],
-        attributes: &mut Attributes,
+        (attributes, span): (&mut Attributes, &mut Span),
     ) -> Result<(), ProducerError> {
         let Answer { keys, found } = *prepared
             .downcast::<Answer>()
             .map_err(|_| ProducerError("not prepared by this producer".to_owned()))?;
         let guesses = attributes.get(self.approximate).unwrap_or_default();
         let guess = |at: usize| guesses.get(at).copied().unwrap_or_default();
-        let total = keys.iter().map(Vec::len).sum::<usize>();
+        let block_tokens = index.scheme().block_tokens();
+        let prompts = attributes.get(self.ids).unwrap_or_default();
+        let total: usize = prompts
+            .iter()
+            .map(|p| p.ids.len() / block_tokens.max(1))
+            .sum();
+        let whole = prompts.iter().all(PromptTokens::is_whole);
+        let held: Vec<Found> = match &found {
+            Ok(prompts) => (0..candidates.len()).map(|at| sum(prompts, at)).collect(),
+            Err(_) => Vec::new(),
+        };
         let mut known = 0;
-        let matches: Vec<_> = match &found {
-            Err(error) => {
-                self.shared_failed.increment(1);
-                tracing::debug!(%error, "prompt matched approximately");
-                (0..candidates.len()).map(guess).collect()
-            }
-            Ok(prompts) => {
-                let heard = self.publishers.heard();
-                let on = |(at, candidate): (usize, &Candidate)| {
-                    let own = prompts.iter().filter_map(|prompt| prompt.get(at));
-                    let (blocks, score) = own.fold((0, 0.0), |(blocks, score), found| {
-                        (blocks + found.blocks, score + found.score)
-                    });
-                    if blocks == 0 && !heard.contains(&candidate.endpoint.index) {
-                        return guess(at);
-                    }
-                    known += 1;
-                    shared_match(score, total, index.scheme().block_tokens())
-                };
-                candidates.iter().enumerate().map(on).collect()
-            }
+        let matches: Vec<_> = if let Err(error) = &found {
+            self.shared_failed.increment(1);
+            span.record(|| [(PRODUCER_RESULT, "shared_failed".into())]);
+            tracing::debug!(%error, "prompt matched approximately");
+            (0..candidates.len()).map(guess).collect()
+        } else {
+            let heard = self.publishers.heard();
+            let on = |(at, candidate): (usize, &Candidate)| {
+                let sum = held.get(at).copied().unwrap_or_default();
+                if sum.blocks == 0 && !heard.contains(&candidate.endpoint.index) {
+                    return guess(at);
+                }
+                known += 1;
+                shared_match(&sum, total, block_tokens)
+            };
+            candidates.iter().enumerate().map(on).collect()
         };
         if found.is_ok() {
-            let counter = match known {
-                0 => &self.without_events,
-                all if all == candidates.len() => &self.exact,
-                _ => &self.mixed,
-            };
-            counter.increment(1);
+            self.count(whole, known, candidates.len(), span);
         }
+        record_matches(span, &matches);
         attributes.write(self.matches).extend(matches);
         // What other replicas wrote is no claim of ours to hold an engine to.
         attributes
             .write(self.predictions)
             .resize(candidates.len(), Prediction::default());
         attributes.write(self.shared_keys).extend(keys);
+        attributes.write(self.shared_found).extend(held);
         Ok(())
     }
 
@@ -124,8 +128,7 @@ impl PrecisePrefixProducer {
         }
     }
 
-    /// Matches as the request would be scheduled by; the layout tells neither tiers of a whole prefix nor
-    /// times.
+    /// Matches as the request would be scheduled by; the layout tells no times.
     pub(super) fn explain_shared(
         &self,
         index: &SharedIndex,
@@ -134,8 +137,15 @@ impl PrecisePrefixProducer {
     ) -> Option<serde_json::Value> {
         let prompts = attributes.get(self.ids)?;
         let matches = attributes.get(self.matches)?;
-        let endpoints = candidates.iter().zip(matches).map(|(candidate, found)| {
+        let held = attributes.get(self.shared_found).unwrap_or_default();
+        let endpoints = candidates.iter().zip(matches).enumerate();
+        let endpoints = endpoints.map(|(at, (candidate, found))| {
+            let by_tier = held.get(at).map(|found| found.by_tier).unwrap_or_default();
+            let tiers = TIERS.iter().zip(by_tier).filter(|(_, blocks)| *blocks > 0);
+            let tiers = tiers.map(|(name, blocks)| ((*name).to_owned(), blocks.into()));
             serde_json::json!({
+                "tiers": tiers.collect::<serde_json::Map<_, _>>(),
+                "since": null,
                 "endpoint": candidate.endpoint.host_port_str(),
                 "name": candidate.endpoint.spec.name,
                 "trust": "shared",
@@ -161,21 +171,37 @@ impl PrecisePrefixProducer {
     }
 }
 
-fn shared_match(score: f64, total: usize, block_tokens: usize) -> PrefixMatch {
+/// What a candidate holds of all prompts.
+fn sum(prompts: &[Vec<Found>], candidate: usize) -> Found {
+    let own = prompts.iter().filter_map(|prompt| prompt.get(candidate));
+    own.fold(Found::default(), |mut sum, found| {
+        sum.blocks += found.blocks;
+        sum.stored += found.stored;
+        sum.score += found.score;
+        for (sum, blocks) in sum.by_tier.iter_mut().zip(found.by_tier) {
+            *sum += blocks;
+        }
+        sum
+    })
+}
+
+fn shared_match(found: &Found, total: usize, block_tokens: usize) -> PrefixMatch {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "at most the number of keys times a weight, and saturating"
     )]
-    let matched_blocks = score.max(0.0) as u32;
+    let matched_blocks = found.score.max(0.0) as u32;
     let short = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     PrefixMatch {
         matched_blocks,
         total_blocks: short(total),
         block_size_tokens: short(block_tokens),
-        // The shared index says how much a match is worth, not where each block lies.
-        cached_blocks: matched_blocks,
-        host_blocks: None,
+        cached_blocks: found.blocks,
+        host_blocks: TIERS
+            .iter()
+            .zip(found.by_tier)
+            .find_map(|(name, blocks)| (*name == "cpu").then_some(blocks)),
     }
 }
 
@@ -196,7 +222,7 @@ fn shared_keys(index: &SharedIndex, request: &InferenceRequest, prompt: &PromptT
         let end = start + item.tokens.unwrap_or(1).max(1) as usize;
         let blocks = extras.iter_mut().enumerate().skip(start / size);
         for (_, extras) in blocks.take_while(|(block, _)| block * size < end) {
-            extras.push(identifier.to_owned());
+            extras.push(without_adapter(identifier, Some(&request.target_model)).to_owned());
         }
     }
     if let (Some(salt), Some(first)) = (salt, extras.first_mut()) {

@@ -44,6 +44,8 @@ pub(super) struct Totals {
     pub(super) kept: AtomicU64,
     pub(super) parked: AtomicU64,
     pub(super) parked_dropped: AtomicU64,
+    /// Stores dropped because their extra keys cannot be read.
+    pub(super) malformed: AtomicU64,
     /// By kind and reason.
     pub(super) stores_skipped: [[AtomicU64; STORE_REASONS.len()]; KINDS.len()],
     /// By kind and reason.
@@ -90,6 +92,11 @@ impl Tap {
                 &totals.parked_dropped,
                 now.parked_dropped,
                 before.parked_dropped,
+            ),
+            (
+                &totals.malformed,
+                now.malformed_extra_keys,
+                before.malformed_extra_keys,
             ),
         ] {
             if now != before {

@@ -398,3 +398,118 @@ fn a_mixed_pool_is_scored_by_what_is_known_of_each_endpoint() {
     // its guess of 2/2 counts.
     assert_eq!(scores, [2.0 / 3.0, 0.0, 1.0]);
 }
+
+/// Matches of each endpoint for one prompt as a tokenizer gave it, beside these guesses.
+fn ask_for(
+    pool: &mut Pool,
+    producer: &PrecisePrefixProducer,
+    prompt: PromptTokens,
+    guesses: [(u32, u32); 3],
+    model: &str,
+) -> Vec<(u32, u32, u32)> {
+    let body = Body::from(r#"{"prompt": "text"}"#);
+    let payload = OpenAiParser.parse("/v1/completions", &body).unwrap();
+    pool.request = InferenceRequest::new("r", payload, body);
+    model.clone_into(&mut pool.request.target_model);
+    let mut attributes = pool.keys.new_attributes();
+    let guess = pool
+        .keys
+        .optional::<PrefixMatch>(PREFIX_MATCH, APPROX_PREFIX_PRODUCER);
+    let guesses = guesses.map(|(matched_blocks, total_blocks)| PrefixMatch {
+        matched_blocks,
+        total_blocks,
+        block_size_tokens: 64,
+        ..PrefixMatch::default()
+    });
+    attributes.write(guess).extend(guesses);
+    attributes.write(producer.ids).push(prompt);
+    producer
+        .produce(&pool.request, &pool.candidates, &mut attributes)
+        .unwrap();
+    let found = attributes.get(producer.matches).unwrap().iter();
+    found
+        .map(|m| (m.matched_blocks, m.total_blocks, m.block_size_tokens))
+        .collect()
+}
+
+fn image(offset: u32, identifier: Option<&str>) -> crate::request::MediaItem {
+    crate::request::MediaItem {
+        modality: "image",
+        hash: 1,
+        identifier: identifier.map(Into::into),
+        token_offset: Some(offset),
+        tokens: identifier.map(|_| 20),
+        extent: crate::request::Extent::Unknown,
+    }
+}
+
+#[test]
+fn before_an_unknown_medium_events_decide_and_behind_it_guesses() {
+    let (mut pool, _, producer) = setting("{}");
+    let _a = engine(&producer, 0, &PROMPT[..8], None);
+    let _b = engine(&producer, 1, &PROMPT[..4], None);
+    // Ten ids are before the medium, two blocks of the three.
+    let prompt = PromptTokens {
+        ids: Arc::from(PROMPT),
+        media: vec![image(10, None)],
+    };
+    let all = [(2, 2); 3];
+    // a holds both, so the guess may be right about the third; b lacks the second, which ends it.
+    assert_eq!(
+        ask_for(&mut pool, &producer, prompt.clone(), all, "m"),
+        [(3, 3, 4), (1, 3, 4), (2, 2, 64)]
+    );
+    // A guess takes nothing from what is known.
+    let found = ask_for(&mut pool, &producer, prompt.clone(), [(0, 2); 3], "m");
+    assert_eq!(found[..2], [(2, 3, 4), (1, 3, 4)]);
+    // Without media a guess adds nothing.
+    let whole = PromptTokens {
+        media: Vec::new(),
+        ..prompt
+    };
+    let found = ask_for(&mut pool, &producer, whole, all, "m");
+    assert_eq!(found[..2], [(2, 3, 4), (1, 3, 4)]);
+}
+
+/// `multimodal` of the published scenarios, made by vLLM 0.32: four blocks of 16, an image of 20 tokens at
+/// the twentieth.
+#[test]
+fn text_before_an_image_matches_what_the_recorded_engine_stored() {
+    use crate::kvcache::events::wire::Scratch;
+    let (mut pool, _, producer) = setting("{}");
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/data/vectors/index_scenarios.json"
+    );
+    let file: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let mut cases = file["cases"].as_array().unwrap().iter();
+    let case = cases.find(|case| case["name"] == "multimodal").unwrap();
+    let mut writer = producer.index.writer(EndpointIndex(0), BASE_MODEL);
+    let steps = case["steps"].as_array().unwrap();
+    for step in steps.iter().filter(|step| step["op"] == "batch") {
+        let hex = step["hex"].as_str().unwrap();
+        let bytes: Vec<u8> = (0..hex.len() / 2)
+            .map(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap())
+            .collect();
+        let mut scratch = Scratch::default();
+        scratch.decode(&bytes, |batch| writer.apply(batch)).unwrap();
+    }
+    writer.set_state(StreamState::Live);
+    let lookup = steps.iter().find(|step| step["op"] == "lookup").unwrap();
+    let ids = lookup["tokens"].as_array().unwrap().iter();
+    let ids: Vec<u32> = ids
+        .map(|id| u32::try_from(id.as_u64().unwrap()).unwrap())
+        .collect();
+    let mut blocks = |identifier| {
+        let prompt = PromptTokens {
+            ids: ids.clone().into(),
+            media: vec![image(20, identifier)],
+        };
+        ask_for(&mut pool, &producer, prompt, [(0, 1); 3], "Qwen/Qwen3-8B")[0].0
+    };
+    // Named as the engine names it, everything is there; not named, the block before it; wrongly named,
+    // the same.
+    assert_eq!(blocks(lookup["mm"][0]["identifier"].as_str()), 4);
+    assert_eq!(blocks(None), 1);
+    assert_eq!(blocks(Some("another image")), 1);
+}

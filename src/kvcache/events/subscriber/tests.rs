@@ -290,6 +290,50 @@ async fn without_replay_a_lower_number_on_a_new_connection_is_a_restart() {
 }
 
 #[tokio::test]
+async fn without_replay_a_new_connection_is_a_gap_until_a_batch_follows() {
+    let mut f = start(0, false, LossPolicy::Keep).await;
+    f.engine.send(0, 100);
+    f.sink.until_known(&[100]).await;
+    f.until_live().await;
+    f.engine.close();
+    f.engine.subscribed(2).await;
+    until("gap", || f.sink.state() == Some(StreamState::Gap)).await;
+    // The one that is known tells nothing of what came after it.
+    f.engine.send(0, 100);
+    f.until_count("duplicate", |s| s.duplicates == 1).await;
+    assert_eq!(f.sink.state(), Some(StreamState::Gap));
+    f.engine.send(1, 101);
+    f.sink.until_known(&[100, 101]).await;
+    f.until_live().await;
+    let states = f.sink.0.lock().states.clone();
+    assert_eq!(
+        states,
+        [
+            StreamState::Live,
+            StreamState::Down,
+            StreamState::Gap,
+            StreamState::Live
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_failed_replay_after_a_reconnect_leaves_a_gap() {
+    let mut f = joined(1).await;
+    f.engine.flaw(Flaw {
+        oversize: true,
+        ..Flaw::default()
+    });
+    f.engine.close();
+    f.engine.subscribed(2).await;
+    f.until_count("failure", |s| s.replay_failures == 1).await;
+    until("gap", || f.sink.state() == Some(StreamState::Gap)).await;
+    f.engine.publish(1, 101);
+    f.sink.until_known(&[100, 101]).await;
+    f.until_live().await;
+}
+
+#[tokio::test]
 async fn a_closed_replay_port_leaves_the_live_stream() {
     let mut engine = Engine::start().await;
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -367,6 +411,25 @@ async fn messages_and_payloads_that_are_none_are_counted_and_passed_over() {
     let stats = f.stats.snapshot();
     assert_eq!((stats.bad_frames, stats.bad_payloads), (1, 1));
     assert_eq!((stats.gaps, stats.last_seq), (0, Some(2)));
+    // Whatever the payload said is missing, and no later batch brings it.
+    until("gap", || f.sink.state() == Some(StreamState::Gap)).await;
+    f.engine.publish(3, 103);
+    f.sink.until_known(&[100, 102, 103]).await;
+    assert_eq!(f.stats.state(), StreamState::Gap);
+}
+
+#[tokio::test]
+async fn a_restart_ends_the_gap_of_a_bad_payload() {
+    let mut f = joined(1).await;
+    f.engine
+        .send_raw(message(&[b"", &1_u64.to_be_bytes(), b"\xc1"]));
+    until("gap", || f.sink.state() == Some(StreamState::Gap)).await;
+    f.engine.restart();
+    f.engine.keep(0, 200);
+    f.engine.close();
+    f.engine.subscribed(2).await;
+    f.sink.until_known(&[200]).await;
+    f.until_live().await;
 }
 
 #[tokio::test]

@@ -34,25 +34,30 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// The extra keys in the form of the vectors; `None` as JSON null.
-fn keys(raw: Option<&[u8]>) -> Value {
+/// The extra keys of an event with this many hashes in the form of the vectors; `None` as JSON null.
+fn keys(raw: Option<&[u8]>, hashes: usize) -> Value {
     let Some(raw) = raw else { return Value::Null };
-    extra_keys(raw)
-        .map(|block| {
-            let keys: Vec<Value> = block
-                .map(|key| match key {
-                    ExtraKey::Str(text) => json!(text),
-                    ExtraKey::Mm { identifier, offset } => json!([identifier, offset]),
-                    ExtraKey::Bytes(bytes) => json!({ "bin": hex(bytes) }),
-                })
-                .collect();
-            if keys.is_empty() {
-                Value::Null
-            } else {
-                json!(keys)
-            }
-        })
-        .collect()
+    let Some(mut blocks) = extra_keys(raw, hashes, None).unwrap() else {
+        return json!(vec![Value::Null; hashes]);
+    };
+    let block = |_| {
+        let mut keys = Vec::new();
+        let read = blocks.next_block(|key| {
+            keys.push(match key {
+                ExtraKey::Str(text) => json!(text),
+                ExtraKey::Mm { identifier, offset } => json!([identifier, offset]),
+                ExtraKey::Bytes(bytes) => json!({ "bin": hex(bytes) }),
+                ExtraKey::Unknown(raw) => json!({ "unknown": hex(raw) }),
+            });
+        });
+        read.unwrap();
+        if keys.is_empty() {
+            Value::Null
+        } else {
+            json!(keys)
+        }
+    };
+    (0..hashes).map(block).collect()
 }
 
 fn strings(hashes: &[u64]) -> Value {
@@ -78,7 +83,7 @@ fn as_json(event: &Event<'_>) -> Value {
             "block_size": s.block_size,
             "medium": or_null(s.medium),
             "lora_name": s.lora_name,
-            "extra_keys": keys(s.extra_keys),
+            "extra_keys": keys(s.extra_keys, s.hashes.len()),
             "group_idx": s.group,
             "kv_cache_spec_kind": s.kind,
             "cache_salt": s.cache_salt,
@@ -256,8 +261,13 @@ fn survives(payload: &[u8]) {
     let mut scratch = Scratch::default();
     let _ = scratch.decode(payload, |batch| {
         for event in batch.events {
-            if let Event::Stored(stored) = event {
-                let _ = keys(stored.extra_keys);
+            if let Event::Stored(stored) = event
+                && let Some(raw) = stored.extra_keys
+                && let Ok(Some(mut keys)) = extra_keys(raw, stored.hashes.len(), None)
+            {
+                for _ in stored.hashes {
+                    let _ = keys.next_block(|_| {});
+                }
             }
         }
     });
