@@ -17,6 +17,8 @@ use super::tokenizer::{EncodeError, ModelTokenizer};
 /// A segment ends at the first safe cut at or behind this many bytes. Less costs more look-ups (about
 /// 100 ns each); more makes the last segment, which a growing prompt tokenizes anew, longer.
 pub const SEGMENT_BYTES: usize = 2 << 10;
+/// Bytes of a token in usual text, rather too few: room for ids is made by it.
+const TOKEN_BYTES: usize = 3;
 /// Bytes of remembered ids per model unless configured: about 60 MB of English text.
 pub const DEFAULT_MEMO_BYTES: usize = 64 << 20;
 /// What an entry costs beside its ids: key, slot and index.
@@ -116,7 +118,9 @@ impl Memo {
             return Some(Err(error));
         }
         let mut budget = budget_bytes;
-        let mut ids = affixes.0.to_vec();
+        let room = text.len() / TOKEN_BYTES + affixes.0.len() + affixes.1.len();
+        let mut ids = Vec::with_capacity(room);
+        ids.extend_from_slice(affixes.0);
         for segment in self.segments(text) {
             let key = xxh3_128_with_seed(segment.as_bytes(), self.seed);
             if self.append_known(key, &mut ids) {

@@ -136,7 +136,7 @@ impl Template {
         ];
         let context = Value::from_pairs(chat.variables.iter().cloned().chain(fixed));
         let template = self.env.get_template(NAME).map_err(|e| failed(&e))?;
-        let mut out = Bounded::default();
+        let mut out = Bounded::with_room(messages);
         let result = template.render_captured_to(context, &mut out).map(|_| ());
         if out.full {
             return Err(RenderError::TooLarge);
@@ -285,10 +285,25 @@ fn refuses_inner_system(mut env: Environment<'static>) -> bool {
 }
 
 /// A writer that refuses more than [`MAX_RENDERED_BYTES`].
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Bounded {
     bytes: Vec<u8>,
     full: bool,
+}
+
+impl Bounded {
+    /// With room for the messages' texts, so that a long prompt is not moved while it grows.
+    fn with_room(messages: &[Value]) -> Self {
+        let texts = messages.iter().filter_map(|message| {
+            let content = message.get_attr("content").ok()?;
+            content.as_str().map(str::len)
+        });
+        let room = texts.sum::<usize>().min(MAX_RENDERED_BYTES);
+        Self {
+            bytes: Vec::with_capacity(room + room / 8),
+            full: false,
+        }
+    }
 }
 
 impl io::Write for Bounded {

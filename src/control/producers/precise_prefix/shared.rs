@@ -79,25 +79,22 @@ impl PrecisePrefixProducer {
             Err(_) => Vec::new(),
         };
         let mut known = 0;
-        let matches: Vec<_> = match &found {
-            Err(error) => {
-                self.shared_failed.increment(1);
-                span.record(|| [(PRODUCER_RESULT, "shared_failed".into())]);
-                tracing::debug!(%error, "prompt matched approximately");
-                (0..candidates.len()).map(guess).collect()
-            }
-            Ok(_) => {
-                let heard = self.publishers.heard();
-                let on = |(at, candidate): (usize, &Candidate)| {
-                    let sum = held.get(at).copied().unwrap_or_default();
-                    if sum.blocks == 0 && !heard.contains(&candidate.endpoint.index) {
-                        return guess(at);
-                    }
-                    known += 1;
-                    shared_match(&sum, total, block_tokens)
-                };
-                candidates.iter().enumerate().map(on).collect()
-            }
+        let matches: Vec<_> = if let Err(error) = &found {
+            self.shared_failed.increment(1);
+            span.record(|| [(PRODUCER_RESULT, "shared_failed".into())]);
+            tracing::debug!(%error, "prompt matched approximately");
+            (0..candidates.len()).map(guess).collect()
+        } else {
+            let heard = self.publishers.heard();
+            let on = |(at, candidate): (usize, &Candidate)| {
+                let sum = held.get(at).copied().unwrap_or_default();
+                if sum.blocks == 0 && !heard.contains(&candidate.endpoint.index) {
+                    return guess(at);
+                }
+                known += 1;
+                shared_match(&sum, total, block_tokens)
+            };
+            candidates.iter().enumerate().map(on).collect()
         };
         if found.is_ok() {
             self.count(whole, known, candidates.len(), span);

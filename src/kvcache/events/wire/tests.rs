@@ -261,13 +261,12 @@ fn survives(payload: &[u8]) {
     let mut scratch = Scratch::default();
     let _ = scratch.decode(payload, |batch| {
         for event in batch.events {
-            if let Event::Stored(stored) = event {
-                if let Some(raw) = stored.extra_keys
-                    && let Ok(Some(mut keys)) = extra_keys(raw, stored.hashes.len(), None)
-                {
-                    for _ in stored.hashes {
-                        let _ = keys.next_block(|_| {});
-                    }
+            if let Event::Stored(stored) = event
+                && let Some(raw) = stored.extra_keys
+                && let Ok(Some(mut keys)) = extra_keys(raw, stored.hashes.len(), None)
+            {
+                for _ in stored.hashes {
+                    let _ = keys.next_block(|_| {});
                 }
             }
         }

@@ -95,16 +95,12 @@ impl Client {
         if !secure {
             return ask(connect(url, name, port).await?, url, token).await;
         }
-        match self.proxy.as_ref().filter(|proxy| proxy.serves(name)) {
-            Some(proxy) => {
-                let stream = proxy.tunnel(name, port).await?;
-                self.ask_securely(stream, url, name, token).await
-            }
-            None => {
-                let stream = connect(url, name, port).await?;
-                self.ask_securely(stream, url, name, token).await
-            }
+        if let Some(proxy) = self.proxy.as_ref().filter(|proxy| proxy.serves(name)) {
+            let stream = proxy.tunnel(name, port).await?;
+            return self.ask_securely(stream, url, name, token).await;
         }
+        let stream = connect(url, name, port).await?;
+        self.ask_securely(stream, url, name, token).await
     }
 
     async fn ask_securely<S>(

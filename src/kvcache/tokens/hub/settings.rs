@@ -89,12 +89,12 @@ impl HubSettings {
             Some(rest) => user.join(rest),
             None => PathBuf::from(text),
         };
-        let home = first(&["HF_HOME"]).map(path).unwrap_or_else(|| {
+        let of_user = || {
             let cache = first(&["XDG_CACHE_HOME"]).map(path);
-            cache
-                .unwrap_or_else(|| user.join(".cache"))
-                .join("huggingface")
-        });
+            let cache = cache.unwrap_or_else(|| user.join(".cache"));
+            cache.join("huggingface")
+        };
+        let home = first(&["HF_HOME"]).map_or_else(of_user, path);
         let cache = first(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]).map(path);
         let token_file = first(&["HF_TOKEN_PATH"]).map(path);
         let endpoint = first(&["HF_ENDPOINT"]).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned());
@@ -176,7 +176,10 @@ mod tests {
             ("https_proxy", "http://u:secret@proxy:3128"),
             ("NO_PROXY", "localhost"),
         ]);
-        let proxy = ("http://u:secret@proxy:3128".to_owned(), "localhost".to_owned());
+        let proxy = (
+            "http://u:secret@proxy:3128".to_owned(),
+            "localhost".to_owned(),
+        );
         assert_eq!(given.proxy, Some(proxy));
         assert_eq!(given.endpoint, "http://mirror:8080");
         assert_eq!(given.cache, Path::new("/home/u/hf/hub"));
@@ -184,7 +187,10 @@ mod tests {
         assert!(given.offline);
         assert_eq!(given.timeout, Duration::from_secs(3));
         let debug = format!("{given:?}");
-        assert!(!debug.contains("hf_x") && !debug.contains("secret"), "{debug}");
+        assert!(
+            !debug.contains("hf_x") && !debug.contains("secret"),
+            "{debug}"
+        );
         let cache = settings(&[("HF_HUB_CACHE", "/models"), ("HF_HOME", "/hf")]).cache;
         assert_eq!(cache, Path::new("/models"));
         let older = settings(&[

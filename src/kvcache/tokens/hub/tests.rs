@@ -1,4 +1,5 @@
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -42,10 +43,10 @@ struct Server {
 fn answer(status: u16, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
     let mut head = format!("HTTP/1.1 {status} X\r\n");
     if !headers.iter().any(|(name, _)| *name == "content-length") {
-        head += &format!("content-length: {}\r\n", body.len());
+        write!(head, "content-length: {}\r\n", body.len()).unwrap();
     }
     for (name, value) in headers {
-        head += &format!("{name}: {value}\r\n");
+        write!(head, "{name}: {value}\r\n").unwrap();
     }
     [head.as_bytes(), b"connection: close\r\n\r\n", body].concat()
 }
@@ -145,20 +146,20 @@ async fn serve_one(
     let path = head.split(' ').nth(1).unwrap().to_owned();
     let authorization = head.lines().find_map(|line| {
         let (name, value) = line.split_once(": ")?;
-        (name.to_ascii_lowercase() == "authorization").then(|| value.to_owned())
+        name.eq_ignore_ascii_case("authorization")
+            .then(|| value.to_owned())
     });
     seen.lock().push(Seen {
         path: path.clone(),
         authorization,
     });
     let bytes = script.lock().next(&path);
-    if !bytes.is_empty() {
-        let _ = stream.write_all(&bytes).await;
-        let _ = stream.shutdown().await;
-    } else {
+    if bytes.is_empty() {
         // Never answers.
         std::future::pending::<()>().await;
     }
+    let _ = stream.write_all(&bytes).await;
+    let _ = stream.shutdown().await;
 }
 
 impl Server {
