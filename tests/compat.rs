@@ -44,7 +44,11 @@ mod traces;
 
 /// The scripted API server of the unit tests. It names rooms by `crate::`, hence the next line.
 #[path = "../src/kubernetes/testing.rs"]
-#[allow(dead_code, reason = "written for more tests than these")]
+#[allow(
+    dead_code,
+    clippy::expect_used,
+    reason = "written for more tests than these, which may expect"
+)]
 mod api_server;
 use pinpod::{datalayer, kubernetes};
 

@@ -317,10 +317,9 @@ class Run:
         self.check("requests went on all the while", answered > 0 and not refused, f"{answered} answered, {len(refused)} refused")
         third = pod("c", PODS["c"])
         self.apply(third)
-        # Reading the state needs reviews again, which a server that starts refuses for some seconds more;
-        # it is slow to pass events on as well.
+        # Reading the state needs reviews again, which a server that starts refuses for some seconds more.
         wait_for("reviews are answered", lambda: picker.get("/metrics", self.scraper)[0] == 200)
-        self.soon("changes are heard again", self.has(picker, "a", "b", "c"), limit=5)
+        self.soon("changes are heard again", self.has(picker, "a", "b", "c"))
 
         gone = lambda: metric(self.scraper, "pinpod_kubernetes_failures_total", reason="gone")
         lists = lambda: metric(self.scraper, "pinpod_kubernetes_lists_total", resource="pods")

@@ -141,7 +141,7 @@ impl ApiServer {
 
     /// A client of this server.
     pub(crate) fn client(&self) -> Client {
-        client_of(self.address)
+        client_of(self.address())
     }
 
     /// Where it listens.

@@ -2,12 +2,13 @@
 //! have, and in which order a leader leaves.
 
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pinpod::demo::processes::Picker;
 use pinpod::doctor::grpc::Channel;
 use pinpod::extproc::proto::health::health_check_response::ServingStatus;
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::api_server::{ApiServer, pod, pool};
 use super::drop_in::{destination, get, local};

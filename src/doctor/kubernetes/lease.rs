@@ -112,7 +112,7 @@ impl Cluster<'_> {
             Some(_) => report.warning(
                 "lease",
                 subject,
-                format!("{holder} leads; its clock is {} s behind this one", age),
+                format!("{holder} leads; its clock is {age} s behind this one"),
                 "synchronise the clocks; pickers go by their own and are not disturbed",
             ),
         }

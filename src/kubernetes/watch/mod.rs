@@ -172,6 +172,8 @@ pub struct Watcher<K> {
     backoff: Backoff,
     /// The version that everything up to was delivered of.
     version: String,
+    /// When that was listed, if it was.
+    listed_at: Option<Instant>,
     /// Absence was reported since the last list.
     absent: bool,
     /// Nobody answered the last request.
@@ -204,6 +206,7 @@ impl<K: Object> Watcher<K> {
             collection,
             backoff: Backoff::default(),
             version: String::new(),
+            listed_at: None,
             absent: false,
             unreachable: false,
             absent_since: None,
@@ -259,11 +262,16 @@ impl<K: Object> Watcher<K> {
             match ended {
                 Ok(Ok(())) if begun.elapsed() >= STABLE => {}
                 // A server that hangs up at once is not asked again at once.
-                Ok(Ok(())) => tokio::time::sleep(self.backoff.pause()).await,
+                Ok(Ok(())) => {
+                    self.standing.lost();
+                    tokio::time::sleep(self.backoff.pause()).await;
+                }
                 Ok(Err(Failure::Gone)) => {
                     self.standing.failed("gone");
-                    // A server that forgets at once is not listed in a loop.
-                    if begun.elapsed() < STABLE {
+                    // After an outage that is to be expected. But a server that forgets what it has
+                    // just listed is not listed in a loop.
+                    if self.listed_at.is_some_and(|at| at.elapsed() < STABLE) {
+                        self.standing.lost();
                         tokio::time::sleep(self.backoff.pause()).await;
                     }
                     return Ok(());
@@ -358,6 +366,7 @@ impl<K: Object> Watcher<K> {
             if params.continue_token.is_none() {
                 self.version = page.metadata.resource_version;
                 self.standing.listed();
+                self.listed_at = Some(Instant::now());
                 self.seen();
                 return Ok(objects);
             }
