@@ -1,12 +1,12 @@
 //! Tokenizers from the Hugging Face hub, for models that are in no local directory.
 //!
-//! Only the files that decide ids are fetched, into the hub's usual cache ([`cache`]), so that a cache
+//! Only the files that decide ids are fetched, into the hub's usual cache (`cache`), so that a cache
 //! filled by an engine or a download job serves as well, and the other way round. What the cache has is
 //! used at once; the hub is asked in the background whether its revision is still that commit, and a
-//! model that is missing is asked for until it is there ([`follow`]). Once a revision was resolved it is
+//! model that is missing is asked for until it is there (`follow`). Once a revision was resolved it is
 //! not asked for again: engines do not change their files while they run either.
 //!
-//! Does not know tokenizers: [`super::slot`] loads what is found.
+//! Does not know tokenizers: `slot` loads what is found.
 
 mod cache;
 mod fetch;
