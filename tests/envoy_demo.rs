@@ -10,7 +10,7 @@ use super::support::{self, eventually, program, send_signal};
 /// Longest that a demonstration may take to end once it was told to.
 const END_TIME: Duration = Duration::from_secs(20);
 /// Longest that a small one may take as a whole, on a busy machine.
-const RUN_TIME: Duration = Duration::from_secs(180);
+const RUN_TIME: Duration = Duration::from_mins(3);
 
 /// A demonstration under way: `pinpod demo` with a process group and a temporary directory of its own.
 struct Demonstration {
