@@ -364,9 +364,13 @@ impl PrecisePrefixProducer {
                     let best = lookup.matches().iter().map(|found| found.blocks).max();
                     series.record(started, best.unwrap_or(0));
                 }
-                let places = scratch.sizes.iter().zip(&mut scratch.scores);
+                let places = scratch.sizes.iter_mut().zip(&mut scratch.scores);
                 let places = places.zip(&mut scratch.held).zip(&mut scratch.predictions);
                 for ((((size, score), held), prediction), found) in places.zip(lookup.matches()) {
+                    // An engine that has stored nothing since it started holds nothing, in any size.
+                    if size.is_none() && found.trust == Trust::Exact {
+                        *size = Some(of_size.block_size);
+                    }
                     if *size == Some(of_size.block_size) {
                         let in_host = found.by_tier.get(usize::from(CPU));
                         *score += found.score;

@@ -127,6 +127,22 @@ fn events_decide_and_silent_endpoints_are_guessed() {
 }
 
 #[test]
+fn an_engine_that_started_anew_holds_nothing_whatever_it_was_sent() {
+    let (mut pool, tokens, producer) = setting("{}");
+    let _a = engine(&producer, 0, &PROMPT[..8], None);
+    let mut b = engine(&producer, 1, &PROMPT[..12], None);
+    let mut c = engine(&producer, 2, &PROMPT[..12], None);
+    b.reset();
+    c.reset();
+    // Of c events may be missing: it could hold what it was sent.
+    c.set_state(StreamState::Gap);
+    assert_eq!(
+        ask(&mut pool, &tokens, &producer, &PROMPT, "m"),
+        [(2, 3, 4), (0, 3, 4), (2, 2, 64)]
+    );
+}
+
+#[test]
 fn a_request_without_ids_is_guessed() {
     let (mut pool, tokens, producer) = setting("{}");
     let _a = engine(&producer, 0, &PROMPT[..12], None);
