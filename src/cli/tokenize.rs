@@ -111,7 +111,7 @@ pub(super) fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
         let answered = runtime.block_on(answer(&service, &parsers, &line));
         let answer = match &answered {
             Ok(tokens) => Line::Done {
-                prompts: tokens.prompts.iter().map(|p| &*p.ids).collect(),
+                prompts: tokens.prompts.iter().map(|p| p.ids.as_slice()).collect(),
             },
             Err(error) => Line::Failed {
                 error: format!("{error:#}"),

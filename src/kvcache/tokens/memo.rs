@@ -94,9 +94,9 @@ impl Memo {
     }
 
     /// The ids of `text`, the same as [`ModelTokenizer::encode`] gives.
-    pub fn encode(&self, text: &str, special: bool) -> Result<Arc<[u32]>, EncodeError> {
+    pub fn encode(&self, text: &str, special: bool) -> Result<Arc<Vec<u32>>, EncodeError> {
         self.encode_within(text, special, usize::MAX)
-            .unwrap_or_else(|| Ok(Arc::from([])))
+            .unwrap_or_else(|| Ok(Arc::default()))
     }
 
     /// As [`Self::encode`], or `None` when more than `budget_bytes` of `text` would have to be
@@ -106,13 +106,13 @@ impl Memo {
         text: &str,
         special: bool,
         budget_bytes: usize,
-    ) -> Option<Result<Arc<[u32]>, EncodeError>> {
+    ) -> Option<Result<Arc<Vec<u32>>, EncodeError>> {
         let affixes = match self.tokenizer.affixes() {
             _ if !special => (&[][..], &[][..]),
             Some(affixes) => affixes,
             // Special tokens depend on the text: nothing is remembered.
             None if text.len() > budget_bytes => return None,
-            None => return Some(self.tokenizer.encode(text, true).map(Arc::from)),
+            None => return Some(self.tokenizer.encode(text, true).map(Arc::new)),
         };
         if let Err(error) = self.tokenizer.check(text) {
             return Some(Err(error));

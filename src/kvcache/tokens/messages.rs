@@ -300,6 +300,10 @@ fn content(
         parts.push((read, part));
     }
     if format == ContentFormat::String || role == "tool" {
+        // The usual message: its text is not copied.
+        if let [(Part::Text(text), _)] = parts.as_slice() {
+            return Ok(text.clone());
+        }
         // As a string empty parts vanish; in a tool's list of parts they stay as empty lines.
         let keep_empty = format == ContentFormat::Parts;
         let lines = parts.iter().filter_map(|(part, _)| match part {

@@ -138,7 +138,7 @@ impl Model {
         let (Some(ids), Some(known)) = (encode(&whole), encode(before)) else {
             return Ok(None);
         };
-        let (ids, known): (Arc<[u32]>, _) = (ids?, known?);
+        let (ids, known): (Arc<Vec<u32>>, _) = (ids?, known?);
         let is_added = |id: u32| self.memo.tokenizer().is_added(id);
         let exact = media::exact_ids(&ids, &known, parts, is_added, &self.media_ids);
         Ok(Some(Tokenized {

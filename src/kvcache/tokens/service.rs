@@ -143,7 +143,7 @@ pub struct Tokenized {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PromptTokens {
     /// Token ids.
-    pub ids: Arc<[u32]>,
+    pub ids: Arc<Vec<u32>>,
     /// Media placed among them; `token_offset` and `tokens` are set.
     pub media: Vec<MediaItem>,
 }
@@ -177,7 +177,7 @@ impl PromptTokens {
     }
 
     /// A prompt of which the engine's ids are known up to `exact`, where the first medium begins.
-    pub(super) fn until(ids: Arc<[u32]>, exact: usize) -> Self {
+    pub(super) fn until(ids: Arc<Vec<u32>>, exact: usize) -> Self {
         let first = MediaItem {
             modality: "image",
             hash: 0,
@@ -192,7 +192,7 @@ impl PromptTokens {
         }
     }
 
-    pub(super) fn text(ids: Arc<[u32]>) -> Self {
+    pub(super) fn text(ids: Arc<Vec<u32>>) -> Self {
         Self {
             ids,
             media: Vec::new(),
@@ -415,7 +415,7 @@ pub fn supplied(request: &InferenceRequest) -> Option<Tokenized> {
     }
     let prompts = request.payload.prompts.iter().map(|prompt| match prompt {
         Prompt::Tokens { ids, media } => Some(PromptTokens {
-            ids: Arc::from(ids.as_slice()),
+            ids: Arc::new(ids.clone()),
             media: media.clone(),
         }),
         Prompt::Text(_) => None,

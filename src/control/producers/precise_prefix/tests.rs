@@ -466,7 +466,7 @@ fn before_an_unknown_medium_events_decide_and_behind_it_guesses() {
     let _b = engine(&producer, 1, &PROMPT[..4], None);
     // Ten ids are before the medium, two blocks of the three.
     let prompt = PromptTokens {
-        ids: Arc::from(PROMPT),
+        ids: Arc::new(PROMPT.to_vec()),
         media: vec![image(10, None)],
     };
     let all = [(2, 2); 3];

@@ -381,7 +381,7 @@ fn ids_behind_media_without_a_name_have_no_keys() {
         extent: crate::request::Extent::Unknown,
     };
     let mut prompt = PromptTokens {
-        ids: Arc::from([1, 9, 9, 2, 9, 9, 3].as_slice()),
+        ids: Arc::new(vec![1, 9, 9, 2, 9, 9, 3]),
         media: vec![item(Some("b"), 4), item(Some("a"), 1)],
     };
     let names = |prompt: &PromptTokens| {
