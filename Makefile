@@ -128,7 +128,7 @@ bench: build ## a cycle, a decision, requests against a no-op picker and by exac
 	PINPOD_PROGRAM=$(MEASURED) $(CARGO) bench --locked --bench extproc_stream -- --idle
 
 # A package of its own, whose peers need another tokio.
-bench-index: ## the exact index alone, then beside published ones; five minutes
+bench-index: ## the exact index alone, then beside published ones; five minutes after the builds
 	$(CARGO) bench --locked --profile release --bench kv_index
 	$(CARGO) run --release --locked --manifest-path benches/peers/Cargo.toml --target-dir target/peers
 
