@@ -264,14 +264,12 @@ impl Chain {
         self.young.clear();
     }
 
-    /// The blocks of prompt number `prompt` that are to be recorded for `endpoint`.
-    fn to_record<'a>(&self, prompt: u32, blocks: &'a [u64], endpoint: u32) -> &'a [u64] {
-        let known = self
-            .young
-            .iter()
-            .find(|(p, e, _)| (*p, *e) == (prompt, endpoint));
-        let from = known.map_or(0, |(.., young)| *young as usize);
-        blocks.get(from..).unwrap_or_default()
+    /// The leading blocks of prompt number `prompt` that the index need not be told of for `endpoint`.
+    fn young(&self, prompt: u32, endpoint: u32) -> u32 {
+        let mut known = self.young.iter();
+        known
+            .find(|(p, e, _)| (*p, *e) == (prompt, endpoint))
+            .map_or(0, |(.., young)| *young)
     }
 
     fn prompts(&self) -> impl Iterator<Item = &[u64]> {
@@ -379,9 +377,11 @@ impl PreRequest for ApproxPrefixProducer {
             let capacity = self.capacity(candidate, chain.block_tokens);
             let endpoint = &candidate.endpoint;
             for (blocks, prompt) in chain.prompts().zip(0..) {
-                let new = chain.to_record(prompt, blocks, endpoint.index.0);
+                let young = chain.young(prompt, endpoint.index.0);
                 self.index
-                    .insert(endpoint.index.0, new, capacity, || endpoint.is_removed());
+                    .insert(endpoint.index.0, blocks, young, capacity, || {
+                        endpoint.is_removed()
+                    });
             }
         }
         self.size.set(self.index.len() as f64);

@@ -237,7 +237,7 @@ impl PreRequest for MmEmbeddingsCacheProducer {
                 for item in items {
                     let gone = || endpoint.is_removed();
                     self.index
-                        .insert(endpoint.index.0, &[item.hash], self.capacity, gone);
+                        .insert(endpoint.index.0, &[item.hash], 0, self.capacity, gone);
                 }
             }
         }

@@ -228,14 +228,25 @@ impl PrefixIndex {
         alive.extend(last.iter().filter(known).filter_map(start));
     }
 
-    /// Records that `endpoint` was sent `chain`, from its start or from what [`Found::young`] says, and
-    /// that it keeps `capacity` blocks. Nothing is
-    /// recorded once `is_gone` says so; it is asked under the lock that [`Self::forget`] takes.
-    pub fn insert(&self, endpoint: u32, chain: &[u64], capacity: u32, is_gone: impl Fn() -> bool) {
+    /// Records that `endpoint` was sent `chain`, of which the first `young` blocks need no refreshing
+    /// ([`Found::young`]), and that it keeps `capacity` blocks; those of a longer chain that it cannot keep are
+    /// left out. Nothing is recorded once `is_gone` says so; it is asked under the lock that [`Self::forget`]
+    /// takes.
+    pub fn insert(
+        &self,
+        endpoint: u32,
+        chain: &[u64],
+        young: u32,
+        capacity: u32,
+        is_gone: impl Fn() -> bool,
+    ) {
+        let capacity = capacity.max(1);
         let clock = self.clock(endpoint);
-        clock.capacity.store(capacity.max(1), Ordering::Relaxed);
+        clock.capacity.store(capacity, Ordering::Relaxed);
+        let end = chain.len().min(capacity as usize);
+        let new = chain.get(young as usize..end).unwrap_or_default();
         // Tail first: the head ends up youngest, as engines evict tails before heads.
-        for segment in chain.chunks(SEGMENT_BLOCKS).rev() {
+        for segment in new.chunks(SEGMENT_BLOCKS).rev() {
             let Some(shard) = self.shard(segment) else {
                 return;
             };
@@ -454,7 +465,7 @@ mod tests {
     }
 
     fn insert(index: &PrefixIndex, endpoint: u32, chain: &[u64], capacity: u32) {
-        index.insert(endpoint, chain, capacity, || false);
+        index.insert(endpoint, chain, 0, capacity, || false);
     }
 
     #[test]
@@ -497,8 +508,8 @@ mod tests {
                 .match_chain(&blocks, &mut WalkScratch::default())
                 .first()
                 .copied();
-            let young = found.map_or(0, |f| f.young as usize);
-            insert(&index, 0, &blocks[young..], 3000);
+            let young = found.map_or(0, |f| f.young);
+            index.insert(0, &blocks, young, 3000, || false);
             assert_eq!(
                 matched(&index, &session(1000 + round), 1),
                 [10],
@@ -546,6 +557,17 @@ mod tests {
     }
 
     #[test]
+    fn a_chain_longer_than_the_capacity_leaves_its_tail_out() {
+        let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
+        let blocks = chain(7, 1000);
+        for _ in 0..2 {
+            insert(&index, 0, &blocks, 100);
+            assert_eq!(matched(&index, &blocks, 1), [100]);
+            assert_eq!(index.len(), 100);
+        }
+    }
+
+    #[test]
     fn a_removed_endpoint_is_forgotten_and_cannot_come_back_late() {
         let index = PrefixIndex::new(DEFAULT_BUDGET_BYTES);
         let blocks = chain(6, 100);
@@ -554,7 +576,7 @@ mod tests {
         index.forget(0);
         assert_eq!(matched(&index, &blocks, 2), [0, 40]);
         assert_eq!(index.len(), 40);
-        index.insert(0, &blocks, 1000, || true);
+        index.insert(0, &blocks, 0, 1000, || true);
         assert_eq!(matched(&index, &blocks, 2), [0, 40]);
     }
 
