@@ -30,7 +30,9 @@ use crate::datalayer::EndpointStore;
 use crate::plugin::{Attributes, Column, Hook, Lap, Leases};
 use crate::request::parsers::{ParserSet, request_path};
 use crate::request::rewrite::rewrite_model;
-use crate::request::{ApiKind, AppProtocol, Body, Early, Headers, InferenceRequest, Payload};
+use crate::request::{
+    ApiKind, AppProtocol, Body, Early, EarlyWork, Headers, InferenceRequest, Payload,
+};
 use crate::response::accounting::RequestFacts;
 use crate::response::usage::UsageFormat;
 use crate::response::{Accounting, ResponseHooks};
@@ -214,9 +216,9 @@ impl Director {
         let config = self.active.load();
         let path = request_path(headers);
         let reading = config.parsers.resolve(path).ok()?.begin(path)?;
-        let mut producers = config.producers.iter();
-        let block_tokens = producers.find_map(|hook| hook.plugin.early_block_tokens());
-        Some(Early::new(reading, block_tokens))
+        let works = config.producers.iter().map(|hook| hook.plugin.early_work());
+        let work = works.fold(EarlyWork::default(), EarlyWork::and);
+        Some(Early::new(reading, work))
     }
 
     /// Decides, as far as possible without waiting.

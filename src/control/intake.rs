@@ -149,12 +149,12 @@ pub(super) fn read_request(
     (rules, rng): (&TrafficRules, &RefCell<fastrand::Rng>),
 ) -> Result<Read, RequestError> {
     let path = request_path(&headers).to_owned();
-    let mut first_blocks = None;
+    let mut begun = None;
     let payload = match knowledge {
         BodyKnowledge::Complete => match early {
             Some(early) => {
-                let (payload, blocks) = early.finish(&body)?;
-                first_blocks = blocks;
+                let (payload, prompt) = early.finish(&body)?;
+                begun = prompt;
                 payload
             }
             None => parsers.resolve(&path)?.parse(&path, &body)?,
@@ -168,7 +168,7 @@ pub(super) fn read_request(
     };
     let id = request_id(&headers);
     let mut request = InferenceRequest::new(id.as_str(), payload, body);
-    request.first_blocks = first_blocks;
+    request.early = begun;
     if let Some(target) = named(&headers, &MODEL_REWRITE) {
         target.clone_into(&mut request.target_model);
     }

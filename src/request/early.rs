@@ -1,21 +1,27 @@
-//! Work on a body while it arrives: reading it, and hashing the text of its first prompt in blocks.
+//! Work on a body while it arrives: reading it, decoding the text of its first prompt, and hashing that in
+//! blocks.
 //!
 //! A piece that was just received lies in the processor's cache; a long body that is read only once it
-//! is complete has to be fetched from memory again. What was hashed early is used only if the finished
+//! is complete has to be fetched from memory again. What was made early is used only if the finished
 //! payload says that it was the beginning of the prompt, so the outcome never depends on it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 use xxhash_rust::xxh64::xxh64;
 
-use super::text::Unescape;
+use super::text::{Unescape, has_control, is_quoted};
 use super::{Body, ParseError, Payload, Prompt, Segment, TextEncoding};
 
 /// Bytes of a token where no tokenizer is asked.
 pub const TOKEN_BYTES: usize = 4;
 /// A block of up to 256 tokens that straddles slices is put together without an allocation.
 const INLINE_BLOCK_BYTES: usize = 1024;
+/// Strings of at least so many bytes are worth keeping.
+pub const LONG_TEXT_BYTES: usize = 1024;
+/// Body bytes up to which texts are kept.
+pub const MAX_KEPT_BYTES: usize = 32 << 20;
 
 /// A parser at work on one body.
 pub trait Reading: Send + std::fmt::Debug {
@@ -39,44 +45,75 @@ pub struct Settled<'a> {
     pub open: Option<(usize, bool)>,
 }
 
+/// What to do with the text of the first prompt while it arrives.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EarlyWork {
+    /// Hash its blocks.
+    pub blocks: Option<EarlyBlocks>,
+    /// Keep its long strings decoded.
+    pub texts: bool,
+}
+
+/// Blocks to hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EarlyBlocks {
+    /// Tokens of a block: a guess.
+    pub tokens: u32,
+    /// How many are wanted at most.
+    pub max: usize,
+}
+
+impl EarlyWork {
+    /// The work that two wish for; one size of blocks is hashed, that of the first.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            blocks: self.blocks.or(other.blocks),
+            texts: self.texts || other.texts,
+        }
+    }
+}
+
 /// One body that is read while it arrives.
 #[derive(Debug)]
 pub struct Early {
     reading: Box<dyn Reading>,
-    blocks: Option<Box<PromptBlocks>>,
+    prompt: Option<Box<EarlyPrompt>>,
 }
 
 impl Early {
-    /// Goes on with `reading`. With `block_tokens` the text is hashed too.
-    pub fn new(reading: Box<dyn Reading>, block_tokens: Option<u32>) -> Self {
-        let blocks = block_tokens.map(|tokens| Box::new(PromptBlocks::new(tokens as usize)));
-        Self { reading, blocks }
+    /// Goes on with `reading`, and with `work` on the text.
+    pub fn new(reading: Box<dyn Reading>, work: EarlyWork) -> Self {
+        let wanted = work != EarlyWork::default();
+        let prompt = wanted.then(|| Box::new(EarlyPrompt::new(work)));
+        Self { reading, prompt }
     }
 
     /// Reads what `body` has more than at the last call.
     pub fn advance(&mut self, body: &Body) {
         self.reading.advance(body);
-        if let Some(blocks) = &mut self.blocks {
-            blocks.follow(&self.reading.settled(), body);
+        if let Some(prompt) = &mut self.prompt {
+            prompt.follow(&self.reading.settled(), body);
         }
     }
 
     /// The body is complete.
-    pub fn finish(self, body: &Body) -> Result<(Payload, Option<Box<PromptBlocks>>), ParseError> {
+    pub fn finish(self, body: &Body) -> Result<(Payload, Option<Box<EarlyPrompt>>), ParseError> {
         let payload = self.reading.finish(body)?;
         let first = match payload.prompts.first() {
             Some(Prompt::Text(segments)) => segments.as_slice(),
             _ => &[],
         };
-        let blocks = self.blocks.and_then(|blocks| blocks.confirm(first, body));
-        Ok((payload, blocks))
+        let prompt = self.prompt.and_then(|prompt| prompt.confirm(first, body));
+        Ok((payload, prompt))
     }
 }
 
-/// Hashes of the leading text of a prompt, up to its end or its first media item.
+/// What was made of the leading text of a prompt, up to its end or its first media item.
 #[derive(Debug)]
-pub struct PromptBlocks {
-    hasher: BlockHasher,
+pub struct EarlyPrompt {
+    /// `None` when nobody wants blocks.
+    hasher: Option<BlockHasher>,
     hashes: Vec<u64>,
     /// Decoded bytes.
     bytes: u64,
@@ -85,19 +122,41 @@ pub struct PromptBlocks {
     /// Start of the segment that is being read, and how far it was.
     current: Option<Range<usize>>,
     unescape: Unescape,
+    keep_texts: bool,
+    /// Decoded text of the current segment from its start on, where texts are kept, else of the last slice.
+    decoded: Vec<u8>,
+    /// The current segment is no text of a JSON string.
+    spoilt: bool,
+    texts: Vec<EarlyText>,
     /// Media were met, or the order was not what it seemed: nothing more is read.
     stopped: bool,
 }
 
-impl PromptBlocks {
-    fn new(block_tokens: usize) -> Self {
+/// A long JSON string of a body, decoded.
+#[derive(Debug, Clone)]
+pub struct EarlyText {
+    /// Where it lies in the body, without its quotes.
+    pub range: Range<usize>,
+    /// What it stands for.
+    pub text: Arc<str>,
+}
+
+impl EarlyPrompt {
+    fn new(work: EarlyWork) -> Self {
+        let hasher = work
+            .blocks
+            .map(|blocks| BlockHasher::new(blocks.tokens as usize, blocks.max));
         Self {
-            hasher: BlockHasher::new(block_tokens, usize::MAX),
+            hasher,
             hashes: Vec::new(),
             bytes: 0,
             closed: SmallVec::new(),
             current: None,
             unescape: Unescape::default(),
+            keep_texts: work.texts,
+            decoded: Vec::new(),
+            spoilt: false,
+            texts: Vec::new(),
             stopped: false,
         }
     }
@@ -112,21 +171,27 @@ impl PromptBlocks {
         self.bytes
     }
 
+    /// Those of these segments that are JSON strings of at least [`LONG_TEXT_BYTES`].
+    pub fn texts(&self) -> &[EarlyText] {
+        &self.texts
+    }
+
     /// Appends at most `max_blocks` unchained hashes of these segments to `hashes`. Returns the hasher
-    /// that goes on behind them; `None` when it was another block size that was hashed.
+    /// that goes on behind them; `None` when it was other blocks that were hashed, or fewer.
     pub fn resume(
         &self,
         block_tokens: usize,
         max_blocks: usize,
         hashes: &mut Vec<u64>,
     ) -> Option<BlockHasher> {
-        if self.hasher.block_bytes != block_bytes(block_tokens) {
+        let mut hasher = self.hasher.clone()?;
+        let known = self.hashes.len().min(max_blocks);
+        let room = max_blocks - known;
+        if hasher.block_bytes != block_bytes(block_tokens) || (hasher.room == 0 && room > 0) {
             return None;
         }
-        let known = self.hashes.len().min(max_blocks);
         hashes.extend_from_slice(self.hashes.get(..known).unwrap_or_default());
-        let mut hasher = self.hasher.clone();
-        hasher.room = max_blocks - known;
+        hasher.room = room;
         Some(hasher)
     }
 
@@ -155,16 +220,10 @@ impl PromptBlocks {
         if self.stopped {
             return;
         }
-        let Self {
-            hasher,
-            hashes,
-            bytes,
-            ..
-        } = self;
-        self.unescape.finish(&mut |text| {
-            *bytes += text.len() as u64;
-            hasher.push(text, hashes);
-        });
+        let from = self.begin_slice();
+        self.unescape.finish(&mut self.decoded);
+        self.take(from);
+        self.keep(range, body);
         self.current = None;
         self.closed.push(range.clone());
     }
@@ -180,25 +239,62 @@ impl PromptBlocks {
             self.stopped = true;
             return;
         }
-        let from = std::mem::replace(&mut current.end, end);
-        let Self {
-            hasher,
-            hashes,
-            bytes,
-            unescape,
-            ..
-        } = self;
-        let mut take = |text: &[u8]| {
-            *bytes += text.len() as u64;
-            hasher.push(text, hashes);
-        };
-        for slice in body.slices(from..end) {
-            if escaped {
-                unescape.push(slice, &mut take);
-            } else {
-                take(slice);
-            }
+        let before = std::mem::replace(&mut current.end, end);
+        if self.keep_texts && body.len() > MAX_KEPT_BYTES {
+            self.keep_texts = false;
+            self.texts = Vec::new();
         }
+        for slice in body.slices(before..end) {
+            if !escaped && !self.keep_texts {
+                self.bytes += slice.len() as u64;
+                if let Some(hasher) = &mut self.hasher {
+                    hasher.push(slice, &mut self.hashes);
+                }
+                continue;
+            }
+            let from = self.begin_slice();
+            if escaped {
+                self.unescape.push(slice, &mut self.decoded);
+            } else {
+                self.decoded.extend_from_slice(slice);
+            }
+            self.take(from);
+            self.spoilt |= self.keep_texts && has_control(slice);
+        }
+    }
+
+    /// Where what is decoded next begins.
+    fn begin_slice(&mut self) -> usize {
+        if !self.keep_texts {
+            self.decoded.clear();
+        }
+        self.decoded.len()
+    }
+
+    /// Hashes what was decoded from `from` on.
+    fn take(&mut self, from: usize) {
+        let new = self.decoded.get(from..).unwrap_or_default();
+        self.bytes += new.len() as u64;
+        if let Some(hasher) = &mut self.hasher {
+            hasher.push(new, &mut self.hashes);
+        }
+    }
+
+    /// Keeps the decoded segment at `range`, if it is a string and long.
+    fn keep(&mut self, range: &Range<usize>, body: &Body) {
+        let spoilt = std::mem::take(&mut self.spoilt);
+        let lossy = std::mem::take(&mut self.unescape.lossy);
+        let long = self.keep_texts && range.len() >= LONG_TEXT_BYTES;
+        if long
+            && !spoilt
+            && !lossy
+            && is_quoted(body, range)
+            && let Ok(text) = std::str::from_utf8(&self.decoded)
+        {
+            let (range, text) = (range.clone(), Arc::from(text));
+            self.texts.push(EarlyText { range, text });
+        }
+        self.decoded.clear();
     }
 
     /// Checks what was read against the prompt, and reads on to its end or its first media item.
@@ -206,7 +302,7 @@ impl PromptBlocks {
         let same = |(read, segment): (&Range<usize>, &Segment)| matches!(segment, Segment::Body { range, .. } if range == read);
         let agrees = self.closed.len() <= prompt.len() && self.closed.iter().zip(prompt).all(same);
         if !agrees {
-            return None;
+            return self.texts_only();
         }
         let rest = prompt.get(self.closed.len()..).unwrap_or_default();
         self.stopped = false;
@@ -215,7 +311,18 @@ impl PromptBlocks {
             self.close(segment, body);
         }
         // Something was read that is not the prompt's next segment.
-        (!self.stopped && self.current.is_none()).then_some(self)
+        if self.stopped || self.current.is_some() {
+            return self.texts_only();
+        }
+        Some(self)
+    }
+
+    /// What is true of strings wherever in a prompt they stand.
+    fn texts_only(mut self: Box<Self>) -> Option<Box<Self>> {
+        self.hasher = None;
+        self.closed.clear();
+        self.bytes = 0;
+        (!self.texts.is_empty()).then_some(self)
     }
 }
 
@@ -244,6 +351,9 @@ impl BlockHasher {
 
     /// Takes more of the stream; appends the hash of every block that it completes.
     pub fn push(&mut self, mut bytes: &[u8], hashes: &mut Vec<u64>) {
+        if self.room == 0 {
+            return;
+        }
         if !self.partial.is_empty() {
             let missing = self.block_bytes - self.partial.len();
             let (head, tail) = bytes.split_at(missing.min(bytes.len()));

@@ -27,7 +27,7 @@ pub mod vllm_grpc;
 pub mod vllm_http;
 
 pub use body::Body;
-pub use early::{Early, PromptBlocks, Reading, Settled};
+pub use early::{Early, EarlyBlocks, EarlyPrompt, EarlyText, EarlyWork, Reading, Settled};
 pub use headers::{Header, Headers};
 pub use payload::{
     ApiKind, Extent, MediaItem, ModelField, ParseError, Payload, Prompt, Segment, TextEncoding,
@@ -88,9 +88,9 @@ pub struct InferenceRequest {
     pub payload: Payload,
     /// The body as received.
     pub body: Body,
-    /// Hashes of the first prompt's text, made while the body arrived; `None` for short bodies and
+    /// What was made of the first prompt's text while the body arrived; `None` for short bodies and
     /// wherever the order of the prompt was not what it seemed.
-    pub first_blocks: Option<Box<PromptBlocks>>,
+    pub early: Option<Box<EarlyPrompt>>,
     /// The decision on this request; empty unless its trace is recorded.
     pub trace: Span,
 }
@@ -114,7 +114,7 @@ impl InferenceRequest {
             objective: String::new(),
             payload,
             body,
-            first_blocks: None,
+            early: None,
             trace: Span::default(),
         }
     }

@@ -116,10 +116,43 @@ pub struct OpenString<'a> {
 /// Bytes that are looked at together.
 const STRIDE: usize = 64;
 
+/// Bytes that are looked at in one register, and how many times before strides are worth their while: in
+/// source code an escape follows some 30 bytes after the other.
+const WORD: usize = size_of::<u64>();
+const WORDS: usize = 8;
+
 /// The first quote or backslash. Long runs of plain text are passed in strides that the compiler turns
 /// into vector compares; `memchr2` alone is no faster here, because under fat LTO its vector
 /// operations become calls (Rust 1.95).
 pub(crate) fn find_string_end(bytes: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    for _ in 0..WORDS {
+        let Some(word) = bytes.get(at..).and_then(<[u8]>::first_chunk) else {
+            break;
+        };
+        let plain = plain_bytes(*word);
+        if plain < WORD {
+            return Some(at + plain);
+        }
+        at += WORD;
+    }
+    Some(at + find_in_long(bytes.get(at..)?)?)
+}
+
+/// Bytes before the first quote or backslash.
+fn plain_bytes(word: [u8; WORD]) -> usize {
+    const ONES: u64 = u64::from_le_bytes([1; WORD]);
+    const TOPS: u64 = u64::from_le_bytes([0x80; WORD]);
+    // A byte that is zero borrows from its top bit; the first one found is right.
+    let zero = |bytes: u64| bytes.wrapping_sub(ONES) & !bytes;
+    let word = u64::from_le_bytes(word);
+    let quotes = word ^ u64::from_le_bytes([b'"'; WORD]);
+    let backslashes = word ^ u64::from_le_bytes([b'\\'; WORD]);
+    let found = (zero(quotes) | zero(backslashes)) & TOPS;
+    (found.trailing_zeros() / 8) as usize
+}
+
+fn find_in_long(bytes: &[u8]) -> Option<usize> {
     let plain = |stride: &&[u8]| {
         let special = |byte: &u8| u8::from(*byte == b'"') | u8::from(*byte == b'\\');
         stride.iter().fold(0, |any, byte| any | special(byte)) == 0
@@ -370,8 +403,8 @@ impl Scanner {
     }
 
     fn string(&mut self, piece: &[u8], at: usize, key: bool, visitor: &mut impl Visitor) -> usize {
+        let (at, found) = self.find_end(piece, at, key);
         let rest = piece.get(at..).unwrap_or_default();
-        let found = find_string_end(rest);
         let run = found.unwrap_or(rest.len());
         if key {
             self.capture(rest.get(..run).unwrap_or_default());
@@ -407,6 +440,32 @@ impl Scanner {
             self.value_done();
         }
         at + offset + 1
+    }
+
+    /// Where the next run of plain text begins that does not end in an escape of one character, and its
+    /// length if it ends in this piece. All of a key is read run by run.
+    fn find_end(&mut self, piece: &[u8], mut at: usize, key: bool) -> (usize, Option<usize>) {
+        loop {
+            let rest = piece.get(at..).unwrap_or_default();
+            let found = find_string_end(rest);
+            let behind = found.and_then(|run| rest.get(run..));
+            let Some((
+                run,
+                [
+                    b'\\',
+                    b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't',
+                    ..,
+                ],
+            )) = found.zip(behind)
+            else {
+                return (at, found);
+            };
+            if key {
+                return (at, found);
+            }
+            self.escaped = true;
+            at += run + 2;
+        }
     }
 
     fn escape(&mut self, byte: u8, at: usize, key: bool) -> Result<usize, ScanError> {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Body, MediaItem, Prompt, PromptBlocks, Segment, TextEncoding};
+use super::{Body, EarlyPrompt, MediaItem, Prompt, Segment, TextEncoding};
 
 /// UTF-8 bytes that count as one token where no tokenizer is asked.
 pub const BYTES_PER_TOKEN: u64 = 4;
@@ -16,13 +16,45 @@ pub fn decode_json_string(inside: &[u8], escaped: bool) -> String {
     }
     let mut out = Vec::with_capacity(inside.len());
     let mut decoder = Unescape::default();
-    decoder.push(inside, &mut |bytes| out.extend_from_slice(bytes));
-    decoder.finish(&mut |bytes| out.extend_from_slice(bytes));
+    decoder.push(inside, &mut out);
+    decoder.finish(&mut out);
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// Hands the decoded bytes of one string to `f`, in slices of any length. Runs without escapes are
-/// slices of the body.
+/// Decodes one string, or `None` when it is none: JSON allows no control characters in it and no lone
+/// surrogates, and it must be UTF-8.
+pub fn decode_strict(body: &Body, range: Range<usize>, escaped: bool) -> Option<String> {
+    let mut out = Vec::with_capacity(range.len().min(body.len()));
+    let mut decoder = Unescape::default();
+    for slice in body.slices(range) {
+        if has_control(slice) {
+            return None;
+        }
+        if escaped {
+            decoder.push(slice, &mut out);
+        } else {
+            out.extend_from_slice(slice);
+        }
+    }
+    decoder.finish(&mut out);
+    (!decoder.lossy)
+        .then(|| String::from_utf8(out).ok())
+        .flatten()
+}
+
+/// True when `range` is the inside of a JSON string rather than raw JSON.
+pub fn is_quoted(body: &Body, range: &Range<usize>) -> bool {
+    let is_quote = |at: usize| body.slices(at..at + 1).next() == Some(b"\"");
+    range.start.checked_sub(1).is_some_and(is_quote) && is_quote(range.end)
+}
+
+/// True with a character that JSON strings hold only as an escape.
+pub(super) fn has_control(bytes: &[u8]) -> bool {
+    // Without a branch for each byte.
+    bytes.iter().fold(0, |any, byte| any | u8::from(*byte < b' ')) != 0
+}
+
+/// Hands the decoded bytes of one string to `f`, in slices of any length.
 pub fn for_each_decoded(
     body: &Body,
     range: Range<usize>,
@@ -34,10 +66,15 @@ pub fn for_each_decoded(
         return;
     }
     let mut decoder = Unescape::default();
+    let mut out = Vec::new();
     for slice in body.slices(range) {
-        decoder.push(slice, f);
+        out.clear();
+        decoder.push(slice, &mut out);
+        f(&out);
     }
-    decoder.finish(f);
+    out.clear();
+    decoder.finish(&mut out);
+    f(&out);
 }
 
 /// What a prompt is made of, in order.
@@ -70,7 +107,7 @@ pub fn for_each_piece(segments: &[Segment], body: &Body, f: &mut impl FnMut(Piec
 pub fn token_count(
     prompt: &Prompt,
     body: &Body,
-    early: Option<&PromptBlocks>,
+    early: Option<&EarlyPrompt>,
     media: &mut impl FnMut(&MediaItem, u64) -> u64,
 ) -> u64 {
     let segments = match prompt {
@@ -108,9 +145,11 @@ pub(super) struct Unescape {
     pending: Pending,
     /// A high surrogate that waits for its low half.
     high: Option<u16>,
+    /// Something became U+FFFD.
+    pub(super) lossy: bool,
 }
 
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum Pending {
     #[default]
     None,
@@ -121,54 +160,41 @@ enum Pending {
     },
 }
 
+/// Bytes that are looked at and copied together.
+const WORD: usize = size_of::<u64>();
+
 impl Unescape {
-    pub(super) fn push(&mut self, mut bytes: &[u8], f: &mut impl FnMut(&[u8])) {
-        while let Some((&first, rest)) = bytes.split_first() {
-            match self.pending {
-                Pending::None => {
-                    let run = memchr::memchr(b'\\', bytes).unwrap_or(bytes.len());
-                    let (plain, tail) = bytes.split_at(run);
-                    if !plain.is_empty() {
-                        self.drop_lone_surrogate(f);
-                        f(plain);
-                    }
-                    if tail.is_empty() {
-                        return;
-                    }
+    /// Appends what `bytes` stand for to `out`.
+    pub(super) fn push(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+        let mut rest = bytes;
+        while let Some((&first, behind)) = rest.split_first() {
+            rest = match self.pending {
+                Pending::None if first == b'\\' => {
                     self.pending = Pending::Backslash;
-                    bytes = tail.get(1..).unwrap_or_default();
+                    behind
+                }
+                Pending::None => {
+                    self.drop_lone_surrogate(out);
+                    copy_simple(rest, out)
                 }
                 Pending::Backslash => {
-                    self.simple(first, f);
-                    bytes = rest;
+                    self.simple(first, out);
+                    behind
                 }
                 Pending::Hex { digits, value } => {
-                    let digit = char::from(first)
-                        .to_digit(16)
-                        .and_then(|d| u16::try_from(d).ok())
-                        .unwrap_or(0);
-                    let value = value << 4 | digit;
-                    if digits == 3 {
-                        self.pending = Pending::None;
-                        self.unit(value, f);
-                    } else {
-                        self.pending = Pending::Hex {
-                            digits: digits + 1,
-                            value,
-                        };
-                    }
-                    bytes = rest;
+                    self.digit(first, digits, value, out);
+                    behind
                 }
-            }
+            };
         }
     }
 
     /// The string ended.
-    pub(super) fn finish(&mut self, f: &mut impl FnMut(&[u8])) {
-        self.drop_lone_surrogate(f);
+    pub(super) fn finish(&mut self, out: &mut Vec<u8>) {
+        self.drop_lone_surrogate(out);
     }
 
-    fn simple(&mut self, byte: u8, f: &mut impl FnMut(&[u8])) {
+    fn simple(&mut self, byte: u8, out: &mut Vec<u8>) {
         if byte == b'u' {
             self.pending = Pending::Hex {
                 digits: 0,
@@ -177,42 +203,124 @@ impl Unescape {
             return;
         }
         self.pending = Pending::None;
-        self.drop_lone_surrogate(f);
-        f(match byte {
-            b'n' => b"\n",
-            b't' => b"\t",
-            b'r' => b"\r",
-            b'b' => b"\x08",
-            b'f' => b"\x0c",
-            b'/' => b"/",
-            b'"' => b"\"",
-            _ => b"\\",
-        });
+        self.drop_lone_surrogate(out);
+        out.push(meaning(byte));
     }
 
-    fn unit(&mut self, unit: u16, f: &mut impl FnMut(&[u8])) {
+    fn digit(&mut self, digit: u8, digits: u8, value: u16, out: &mut Vec<u8>) {
+        let digit = char::from(digit)
+            .to_digit(16)
+            .and_then(|d| u16::try_from(d).ok())
+            .unwrap_or(0);
+        let value = value << 4 | digit;
+        if digits == 3 {
+            self.pending = Pending::None;
+            self.unit(value, out);
+        } else {
+            self.pending = Pending::Hex {
+                digits: digits + 1,
+                value,
+            };
+        }
+    }
+
+    fn unit(&mut self, unit: u16, out: &mut Vec<u8>) {
         if let Some(high) = self.high.take() {
             if let Some(Ok(character)) = char::decode_utf16([high, unit]).next()
                 && (0xDC00..0xE000).contains(&unit)
             {
-                f(character.encode_utf8(&mut [0; 4]).as_bytes());
+                append(out, character);
                 return;
             }
-            f("\u{FFFD}".as_bytes());
+            self.replace(out);
         }
         if (0xD800..0xDC00).contains(&unit) {
             self.high = Some(unit);
             return;
         }
-        let character = char::from_u32(u32::from(unit)).unwrap_or('\u{FFFD}');
-        f(character.encode_utf8(&mut [0; 4]).as_bytes());
-    }
-
-    fn drop_lone_surrogate(&mut self, f: &mut impl FnMut(&[u8])) {
-        if self.high.take().is_some() {
-            f("\u{FFFD}".as_bytes());
+        match char::from_u32(u32::from(unit)) {
+            Some(character) => append(out, character),
+            None => self.replace(out),
         }
     }
+
+    fn drop_lone_surrogate(&mut self, out: &mut Vec<u8>) {
+        if self.high.take().is_some() {
+            self.replace(out);
+        }
+    }
+
+    fn replace(&mut self, out: &mut Vec<u8>) {
+        self.lossy = true;
+        append(out, char::REPLACEMENT_CHARACTER);
+    }
+}
+
+/// Decodes up to the end, an escape that is not whole, or one of the form `\uXXXX`; returns what is left, which
+/// begins with a backslash. Words are copied before it is known whether they end in an escape, which costs
+/// less than finding the runs between escapes first.
+fn copy_simple<'a>(bytes: &'a [u8], out: &mut Vec<u8>) -> &'a [u8] {
+    let start = out.len();
+    out.resize(start + bytes.len(), 0);
+    let (mut at, mut end) = (0, start);
+    while let Some(word) = bytes.get(at..).and_then(<[u8]>::first_chunk::<WORD>) {
+        let Some(to) = out.get_mut(end..).and_then(<[u8]>::first_chunk_mut) else {
+            break;
+        };
+        *to = *word;
+        let plain = plain_bytes(*word);
+        let Some(to) = to.get_mut(plain) else {
+            (at, end) = (at + WORD, end + WORD);
+            continue;
+        };
+        match bytes.get(at + plain + 1) {
+            None | Some(b'u') => break,
+            Some(&escape) => *to = meaning(escape),
+        }
+        (at, end) = (at + plain + 2, end + plain + 1);
+    }
+    // Less than a word, or up to an escape that is not simple.
+    while let (Some(&byte), Some(to)) = (bytes.get(at), out.get_mut(end)) {
+        *to = match (byte, bytes.get(at + 1)) {
+            (b'\\', None | Some(b'u')) => break,
+            (b'\\', Some(&escape)) => {
+                at += 1;
+                meaning(escape)
+            }
+            _ => byte,
+        };
+        (at, end) = (at + 1, end + 1);
+    }
+    out.truncate(end);
+    bytes.get(at..).unwrap_or_default()
+}
+
+/// Bytes before the first backslash.
+fn plain_bytes(word: [u8; WORD]) -> usize {
+    const ONES: u64 = u64::from_le_bytes([1; WORD]);
+    const TOPS: u64 = u64::from_le_bytes([0x80; WORD]);
+    const BACKSLASHES: u64 = u64::from_le_bytes([b'\\'; WORD]);
+    // A zero byte borrows from its top bit; those before the first one are exact.
+    let zeros = u64::from_le_bytes(word) ^ BACKSLASHES;
+    let found = zeros.wrapping_sub(ONES) & !zeros & TOPS;
+    (found.trailing_zeros() / 8) as usize
+}
+
+/// The byte that a backslash with `escape` stands for.
+fn meaning(escape: u8) -> u8 {
+    match escape {
+        b'n' => b'\n',
+        b't' => b'\t',
+        b'r' => b'\r',
+        b'b' => 8,
+        b'f' => 12,
+        b'/' | b'"' => escape,
+        _ => b'\\',
+    }
+}
+
+fn append(out: &mut Vec<u8>, character: char) {
+    out.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes());
 }
 
 #[cfg(test)]

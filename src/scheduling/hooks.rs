@@ -14,7 +14,7 @@ use bytes::Bytes;
 use super::{Candidate, Cycle, SchedulingResult};
 use crate::datalayer::Endpoint;
 use crate::plugin::{Attributes, Leases};
-use crate::request::InferenceRequest;
+use crate::request::{EarlyWork, InferenceRequest};
 
 /// Reads the request's headers before anything is decided.
 pub trait RequestHeaderProcessor: Send + Sync + Debug {
@@ -99,10 +99,9 @@ pub trait DataProducer: Send + Sync + Debug {
         true
     }
 
-    /// Tokens of a block, if this producer hashes the text of a prompt in blocks and is glad when that
-    /// is done while the body arrives. It is a guess that may turn out wrong.
-    fn early_block_tokens(&self) -> Option<u32> {
-        None
+    /// What this producer is glad to find done with the text of a prompt while the body arrives.
+    fn early_work(&self) -> EarlyWork {
+        EarlyWork::default()
     }
 }
 

@@ -13,7 +13,7 @@ use crate::datalayer::{Endpoint, EndpointListener};
 use crate::plugin::{
     Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
 };
-use crate::request::InferenceRequest;
+use crate::request::{EarlyBlocks, EarlyWork, InferenceRequest};
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, MEDIA_FEATURES, MediaFeature, PREFIX_MATCH, PrefixMatch,
     TOKEN_PRODUCER, TOKENIZED_PROMPT,
@@ -57,6 +57,16 @@ enum Cap {
     None,
     Tokens(usize),
     Blocks(usize),
+}
+
+impl Cap {
+    fn blocks(self, block_tokens: u32) -> usize {
+        match self {
+            Self::None => usize::MAX,
+            Self::Blocks(blocks) => blocks,
+            Self::Tokens(tokens) => tokens / block_tokens.max(1) as usize,
+        }
+    }
 }
 
 /// Hashes of one request: the chains of its prompts one after the other.
@@ -235,11 +245,7 @@ impl ApproxPrefixProducer {
         block_tokens: u32,
         chain: &mut Chain,
     ) {
-        let max_blocks = match self.cap {
-            Cap::None => usize::MAX,
-            Cap::Blocks(blocks) => blocks,
-            Cap::Tokens(tokens) => tokens / block_tokens as usize,
-        };
+        let max_blocks = self.cap.blocks(block_tokens);
         chain.block_tokens = block_tokens;
         chain
             .hashes
@@ -350,8 +356,13 @@ impl DataProducer for ApproxPrefixProducer {
         Ok(())
     }
 
-    fn early_block_tokens(&self) -> Option<u32> {
-        Some(self.last_block_tokens.load(Ordering::Relaxed))
+    fn early_work(&self) -> EarlyWork {
+        let tokens = self.last_block_tokens.load(Ordering::Relaxed);
+        let max = self.cap.blocks(tokens);
+        EarlyWork {
+            blocks: Some(EarlyBlocks { tokens, max }),
+            texts: false,
+        }
     }
 }
 

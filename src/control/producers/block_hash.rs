@@ -9,7 +9,7 @@ use xxhash_rust::xxh64::xxh64;
 
 use crate::request::early::{BlockHasher, TOKEN_BYTES};
 use crate::request::text::{DEFAULT_IMAGE_TOKENS, Piece, for_each_piece};
-use crate::request::{Body, InferenceRequest, Prompt, PromptBlocks};
+use crate::request::{Body, EarlyPrompt, InferenceRequest, Prompt};
 use crate::scheduling::attributes::MediaFeature;
 
 /// How a prompt is cut.
@@ -30,7 +30,7 @@ pub struct Cut {
 pub fn hash_prompt(
     prompt: &Prompt,
     body: &Body,
-    early: Option<&PromptBlocks>,
+    early: Option<&EarlyPrompt>,
     seed: u64,
     cut: Cut,
     mut media: impl Iterator<Item = u32>,
@@ -91,7 +91,7 @@ pub fn hash_request(
     for (prompt, index) in request.payload.prompts.iter().zip(0..) {
         let own = media.iter().filter(|feature| feature.prompt == index);
         let sizes = own.map(|feature| feature.tokens);
-        let early = request.first_blocks.as_deref().filter(|_| index == 0);
+        let early = request.early.as_deref().filter(|_| index == 0);
         hash_prompt(prompt, &request.body, early, seed, cut, sizes, hashes);
         ends.push(hashes.len());
     }
@@ -123,7 +123,7 @@ mod tests {
     use super::*;
     use crate::request::openai::OpenAiParser;
     use crate::request::text::token_count;
-    use crate::request::{Early, Parser, Segment, TextEncoding};
+    use crate::request::{Early, EarlyBlocks, EarlyWork, Parser, Segment, TextEncoding};
     use bytes::Bytes;
     use proptest::prelude::*;
 
@@ -212,9 +212,17 @@ mod tests {
 
     /// Reads `body` piece by piece, as it arrives, and checks that nothing comes out otherwise than from
     /// the whole body. Returns how many segments were read early.
-    fn early_equals_late(path: &str, pieces: &[&[u8]], early_block: u32) -> Option<usize> {
+    fn early_equals_late(path: &str, pieces: &[&[u8]], early: (u32, usize)) -> Option<usize> {
         let mut body = Body::default();
-        let mut early = Early::new(OpenAiParser.begin(path).unwrap(), Some(early_block));
+        let blocks = EarlyBlocks {
+            tokens: early.0,
+            max: early.1,
+        };
+        let work = EarlyWork {
+            blocks: Some(blocks),
+            texts: early.1 == usize::MAX,
+        };
+        let mut early = Early::new(OpenAiParser.begin(path).unwrap(), work);
         for piece in pieces {
             body.push(Bytes::copy_from_slice(piece));
             early.advance(&body);
@@ -250,14 +258,14 @@ mod tests {
         }
         let count = |early| token_count(prompt, &body, early, &mut |_, at| at + 3);
         assert_eq!(count(blocks.as_deref()), count(None));
-        blocks.map(|blocks| blocks.segments())
+        blocks.map(|blocks| blocks.segments()).filter(|n| *n > 0)
     }
 
     #[test]
     fn the_usual_orders_are_hashed_while_they_arrive() {
         let segments = |path: &str, body: &str| {
             let pieces: Vec<&[u8]> = body.as_bytes().chunks(7).collect();
-            early_equals_late(path, &pieces, 16)
+            early_equals_late(path, &pieces, (16, usize::MAX))
         };
         let chat = "/v1/chat/completions";
         let long = "x\\n\\u00e9 ".repeat(60);
@@ -320,14 +328,14 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(400))]
 
         #[test]
-        fn reading_early_changes_nothing(body in chat_body(), chat in any::<bool>(), early_block in prop_oneof![Just(16u32), Just(64)], cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12)) {
+        fn reading_early_changes_nothing(body in chat_body(), chat in any::<bool>(), early in (prop_oneof![Just(16u32), Just(64)], prop_oneof![Just(usize::MAX), Just(3), 0..20usize]), cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12)) {
             let text = body.as_bytes();
             let mut at: Vec<usize> = cuts.iter().map(|c| c.index(text.len())).collect();
             at.extend([0, text.len()]);
             at.sort_unstable();
             let pieces: Vec<&[u8]> = at.windows(2).map(|w| &text[w[0]..w[1]]).collect();
             let path = if chat { "/v1/chat/completions" } else { "/v1/completions" };
-            early_equals_late(path, &pieces, early_block);
+            early_equals_late(path, &pieces, early);
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::plugin::{
     Attributes, Build, Column, Maturity, ParamDoc, ParamError, Plugin, PluginError,
 };
 use crate::request::text::token_count;
-use crate::request::{Headers, InferenceRequest, MediaItem, Prompt};
+use crate::request::{EarlyWork, Headers, InferenceRequest, MediaItem, Prompt};
 use crate::scheduling::attributes::{
     MEDIA_FEATURES, MediaFeature, TOKEN_IDS, TOKEN_PRODUCER, TOKENIZED_PROMPT,
 };
@@ -336,7 +336,7 @@ impl TokenProducer {
                     media.read(index, item, item.token_offset.unwrap_or(0).into());
                 }
             }
-            let early = request.first_blocks.as_deref().filter(|_| index == 0);
+            let early = request.early.as_deref().filter(|_| index == 0);
             token_count(prompt, &request.body, early, &mut |item, offset| {
                 media.read(index, item, offset).into()
             })
@@ -435,6 +435,13 @@ impl DataProducer for TokenProducer {
             work: Box::pin(work),
             timeout: timeout + TIMEOUT_MARGIN,
         })
+    }
+
+    fn early_work(&self) -> EarlyWork {
+        EarlyWork {
+            blocks: None,
+            texts: matches!(self.tokenizer, Tokenizer::Local(_)),
+        }
     }
 
     /// The models whose prompts are tokenized here, and what became of their files.

@@ -9,6 +9,7 @@
 //! Does not know blocks, endpoints or plugins.
 
 pub mod anthropic;
+mod body;
 pub mod content_format;
 pub mod hub;
 mod keeper;

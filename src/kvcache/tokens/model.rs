@@ -6,6 +6,7 @@ use std::sync::Arc;
 use minijinja::Value;
 
 use super::anthropic::{self, Rules};
+use super::body::Source;
 use super::content_format::ContentFormat;
 use super::media;
 use super::memo::Memo;
@@ -14,7 +15,7 @@ use super::responses;
 use super::service::{MAX_PROMPTS, ModelSettings, PromptTokens, TokenizeError, Tokenized};
 use super::template::{Chat, Templates};
 use super::tokenizer::{LoadError, MAX_CONFIG_BYTES, ModelTokenizer, read};
-use crate::request::{ApiKind, Body};
+use crate::request::ApiKind;
 
 /// One loaded model.
 #[derive(Debug)]
@@ -92,10 +93,10 @@ impl Model {
     pub(super) fn tokenize(
         &self,
         api: ApiKind,
-        body: &Body,
+        body: &Source,
         budget_bytes: usize,
     ) -> Result<Option<Tokenized>, TokenizeError> {
-        let body = parse(body)?;
+        let body = body.parse()?;
         let body = match api {
             ApiKind::Completions => return self.completions(&body, budget_bytes),
             ApiKind::Messages => anthropic::to_chat(&body, self.rules)?,
@@ -217,15 +218,6 @@ fn model_config(directory: &Path) -> serde_json::Value {
 
 fn has_tools(body: &Value) -> bool {
     field(body, "tools").is_some()
-}
-
-/// The body as a value whose objects keep their order, as Python's do.
-pub(super) fn parse(body: &Body) -> Result<Value, TokenizeError> {
-    let parsed = match body.pieces() {
-        [piece] => serde_json::from_slice(piece),
-        _ => serde_json::from_slice(&body.copy_range(0..body.len())),
-    };
-    parsed.map_err(|e| TokenizeError::Malformed(e.to_string()))
 }
 
 pub(super) fn flag(body: &Value, name: &str, default: bool) -> Result<bool, TokenizeError> {

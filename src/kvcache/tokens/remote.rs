@@ -21,8 +21,9 @@ use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use xxhash_rust::xxh64::xxh64;
 
+use super::body::Source;
 use super::messages::{Map, field, replace};
-use super::model::{flag, parse, prompts_of};
+use super::model::{flag, prompts_of};
 use super::service::{KNOWN_APIS, PromptTokens, TokenizeError, Tokenized};
 use crate::request::{ApiKind, Body, Extent, MediaItem};
 
@@ -173,7 +174,7 @@ impl RemoteTokenizer {
         if !KNOWN_APIS.contains(&api) {
             return Err(TokenizeError::Unsupported("this API"));
         }
-        let body = parse(body)?;
+        let body = Source::from(body).parse()?;
         let media = has_lists(&body);
         let timeout = if media {
             self.settings.media_timeout
