@@ -5,7 +5,7 @@
 //! own does not count.
 //!
 //! `make bench`, or `PINPOD_PROGRAM=... cargo bench --bench extproc_stream -- [--address HOST:PORT] [--case TEXT] [--streams N]
-//! [--seconds N] [--rounds N] [--json] [--idle | --precise]`
+//! [--seconds N] [--rounds N] [--kv-blocks N] [--json] [--idle | --precise]`
 
 #[path = "extproc_stream/precise.rs"]
 mod precise;
@@ -45,6 +45,9 @@ const PIECE_BYTES: usize = 65_536;
 const FRAME_BYTES: usize = 16_384;
 /// Endpoints behind the picker.
 const ENDPOINTS: u16 = 64;
+/// Blocks of 16 tokens in the cache of each: the 307,328 tokens of the published workload. The recording's
+/// 1,024 are less than one prompt of 400 KB.
+const KV_BLOCKS: u32 = 19_208;
 /// Distinct prompts, in groups that share three quarters.
 const PROMPTS: usize = 64;
 const GROUPS: usize = 16;
@@ -136,14 +139,15 @@ fn main() -> anyhow::Result<()> {
             pair.check().await?;
             return report(&results, has("--json"));
         }
+        let kv_blocks = value("--kv-blocks").map_or(Ok(KV_BLOCKS), |n| n.parse())?;
         if has("--idle") {
-            return idle(&program, directory.path()).await;
+            return idle(&program, kv_blocks, directory.path()).await;
         }
         let [noop_port] = free_ports()?;
         let flags = ["noop".to_owned(), format!("--port={noop_port}")];
         let mut noop = Process::start("noop", &program, &flags, directory.path())?;
         noop.wait_for_port(noop_port).await?;
-        let pods = exposition_servers(ENDPOINTS).await?;
+        let pods = exposition_servers(ENDPOINTS, kv_blocks).await?;
         let picker = recommended(&program, &pods, "1s", directory.path()).await?;
         let servers = [
             Server::local("no-op", noop_port, &noop),
@@ -191,12 +195,15 @@ async fn recommended(
     Picker::start(program, &flags, directory).await
 }
 
-/// Servers that answer every request with a recorded exposition.
-async fn exposition_servers(count: u16) -> anyhow::Result<Vec<SocketAddr>> {
+/// Servers that answer every request with a recorded exposition, but for the size of the engine's cache.
+async fn exposition_servers(count: u16, kv_blocks: u32) -> anyhow::Result<Vec<SocketAddr>> {
     const RECORDED: &str = include_str!("../tests/data/vllm-0.32/metrics/3-under-load-1.txt");
+    let size = "num_gpu_blocks=\"1024\"";
+    ensure!(RECORDED.contains(size), "another recording");
+    let exposition = RECORDED.replace(size, &format!("num_gpu_blocks=\"{kv_blocks}\""));
     let reply = format!(
-        "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{RECORDED}",
-        RECORDED.len()
+        "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{exposition}",
+        exposition.len()
     );
     let reply = Arc::new(reply.into_bytes());
     let mut addresses = Vec::new();
@@ -223,8 +230,8 @@ async fn exposition_servers(count: u16) -> anyhow::Result<Vec<SocketAddr>> {
 }
 
 /// CPU and memory of a picker that only scrapes 100 endpoints every 50 ms.
-async fn idle(program: &Path, directory: &Path) -> anyhow::Result<()> {
-    let pods = exposition_servers(100).await?;
+async fn idle(program: &Path, kv_blocks: u32, directory: &Path) -> anyhow::Result<()> {
+    let pods = exposition_servers(100, kv_blocks).await?;
     let picker = recommended(program, &pods, "50ms", directory).await?;
     let pid = picker.process.id();
     tokio::time::sleep(Duration::from_secs(3)).await;

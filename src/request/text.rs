@@ -51,7 +51,10 @@ pub fn is_quoted(body: &Body, range: &Range<usize>) -> bool {
 /// True with a character that JSON strings hold only as an escape.
 pub(super) fn has_control(bytes: &[u8]) -> bool {
     // Without a branch for each byte.
-    bytes.iter().fold(0, |any, byte| any | u8::from(*byte < b' ')) != 0
+    bytes
+        .iter()
+        .fold(0, |any, byte| any | u8::from(*byte < b' '))
+        != 0
 }
 
 /// Hands the decoded bytes of one string to `f`, in slices of any length.
