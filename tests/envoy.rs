@@ -257,7 +257,7 @@ async fn a_dead_endpoint_is_retried_on_the_second_of_the_list() {
             "sim".to_owned(),
             format!("--port={port}"),
             format!("--name=new{number}"),
-            "--time-scale=50".to_owned(),
+            "--time-scale=1".to_owned(),
         ];
         let mut sim = pinpod::demo::processes::Process::start(
             &format!("new-{port}"),
@@ -272,6 +272,20 @@ async fn a_dead_endpoint_is_retried_on_the_second_of_the_list() {
     let answer = gateway.post(COMPLETIONS, body).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
     assert!(answer.pod().starts_with("new"), "{:?}", answer.headers);
+    gateway.wait_until_idle().await;
+    // What a retry gets is booked where it is answered.
+    let body = completion(&"retry".repeat(400), 500, true);
+    let streaming = begin(&gateway, &body, body.len());
+    eventually("the second of the list has it", || async {
+        let booked = gateway.booked().await;
+        let (dead, others): (Vec<_>, Vec<_>) = booked
+            .iter()
+            .partition(|(name, _)| name.contains(&(first + dead).to_string()));
+        assert_eq!((dead.len(), others.len()), (1, 2), "{booked:?}");
+        dead[0].1 == 0 && others.iter().map(|(_, n)| n).sum::<i64>() == 1
+    })
+    .await;
+    streaming.shutdown(Shutdown::Both).unwrap();
     gateway.wait_until_idle().await;
 }
 

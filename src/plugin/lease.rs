@@ -9,6 +9,9 @@ pub trait Lease: Send + Debug {
     /// The first byte of the response body arrived.
     fn on_first_chunk(&mut self) {}
 
+    /// Not the first of the picks answers but the one at `rank`: the proxy tried again.
+    fn on_served_by(&mut self, _rank: usize) {}
+
     /// The response ended naturally and the picked endpoint reported what the prompt took.
     fn on_usage(&mut self, _usage: PromptUsage) {}
 
@@ -39,6 +42,13 @@ impl Leases {
     pub fn on_first_chunk(&mut self) {
         for lease in &mut self.0 {
             lease.on_first_chunk();
+        }
+    }
+
+    /// Tells every lease that the pick at `rank` answers instead of the first.
+    pub fn on_served_by(&mut self, rank: usize) {
+        for lease in &mut self.0 {
+            lease.on_served_by(rank);
         }
     }
 

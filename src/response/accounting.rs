@@ -107,6 +107,10 @@ impl Accounting {
             && served != picked.host_port_str()
         {
             self.pick_answers = false;
+            let rank = |e: &Arc<Endpoint>| e.host_port_str() == served;
+            if let Some(rank) = self.facts.picks.iter().position(rank) {
+                self.leases.on_served_by(rank);
+            }
             // After a retry or the proxy's own fallback.
             tracing::debug!(
                 picked = picked.host_port_str(),

@@ -170,14 +170,25 @@ impl Gateway {
 
     /// Requests and tokens booked over all endpoints.
     pub async fn in_flight(&self) -> (i64, i64) {
-        let metrics = SocketAddr::from(([127, 0, 0, 1], self.picker.metrics));
-        let state = get(metrics, "/debug/plugins/state").await.unwrap();
-        let state: serde_json::Value = serde_json::from_slice(&state.body).unwrap();
-        let endpoints = state["plugins"]["inflight-load-producer"]["state"]
-            .as_object()
-            .unwrap();
+        let endpoints = self.load().await;
         let sum = |key: &str| endpoints.values().map(|e| e[key].as_i64().unwrap()).sum();
         (sum("requests"), sum("tokens"))
+    }
+
+    /// Requests booked on each endpoint.
+    pub async fn booked(&self) -> Vec<(String, i64)> {
+        let endpoints = self.load().await.into_iter();
+        endpoints
+            .map(|(name, load)| (name, load["requests"].as_i64().unwrap()))
+            .collect()
+    }
+
+    async fn load(&self) -> serde_json::Map<String, serde_json::Value> {
+        let metrics = SocketAddr::from(([127, 0, 0, 1], self.picker.metrics));
+        let state = get(metrics, "/debug/plugins/state").await.unwrap();
+        let mut state: serde_json::Value = serde_json::from_slice(&state.body).unwrap();
+        let load = state["plugins"]["inflight-load-producer"]["state"].take();
+        serde_json::from_value(load).unwrap()
     }
 
     /// Sum of a series of the picker over all labels.

@@ -25,7 +25,8 @@ use crate::telemetry::metrics::{InFlightGauges, InFlightSeries};
 /// Tokens are the prompt's uncached ones on that endpoint, `max(0, total - matched) * block + max(0,
 /// input - total * block)`, or all of them without prefix information; with
 /// `addEstimatedOutputTokens` also `min(round(input * outputRatio), client limit, cap)`.
-/// Released: tokens at the first response byte (output excluded), the rest when the request ends.
+/// Released: tokens at the first response byte (output excluded), the rest when the request ends. Where the
+/// proxy reports that another of the picks answers, it is booked there from then on.
 #[derive(Debug)]
 pub struct InFlightLoadProducer {
     slot: InFlightSlot,
@@ -34,7 +35,7 @@ pub struct InFlightLoadProducer {
     matches: Column<PrefixMatch>,
     output: Option<OutputEstimate>,
     name: String,
-    series: InFlightSeries,
+    series: Arc<InFlightSeries>,
 }
 
 #[derive(Debug)]
@@ -123,7 +124,7 @@ impl Plugin for InFlightLoadProducer {
         build.keys.produce::<()>(IN_FLIGHT);
         Ok(Self {
             name: build.name.to_owned(),
-            series: InFlightSeries::default(),
+            series: Arc::default(),
             slot: build.keys.in_flight(build.name)?,
             uncached: build.keys.produce(UNCACHED_TOKENS),
             tokens: build.keys.require(TOKENIZED_PROMPT, TOKEN_PRODUCER),
@@ -225,9 +226,13 @@ impl PreRequest for InFlightLoadProducer {
                 prefill: &*profile.profile == "prefill",
             });
         }
+        let fallbacks = result.primary.picks.iter().skip(1);
+        let fallbacks = fallbacks.filter_map(|&position| candidates.get(position as usize));
         outcome.leases.push(Box::new(InFlightGuard {
             slot: self.slot,
+            series: Arc::clone(&self.series),
             bookings,
+            fallbacks: fallbacks.map(|c| Arc::clone(&c.endpoint)).collect(),
             output_included: self.output.is_some(),
             first_chunk_seen: false,
         }));
@@ -238,7 +243,11 @@ impl PreRequest for InFlightLoadProducer {
 #[derive(Debug)]
 struct InFlightGuard {
     slot: InFlightSlot,
+    series: Arc<InFlightSeries>,
+    /// The primary profile's first.
     bookings: SmallVec<[Booking; 1]>,
+    /// The primary profile's picks behind the first.
+    fallbacks: SmallVec<[Arc<Endpoint>; 1]>,
     output_included: bool,
     first_chunk_seen: bool,
 }
@@ -260,6 +269,20 @@ impl Booking {
 }
 
 impl Lease for InFlightGuard {
+    fn on_served_by(&mut self, rank: usize) {
+        let served = rank.checked_sub(1).and_then(|at| self.fallbacks.get(at));
+        let (Some(served), Some(booking)) = (served, self.bookings.first_mut()) else {
+            return;
+        };
+        booking.release(self.slot, booking.requests, booking.tokens);
+        let (name, namespace) = (&served.spec.name, &served.spec.namespace);
+        booking.gauges = self.series.same_flow(&booking.gauges, (name, namespace));
+        booking.endpoint = Arc::clone(served);
+        let (requests, tokens) = (booking.requests, booking.tokens);
+        booking.endpoint.in_flight(self.slot).book(requests, tokens);
+        booking.gauges.add(requests, tokens);
+    }
+
     /// The prompt is computed: its tokens no longer wait, and a prefill endpoint is done.
     fn on_first_chunk(&mut self) {
         if std::mem::replace(&mut self.first_chunk_seen, true) {
@@ -368,6 +391,27 @@ mod tests {
         assert_eq!((load(&pool, 0), load(&pool, 1)), ((1, 10), (0, 0)));
         drop(outcome);
         assert_eq!((load(&pool, 0), load(&pool, 1)), ((0, 0), (0, 0)));
+    }
+
+    #[test]
+    fn a_request_that_another_pick_answers_is_booked_there() {
+        let mut pool = Pool::new([endpoint("a"), endpoint("b"), endpoint("c").uncached(30)]);
+        let producer: InFlightLoadProducer = pool.plugin("{}");
+        let mut outcome = Outcome::default();
+        let mut result = result(&[("default", 2)]);
+        result.primary.picks.extend([0, 1]);
+        pool.with_cycle(|cycle, all| producer.on_pick(cycle, all, &result, &mut outcome));
+        let loads = |pool: &Pool| [load(pool, 0), load(pool, 1), load(pool, 2)];
+        assert_eq!(loads(&pool), [(0, 0), (0, 0), (1, 30)]);
+        outcome.leases.on_served_by(0);
+        outcome.leases.on_served_by(3);
+        assert_eq!(loads(&pool), [(0, 0), (0, 0), (1, 30)]);
+        outcome.leases.on_served_by(2);
+        assert_eq!(loads(&pool), [(0, 0), (1, 30), (0, 0)]);
+        outcome.leases.on_first_chunk();
+        assert_eq!(loads(&pool), [(0, 0), (1, 0), (0, 0)]);
+        drop(outcome);
+        assert_eq!(loads(&pool), [(0, 0); 3]);
     }
 
     #[test]

@@ -411,7 +411,7 @@ impl std::fmt::Debug for InFlightSeries {
     }
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct InFlightLabels {
     endpoint: String,
     namespace: String,
@@ -422,6 +422,7 @@ struct InFlightLabels {
 
 /// One label set of [`InFlightSeries`].
 pub struct InFlightGauges {
+    labels: InFlightLabels,
     requests: Gauge,
     tokens: Gauge,
 }
@@ -478,11 +479,22 @@ impl InFlightSeries {
                 priority,
             };
             let gauges = InFlightGauges {
+                labels: key.clone(),
                 requests: metrics::gauge!("llm_d_epp_inflight_requests", list.clone()),
                 tokens: metrics::gauge!("llm_d_epp_inflight_tokens", list),
             };
             (key, gauges)
         })
+    }
+
+    /// The gauges of another endpoint for the flow of `gauges`.
+    pub fn same_flow(
+        &self,
+        gauges: &InFlightGauges,
+        endpoint: (&str, &str),
+    ) -> Arc<InFlightGauges> {
+        let flow = &gauges.labels;
+        self.gauges(endpoint, &flow.producer, &flow.fairness_id, flow.priority)
     }
 }
 
