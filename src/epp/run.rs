@@ -1,6 +1,6 @@
 //! Wiring, in the order things must happen, and shutdown in reverse.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -295,9 +295,13 @@ fn plugin_state(store: Arc<EndpointStore>) -> telemetry::server::PluginState {
     })
 }
 
-/// All interfaces, as the reference listens.
-fn any(port: u16) -> SocketAddr {
-    (Ipv4Addr::UNSPECIFIED, port).into()
+/// All interfaces, as the reference listens: of IPv6 and IPv4 where the host has both.
+pub(crate) fn any(port: u16) -> SocketAddr {
+    if UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok() {
+        (Ipv6Addr::UNSPECIFIED, port).into()
+    } else {
+        (Ipv4Addr::UNSPECIFIED, port).into()
+    }
 }
 
 /// SIGTERM and SIGINT, which do not end the process by themselves once they are caught.

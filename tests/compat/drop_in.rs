@@ -6,7 +6,7 @@
 //! elect a leader: those meet an API server of a few answers.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -666,6 +666,13 @@ async fn every_consumers_command_line_starts_and_serves() {
             "inference_objective_request_total{",
         ] {
             assert!(exposition.contains(series), "{}: {series}", consumer.name);
+        }
+        // In a cluster of IPv6 alone nobody has another address to ask at.
+        if std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
+            for port in [container.grpc, container.health, container.metrics] {
+                let address = (Ipv6Addr::LOCALHOST, port);
+                assert!(tokio::net::TcpStream::connect(address).await.is_ok());
+            }
         }
         assert!(!container.log().contains("panicked"), "{}", container.log());
     }
