@@ -38,6 +38,15 @@ use pinpod::plugin::InFlightSlot;
 use pinpod::telemetry::metrics::Metrics;
 use proptest::prelude::*;
 
+/// Reads no body.
+const ANY_BODY: &str = "
+apiVersion: llm-d.ai/v1alpha1
+kind: EndpointPickerConfig
+plugins:
+- type: passthrough-parser
+requestHandler: {parsers: [{pluginRef: passthrough-parser}]}
+";
+
 struct Picker {
     director: Arc<Director>,
     store: Arc<EndpointStore>,
@@ -432,6 +441,89 @@ fn streamed_mode_acknowledges_every_piece() {
 }
 
 #[test]
+fn buffered_trailers_without_a_body_are_answered_with_the_destination_as_metadata() {
+    let picker = picker_with(Some(ANY_BODY), "10.0.0.7:8000");
+    let first = with_modes(
+        request_headers(false),
+        BodySendMode::Buffered,
+        BodySendMode::Buffered,
+        false,
+    );
+    let trailers = message(Request::RequestTrailers(HttpTrailers::default()));
+    let replies = run(&mut picker.exchange(), [first, trailers]);
+    // A second answer to the headers would be spurious.
+    assert_eq!(kinds(&replies), ["request headers", "request trailers"]);
+    let metadata = replies[1].dynamic_metadata.as_ref().unwrap();
+    assert!(metadata.fields.contains_key("envoy.lb"));
+}
+
+#[test]
+fn in_streamed_mode_the_first_piece_takes_a_rewritten_body() {
+    let picker = picker("10.0.0.7:8000");
+    let first = with_modes(
+        message(Request::RequestHeaders(headers(
+            &[
+                (":path", "/v1/completions"),
+                ("x-llm-d-model-name-rewrite", "other"),
+            ],
+            false,
+        ))),
+        BodySendMode::Streamed,
+        BodySendMode::Streamed,
+        true,
+    );
+    let (head, tail) = br#"{"model":"m","prompt":"p"}"#.split_at(9);
+    let replies = run(
+        &mut picker.exchange(),
+        [
+            first,
+            request_body(head, false),
+            request_body(tail, false),
+            request_body(b"", true),
+        ],
+    );
+    let pieces: Vec<_> = replies[1..]
+        .iter()
+        .map(|reply| common(reply).body_mutation.unwrap().mutation.unwrap())
+        .collect();
+    let whole = Bytes::from_static(br#"{"model":"other","prompt":"p"}"#);
+    assert_eq!(
+        pieces,
+        [
+            Mutation::Body(whole),
+            Mutation::ClearBody(true),
+            Mutation::ClearBody(true)
+        ]
+    );
+}
+
+#[test]
+fn an_end_that_the_proxy_never_shows_is_no_abort() {
+    let picker = picker("10.0.0.7:8000");
+    // The mode of the response, what of it is shown, and whether its end is.
+    for (mode, shown, normal) in [
+        (BodySendMode::None, 0, true),
+        (BodySendMode::None, 1, true),
+        (BodySendMode::BufferedPartial, 0, false),
+        (BodySendMode::BufferedPartial, 2, true),
+        (BodySendMode::Streamed, 2, false),
+    ] {
+        let mut exchange = picker.exchange();
+        let first = with_modes(
+            request_headers(false),
+            BodySendMode::FullDuplexStreamed,
+            mode,
+            false,
+        );
+        run(&mut exchange, [first, request_body(BODY, true)]);
+        let response = [response_headers(false), response_body(b"{}", false)];
+        run(&mut exchange, response.into_iter().take(shown));
+        assert_eq!(exchange.on_end(), normal, "{mode:?} {shown}");
+        assert_eq!(picker.in_flight(), 0);
+    }
+}
+
+#[test]
 fn bodies_over_the_limit_are_413_and_at_the_limit_pass() {
     let mut picker = picker("10.0.0.7:8000");
     picker.settings.max_body_bytes = BODY.len();
@@ -460,6 +552,27 @@ fn bodies_over_the_limit_are_413_and_at_the_limit_pass() {
         413,
         "refused before the upload"
     );
+}
+
+#[test]
+fn a_refusal_is_logged_with_the_id_of_its_request() {
+    let (mut read, write) = std::io::pipe().unwrap();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::DEBUG)
+        .with_ansi(false)
+        .with_writer(Arc::new(write))
+        .finish();
+    let mut picker = picker("10.0.0.7:8000");
+    picker.settings.max_body_bytes = 5;
+    tracing::subscriber::with_default(subscriber, || {
+        for body in [&b"{"[..], b"too long"] {
+            let messages = [request_headers(false), request_body(body, true)];
+            assert_eq!(kinds(&run(&mut picker.exchange(), messages)), ["immediate"]);
+        }
+    });
+    let mut log = String::new();
+    std::io::Read::read_to_string(&mut read, &mut log).unwrap();
+    assert_eq!(log.matches("request_id=\"id\"").count(), 2, "{log}");
 }
 
 #[test]

@@ -69,7 +69,7 @@ enum Command {
 }
 
 /// Names that are subcommands; anything else in first place makes the line one of `serve`.
-const SUBCOMMANDS: [&str; 8] = [
+const SUBCOMMANDS: [&str; 9] = [
     "serve",
     "check-config",
     "plugins",
@@ -78,6 +78,7 @@ const SUBCOMMANDS: [&str; 8] = [
     "--version",
     "-V",
     "--help",
+    "-h",
 ];
 
 /// Runs the command line of this process and returns its exit code: 0 done, 1 failed, 2 bad usage.
@@ -169,5 +170,7 @@ mod tests {
         assert!(!acts(&["pinpod"]));
         assert!(!acts(&["pinpod", "plugins"]));
         assert!(!acts(&["pinpod", "--help"]));
+        assert!(!acts(&["pinpod", "-h"]));
+        assert!(acts(&["/app/epp", "-h"]));
     }
 }

@@ -15,7 +15,7 @@ mod flow;
 mod lint;
 mod producers;
 mod profiles;
-mod quantity;
+pub mod quantity;
 pub mod raw;
 pub mod resolve;
 pub mod show;

@@ -264,9 +264,14 @@ impl Director {
         })
     }
 
-    /// A request was refused before it came here.
-    pub fn note_refusal(&self, error: &RequestError) {
-        tracing::debug!(%error, "refused");
+    /// A request that was received at this time was refused before its body was understood.
+    pub fn note_refusal(&self, error: &RequestError, received_at: Instant, request_id: &str) {
+        self.metrics.request_processed(received_at.elapsed());
+        self.count_refusal(error, request_id);
+    }
+
+    fn count_refusal(&self, error: &RequestError, request_id: &str) {
+        tracing::debug!(request_id, %error, "refused");
         self.metrics
             .request_series("", "", DEFAULT_FLOW, 0)
             .error(error.code());
@@ -289,7 +294,7 @@ impl Director {
         let count = candidates.len();
         if count == 0 {
             let error = RequestError::NoEndpoints;
-            self.note_refusal(&error);
+            self.count_refusal(&error, id.as_str());
             return Err(error);
         }
         let chosen = workspace.rng.borrow_mut().usize(..count);
@@ -334,17 +339,18 @@ impl Director {
         self.seed(&workspace.rng, &headers, &body);
         let rules = self.rules.load();
         let with = (&**rules, &workspace.rng);
-        let read = match read_request(&config.parsers, headers, body, early, knowledge, with) {
+        let id = request_id(&headers);
+        let request = (headers, body, early);
+        let read = match read_request(&config.parsers, &id, request, knowledge, with) {
             Ok(read) => read,
             Err(error) => {
                 trace.fail(error.code());
-                self.note_refusal(&error);
+                self.note_refusal(&error, received_at, id.as_str());
                 return Step::Done(Err(error));
             }
         };
         let Read {
             mut request,
-            id,
             rewritten_by,
         } = read;
         trace.record(|| {
@@ -441,6 +447,7 @@ impl Director {
     fn refuse(&self, mut draft: Draft, error: RequestError, workspace: &mut Workspace) -> Step {
         draft.request.trace.fail(error.code());
         let request = &draft.request;
+        self.metrics.request_processed(draft.received_at.elapsed());
         self.series(request).error(error.code());
         self.metrics.scheduled(&request.target_model, None);
         tracing::debug!(request_id = request.id, %error, "refused");

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 
 use super::tls::TlsOptions;
+use crate::config::quantity::Quantity;
 use crate::datalayer::selector::Selector;
 use crate::kubernetes::client::{DEFAULT_NAMESPACE, is_object_name};
 use crate::kubernetes::objects::{LEGACY_GROUP, POOL_GROUP};
@@ -395,6 +396,17 @@ fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), Optio
                     .is_some_and(|range| range.min_values() == 0)
             })
     };
+    let is_flag = |argument: &String| {
+        let name = argument
+            .strip_prefix('-')
+            .map(|a| a.trim_start_matches('-'));
+        let name = name.map(|name| kebab(name.split('=').next().unwrap_or_default()));
+        name.is_some_and(|name| {
+            is_boolean(&name).is_some()
+                || REMOVED.contains(&name.as_str())
+                || MOVED.contains(&name.as_str())
+        })
+    };
     let mut out = Vec::new();
     let mut warnings = Vec::new();
     let mut rest = arguments.into_iter().peekable();
@@ -414,10 +426,16 @@ fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), Optio
         };
         let (name, value) = match body.split_once('=') {
             Some((name, value)) => (kebab(name), Some(value.to_owned())),
-            None => (kebab(body), None),
+            None => match body.strip_prefix('v') {
+                Some(number) if number.parse::<u32>().is_ok() => {
+                    ("v".to_owned(), Some(number.to_owned()))
+                }
+                _ => (kebab(body), None),
+            },
         };
         let has_value = value.is_some();
-        let mut next_value =
+        // Of a flag nobody knows it cannot be said whether it takes a value.
+        let mut likely_value =
             || rest.next_if(|next| !next.starts_with('-') || next.parse::<f64>().is_ok());
         if MOVED.contains(&name.as_str()) {
             return invalid(format!(
@@ -426,7 +444,7 @@ fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), Optio
         }
         if REMOVED.contains(&name.as_str()) {
             if !has_value && !REMOVED_BOOLEAN.contains(&name.as_str()) {
-                next_value();
+                likely_value();
             }
             warnings.push(format!("flag --{name} has no effect"));
             continue;
@@ -435,14 +453,15 @@ fn normalise(arguments: Vec<String>) -> Result<(Vec<String>, Vec<String>), Optio
             None => {
                 warnings.push(format!("flag --{name} is unknown and ignored"));
                 if !has_value {
-                    next_value();
+                    likely_value();
                 }
             }
             Some(true) => out.push(format!(
                 "--{name}={}",
                 go_bool(&name, value.as_deref().unwrap_or("true"))?
             )),
-            Some(false) => match value.or_else(next_value) {
+            // A value may begin with a dash, as a YAML document does, but it is no flag of ours.
+            Some(false) => match value.or_else(|| rest.next_if(|next| !is_flag(next))) {
                 Some(value) => out.push(format!("--{name}={value}")),
                 None => return invalid(format!("flag --{name} needs a value")),
             },
@@ -471,35 +490,18 @@ pub(crate) fn go_bool(name: &str, text: &str) -> Result<bool, OptionsError> {
     }
 }
 
-/// A Kubernetes quantity in bytes; a trailing `B` is dropped, so that `10MiB` works.
+/// A Kubernetes quantity in bytes; a trailing `B` is dropped, so that `10MiB` works, and `K` is read as
+/// `k`.
 pub(crate) fn quantity(name: &str, text: &str) -> Result<usize, OptionsError> {
     let body = text.trim().trim_end_matches(['B', 'b']);
-    let digits = body
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(body.len());
-    let (number, unit) = body.split_at(digits);
-    let scale = match unit {
-        "" => 1.0,
-        "k" | "K" => 1e3,
-        "M" => 1e6,
-        "G" => 1e9,
-        "Ki" => 1024.0,
-        "Mi" => 1024.0 * 1024.0,
-        "Gi" => 1024.0 * 1024.0 * 1024.0,
-        _ => {
-            return invalid(format!(
-                "flag --{name}: {text:?} is not a size such as 64Mi or 10MB"
-            ));
-        }
+    let body = match body.strip_suffix('K') {
+        Some(number) => format!("{number}k"),
+        None => body.to_owned(),
     };
-    match number.parse::<f64>() {
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "digits only, saturates"
-        )]
-        Ok(number) => Ok((number * scale) as usize),
-        Err(_) => invalid(format!(
+    let amount = body.parse::<Quantity>().ok();
+    match amount.and_then(|amount| usize::try_from(amount.0).ok()) {
+        Some(bytes) => Ok(bytes),
+        None => invalid(format!(
             "flag --{name}: {text:?} is not a size such as 64Mi or 10MB"
         )),
     }
@@ -627,14 +629,6 @@ fn workload(pod: &str) -> Option<&str> {
 }
 
 impl TelemetryFlags {
-    fn log_format(&self) -> log::Format {
-        if self.zap_encoder == "json" {
-            log::Format::Json
-        } else {
-            log::Format::Text
-        }
-    }
-
     /// TLS of the metrics port.
     fn tls(&self) -> Result<Option<TlsOptions>, OptionsError> {
         let ca = Some(&self.metrics_client_ca_file).filter(|path| !path.is_empty());
@@ -754,10 +748,20 @@ impl Flags {
             tracing: telemetry.tracing,
             scrape,
             seed: requests.seed,
-            log_format: telemetry.log_format(),
+            log_format: log_format(&telemetry.zap_encoder)?,
             log_level: log_level(telemetry.verbosity, &telemetry.zap_log_level)?,
             warnings: std::mem::take(warnings),
         })
+    }
+}
+
+pub(crate) fn log_format(encoder: &str) -> Result<log::Format, OptionsError> {
+    match encoder {
+        "json" => Ok(log::Format::Json),
+        "console" => Ok(log::Format::Text),
+        other => invalid(format!(
+            "flag --zap-encoder: {other:?} is not json or console"
+        )),
     }
 }
 
@@ -861,6 +865,7 @@ mod tests {
                 "--pool-name",
                 "q",
             ],
+            &["--pool-name", "p", "--config-text", "---\nkind: x\n", "-v4"],
             &[
                 "--endpoint-selector",
                 "app=x,tier in (a,b)",
@@ -872,6 +877,9 @@ mod tests {
         }
         let last = options(&["--pool-name", "p", "--pool-name", "q"]).unwrap();
         assert_eq!(last.pool_name, "q", "the last of repeated flags counts");
+        let dashes = options(&["--pool-name=p", "-v4", "--config-text", "---\na: b"]).unwrap();
+        assert_eq!(dashes.log_level, tracing::Level::DEBUG);
+        assert_eq!(dashes.config_text.as_deref(), Some("---\na: b"));
     }
 
     #[test]
@@ -925,7 +933,17 @@ mod tests {
                 &["--pool-name=p", "--max-request-body-bytes=5x"],
                 "not a size",
             ),
+            (
+                &["--pool-name=p", "--max-request-body-bytes=-5"],
+                "not a size",
+            ),
+            (
+                &["--pool-name=p", "--zap-encoder=xml"],
+                "not json or console",
+            ),
             (&["--pool-name"], "needs a value"),
+            (&["--pool-name", "--secureServing=false"], "needs a value"),
+            (&["--pool-name", "--lora-info-metric=x"], "needs a value"),
             (
                 &["--pool-name=p", "--metrics-client-ca-file=ca"],
                 "needs --metrics-cert-dir",
@@ -1017,5 +1035,12 @@ mod tests {
         assert_eq!(quantity("f", "25MB").unwrap(), 25_000_000);
         assert_eq!(quantity("f", "1.5Gi").unwrap(), 3 << 29);
         assert_eq!(quantity("f", "500").unwrap(), 500);
+        assert_eq!(quantity("f", "4KB").unwrap(), 4000);
+        assert_eq!(quantity("f", "1Ti").unwrap(), 1 << 40);
+        // More than any machine has; room for a message is added to it.
+        assert_eq!(
+            quantity("f", "99999999999999999999").unwrap(),
+            usize::MAX / 2
+        );
     }
 }

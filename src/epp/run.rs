@@ -1,12 +1,13 @@
 //! Wiring, in the order things must happen, and shutdown in reverse.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -102,7 +103,9 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
             .in_kubernetes(plane.protocol_check(&director), plane.contact());
     }
     let health = Arc::new(health);
-    if let Some((path, text)) = options.config_file.clone().zip(text) {
+    // A pipe is read once.
+    let document = options.config_file.clone().filter(|path| path.is_file());
+    if let Some((path, text)) = document.zip(text) {
         let reloader = Reloader {
             path,
             text,
@@ -130,7 +133,8 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
 
     signals.next().await;
     candidacy.cancel();
-    drain(&options, &health, servers, &shutdown).await;
+    drain(&options, &health, servers, &mut signals).await;
+    shutdown.cancel();
     // The spans of the last requests ended with their streams.
     if let Some(export) = export {
         export.finish().await;
@@ -291,13 +295,20 @@ fn plugin_state(store: Arc<EndpointStore>) -> telemetry::server::PluginState {
             })
             .collect();
         let name = InFlightLoadProducer::TYPE;
-        json!({"plugins": {name: {"name": name, "type": name, "state": endpoints}}})
+        json!({
+            "timestamp": Timestamp::now().to_string(),
+            "plugins": {name: {"name": name, "type": name, "state": endpoints}},
+        })
     })
 }
 
-/// All interfaces, as the reference listens.
-fn any(port: u16) -> SocketAddr {
-    (Ipv4Addr::UNSPECIFIED, port).into()
+/// All interfaces, as the reference listens: of IPv6 and IPv4 where the host has both.
+pub(crate) fn any(port: u16) -> SocketAddr {
+    if UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok() {
+        (Ipv6Addr::UNSPECIFIED, port).into()
+    } else {
+        (Ipv4Addr::UNSPECIFIED, port).into()
+    }
 }
 
 /// SIGTERM and SIGINT, which do not end the process by themselves once they are caught.
@@ -337,7 +348,7 @@ async fn drain(
     options: &ServeOptions,
     health: &HealthState,
     servers: [Server; 2],
-    shutdown: &CancellationToken,
+    signals: &mut Signals,
 ) {
     health.drain();
     tracing::info!(
@@ -347,19 +358,22 @@ async fn drain(
     let mut rest = options.drain_timeout;
     tokio::select! {
         () = tokio::time::sleep(options.drain_timeout) => {}
-        again = wait_for_signal() => {
-            if again.is_ok() {
-                rest = Duration::ZERO;
-            }
-        }
+        () = signals.next() => rest = Duration::ZERO,
     }
-    let stop = tokio::task::spawn_blocking(move || {
+    let cuts = servers.each_ref().map(Server::cut);
+    let mut stop = tokio::task::spawn_blocking(move || {
         for server in servers {
             server.stop(rest);
         }
     });
-    if stop.await.is_err() {
+    let stopped = tokio::select! {
+        stopped = &mut stop => stopped,
+        () = signals.next() => {
+            cuts.iter().for_each(CancellationToken::cancel);
+            stop.await
+        }
+    };
+    if stopped.is_err() {
         tracing::error!("stopping the servers failed");
     }
-    shutdown.cancel();
 }

@@ -106,6 +106,14 @@ impl HeaderChanges {
         (common, self.metadata.and_then(|m| m.decoded()))
     }
 
+    /// What of these changes can still be said in the answer to trailers: the metadata.
+    pub fn with_trailers(self) -> ProcessingResponse {
+        ProcessingResponse {
+            dynamic_metadata: self.metadata.and_then(|m| m.decoded()),
+            ..mutation::trailers(self.direction)
+        }
+    }
+
     /// These changes as the answer to a whole body, which `body` replaces if it is there.
     pub fn with_whole_body(self, body: Option<Bytes>) -> ProcessingResponse {
         let direction = self.direction;

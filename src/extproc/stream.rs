@@ -23,13 +23,13 @@ use super::proto::body_mutation::Mutation;
 use super::proto::processing_request::Request;
 use super::proto::value::Kind;
 use super::proto::{
-    BodySendMode, CommonResponse, HeaderMap, HttpHeaders, Metadata, ProtocolConfiguration, Struct,
-    Value,
+    BodySendMode, CommonResponse, HeaderMap, HttpHeaders, Metadata, ProcessingResponse,
+    ProtocolConfiguration, Struct, Value,
 };
 use super::reply::{EncodedMetadata, HeaderChanges, Reply};
 use super::wire::{Incoming, Slices, join};
 use crate::control::{
-    BodyKnowledge, Decision, Director, Intake, RequestError, Step, Subset, Waiting,
+    BodyKnowledge, Decision, Director, Intake, RequestError, Step, Subset, Waiting, received_id,
 };
 use crate::request::{Body, Early, Headers};
 use crate::response::{Accounting, MetadataNumber, ModelNameRewriter, Served};
@@ -212,8 +212,14 @@ impl Exchange {
 
     /// The stream ended or was reset. Returns true when that is the normal end.
     pub fn on_end(&mut self) -> bool {
-        let normal =
-            self.closed || matches!(self.phase, Phase::Ended | Phase::Start | Phase::Passive);
+        // In these modes the end of the response is never shown.
+        let unseen = match self.response_mode {
+            BodySendMode::None => matches!(self.phase, Phase::Routed | Phase::Responding),
+            BodySendMode::BufferedPartial => self.phase == Phase::Responding,
+            _ => false,
+        };
+        let over = matches!(self.phase, Phase::Ended | Phase::Start | Phase::Passive);
+        let normal = self.closed || over || unseen;
         if !normal {
             let phase = self.phase_name();
             self.director.note_abort(phase);
@@ -386,13 +392,13 @@ impl Exchange {
                 "request trailers arrived before headers",
             ));
         }
-        if self.phase == Phase::Undecided && self.waiting.is_none() {
-            self.read_subset(metadata);
-            self.decide(BodyKnowledge::Complete);
-        }
-        if self.waiting.is_some() {
+        if self.phase == Phase::Undecided {
             self.unanswered.trailers = true;
-        } else if !self.closed {
+            if self.waiting.is_none() {
+                self.read_subset(metadata);
+                self.decide(BodyKnowledge::Complete);
+            }
+        } else {
             self.send(mutation::trailers(Direction::Request));
         }
         Ok(())
@@ -502,14 +508,16 @@ impl Exchange {
                 let whole = rewritten.then(|| Bytes::from(body.copy_range(0..body.len())));
                 self.send(changes.with_whole_body(whole));
             }
+            // Trailers and no body: the headers were answered, only metadata can still be sent.
+            BodySendMode::Buffered | BodySendMode::BufferedPartial if self.unanswered.trailers => {
+                self.unanswered.trailers = false;
+                self.send(changes.with_trailers());
+            }
             _ => {
                 self.send(changes);
+                let mut whole = rewritten.then_some(body);
                 for _ in 0..self.unanswered.pieces {
-                    self.send(mutation::body(
-                        Direction::Request,
-                        CommonResponse::default(),
-                        None,
-                    ));
+                    self.send(streamed_piece(rewritten, whole.take()));
                 }
             }
         }
@@ -558,7 +566,8 @@ impl Exchange {
 
     /// Refuses before the director saw the request.
     fn refuse_early(&mut self, error: &RequestError) {
-        self.director.note_refusal(error);
+        let id = received_id(&self.headers).unwrap_or_default();
+        self.director.note_refusal(error, self.received_at, id);
         self.refuse(error);
     }
 
@@ -643,8 +652,15 @@ impl Exchange {
         let Some(rewriter) = &mut self.model_names else {
             return CommonResponse::default();
         };
-        let last = last || self.response_mode == BodySendMode::Buffered;
-        let pieces: Body = rewriter.push(piece.clone(), last).into_iter().collect();
+        // Neither buffered mode brings a second piece.
+        let buffered = matches!(
+            self.response_mode,
+            BodySendMode::Buffered | BodySendMode::BufferedPartial
+        );
+        let pieces: Body = rewriter
+            .push(piece.clone(), last || buffered)
+            .into_iter()
+            .collect();
         let whole = Bytes::from(pieces.copy_range(0..pieces.len()));
         if whole == *piece {
             return CommonResponse::default();
@@ -747,6 +763,20 @@ fn read_headers(map: Option<HeaderMap>) -> Headers {
             )
         })
         .collect()
+}
+
+/// STREAMED: the reply to one of the pieces that were held. Of a rewritten body the first takes all.
+fn streamed_piece(rewritten: bool, whole: Option<Body>) -> ProcessingResponse {
+    let mutation = match whole {
+        Some(body) => Mutation::Body(Bytes::from(body.copy_range(0..body.len()))),
+        None => Mutation::ClearBody(true),
+    };
+    let common = if rewritten {
+        mutation::with_body(mutation)
+    } else {
+        CommonResponse::default()
+    };
+    mutation::body(Direction::Request, common, None)
 }
 
 /// A list of `ip:port` or one comma-separated string; another type is no hint.

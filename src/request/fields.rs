@@ -155,7 +155,7 @@ impl Common {
             api,
             model,
             rewritable: true,
-            object_start: object_start(body),
+            object_end: object_end(body),
             stream: self.stream,
             max_output_tokens,
             cache_salt: if api == ApiKind::Images {
@@ -169,14 +169,14 @@ impl Common {
     }
 }
 
-/// Offset behind the first `{`.
-fn object_start(body: &Body) -> Option<usize> {
-    let mut base = 0;
-    for piece in body.pieces() {
-        if let Some(at) = memchr::memchr(b'{', piece) {
-            return Some(base + at + 1);
+/// Offset of the last `}`.
+fn object_end(body: &Body) -> Option<usize> {
+    let mut end = body.len();
+    for piece in body.pieces().iter().rev() {
+        end -= piece.len();
+        if let Some(at) = memchr::memrchr(b'}', piece) {
+            return Some(end + at);
         }
-        base += piece.len();
     }
     None
 }

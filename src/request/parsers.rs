@@ -295,7 +295,7 @@ mod tests {
         assert!(
             places
                 .into_iter()
-                .chain(payload.object_start)
+                .chain(payload.object_end)
                 .all(|at| at <= body.len())
         );
         true

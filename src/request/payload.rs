@@ -43,8 +43,8 @@ pub struct Payload {
     pub model: Option<ModelField>,
     /// True when the API lets the model name be rewritten in the body.
     pub rewritable: bool,
-    /// Offset right behind the `{` of the top-level object, where a missing `model` can be spliced in.
-    pub object_start: Option<usize>,
+    /// Offset of the `}` of the top-level object, where a missing `model` can be spliced in.
+    pub object_end: Option<usize>,
     /// `stream` is literally `true`.
     pub stream: bool,
     /// The client's limit on output tokens.
@@ -64,7 +64,7 @@ impl Payload {
             api: ApiKind::Raw,
             model: None,
             rewritable: false,
-            object_start: None,
+            object_end: None,
             stream: false,
             max_output_tokens: None,
             cache_salt: None,

@@ -8,9 +8,10 @@ use super::{Body, Payload};
 /// shared, not copied. A payload that is no object comes back unchanged.
 pub fn rewrite_model(body: &Body, payload: &Payload, model: &str) -> Body {
     let quoted = serde_json::Value::from(model).to_string();
-    match (&payload.model, payload.object_start) {
+    match (&payload.model, payload.object_end) {
         (Some(field), _) => splice(body, field.range.start, field.range.end, quoted),
-        (None, Some(at)) => splice(body, at, at, format!("\"model\":{quoted},")),
+        // Of duplicate keys the last counts: a `model` that is no name may stand before it.
+        (None, Some(at)) => splice(body, at, at, format!(",\"model\":{quoted}")),
         (None, None) => body.clone(),
     }
 }
@@ -69,10 +70,25 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_model_is_inserted() {
-        assert_eq!(
-            rewrite(&[r#" {"prompt":"p"}"#], "m"),
-            r#" {"model":"m","prompt":"p"}"#
-        );
+    fn a_missing_model_is_inserted_behind_whatever_else_is_called_so() {
+        for (body, wanted) in [
+            (r#" {"prompt":"}" } "#, r#" {"prompt":"}" ,"model":"m"} "#),
+            (
+                r#"{"model":5,"prompt":"p"}"#,
+                r#"{"model":5,"prompt":"p","model":"m"}"#,
+            ),
+            (
+                r#"{"model":"a","prompt":"p","model":null}"#,
+                r#"{"model":"a","prompt":"p","model":null,"model":"m"}"#,
+            ),
+            (
+                r#"{"model":{"model":"a"},"prompt":"p"}"#,
+                r#"{"model":{"model":"a"},"prompt":"p","model":"m"}"#,
+            ),
+        ] {
+            assert_eq!(rewrite(&[body], "m"), wanted);
+            let read: serde_json::Value = serde_json::from_str(wanted).unwrap();
+            assert_eq!(read["model"], "m", "as an engine reads it");
+        }
     }
 }

@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 
 use super::Body;
 use super::keys::Key;
+use super::text::decode_json_string;
 
 /// Containers that may be open at once; deeper bodies are refused.
 pub const MAX_DEPTH: usize = 512;
@@ -421,10 +422,10 @@ impl Scanner {
             return at + offset + 1;
         }
         if key {
-            let known = if self.escaped || self.token_cut {
-                Key::Other
-            } else {
-                Key::of(&self.token)
+            let known = match (self.token_cut, self.escaped) {
+                (true, _) => Key::Other,
+                (false, false) => Key::of(&self.token),
+                (false, true) => Key::of(decode_json_string(&self.token, true).as_bytes()),
             };
             self.path.push(Step::Key(known));
             self.state = State::Colon;
@@ -479,6 +480,9 @@ impl Scanner {
                 });
             }
         };
+        if key {
+            self.capture(&[byte]);
+        }
         Ok(at + 1)
     }
 
@@ -488,6 +492,9 @@ impl Scanner {
                 found: char::from(byte),
                 at: self.base + at,
             });
+        }
+        if key {
+            self.capture(&[byte]);
         }
         self.state = if left > 1 {
             State::Hex {
@@ -600,6 +607,20 @@ mod tests {
                 "[Key(Prompt), Index(1)] End(28..41)",
                 "[Key(Prompt)] End(25..42)",
                 "[] End(0..43)",
+            ]
+        );
+    }
+
+    #[test]
+    fn an_escaped_key_is_the_key_it_stands_for() {
+        // `\u0065` is `e`; the second key is `mode` and a line feed.
+        let log = events(&[br#"{"mod\u00"#, br#"65l":1,"mode\n":2,"\u006Dodel":3}"#]).unwrap();
+        assert_eq!(
+            log.0[1..4],
+            [
+                "[Key(Model)] Scalar([49])",
+                "[Key(Other)] Scalar([50])",
+                "[Key(Model)] Scalar([51])",
             ]
         );
     }

@@ -66,7 +66,7 @@ impl Parser for VertexAiParser {
         Ok(Payload {
             api: ApiKind::VertexAi,
             rewritable: false,
-            object_start: None,
+            object_end: None,
             ..payload
         })
     }
@@ -148,7 +148,7 @@ mod tests {
             let model = payload.model.unwrap();
             // 12 bytes in front of the JSON, 9 of `{"model":`.
             assert_eq!((model.name.as_str(), model.range), ("m", 21..24));
-            assert!(!payload.rewritable && payload.object_start.is_none());
+            assert!(!payload.rewritable && payload.object_end.is_none());
         }
     }
 

@@ -308,7 +308,7 @@ mod tests {
             (Some(16), true)
         );
         assert!(payload.model.is_none() && payload.cache_salt.is_none());
-        assert!(!payload.rewritable && payload.object_start.is_none() && !payload.skip_response);
+        assert!(!payload.rewritable && payload.object_end.is_none() && !payload.skip_response);
     }
 
     #[test]

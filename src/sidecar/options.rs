@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{CommandFactory, FromArgMatches, Parser};
 
 use super::settings::{EcConnector, KvConnector, MoriIo, PrefillFallback, Settings};
-use crate::epp::options::{OptionsError, go_bool, kebab, list, log_level, quantity};
+use crate::epp::options::{OptionsError, go_bool, kebab, list, log_format, log_level, quantity};
 use crate::epp::tls::TlsOptions;
 use crate::plugin::duration::GoDuration;
 use crate::telemetry::log;
@@ -700,11 +700,7 @@ impl Flags {
                 self.workers
             },
             drain_timeout: self.drain_timeout.0,
-            log_format: if self.zap_encoder == "json" {
-                log::Format::Json
-            } else {
-                log::Format::Text
-            },
+            log_format: log_format(&self.zap_encoder)?,
             log_level: log_level(self.verbosity, &self.zap_log_level)?,
             warnings,
             settings: Settings {

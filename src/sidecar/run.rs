@@ -1,6 +1,5 @@
 //! Wiring of the process, and shutdown.
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
@@ -20,7 +19,7 @@ use super::settings::Settings;
 use super::state;
 use crate::datalayer::scrape::tls::client_config;
 use crate::datalayer::sources::HttpSource;
-use crate::epp::run::{Signals, wait_for_signal};
+use crate::epp::run::{Signals, any, wait_for_signal};
 use crate::epp::{tls, tracing as traces};
 use crate::kubernetes;
 use crate::telemetry::server::{Explained, IndexView, Pages, Refusal};
@@ -116,11 +115,6 @@ async fn serve(options: SidecarOptions) -> anyhow::Result<()> {
     tasks.close();
     tasks.wait().await;
     Ok(())
-}
-
-/// All interfaces, as the reference listens.
-fn any(port: u16) -> SocketAddr {
-    (Ipv4Addr::UNSPECIFIED, port).into()
 }
 
 async fn allow_list(

@@ -1,6 +1,7 @@
 //! Structured logs on stderr, JSON or text.
 
 use std::fmt;
+use std::io::IsTerminal;
 
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -36,6 +37,7 @@ pub fn install(format: Format, level: Level) {
     };
     let builder = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(filter);
     // An earlier subscriber (of a test or an embedding program) stays in charge.
     let _ = match format {

@@ -6,12 +6,12 @@
 //! elect a leader: those meet an API server of a few answers.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -539,6 +539,12 @@ impl Container {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let status = Command::new("kill").args([name, &pid]).status().unwrap();
+        assert!(status.success());
+    }
+
     async fn health(&self, port: u16, tls: bool, service: &str) -> Option<ServingStatus> {
         let channel = Channel::connect(local(port), tls).await.ok()?;
         channel.health(service).await.ok()
@@ -667,6 +673,18 @@ async fn every_consumers_command_line_starts_and_serves() {
         ] {
             assert!(exposition.contains(series), "{}: {series}", consumer.name);
         }
+        let (status, state) = get(container.metrics, "/debug/plugins/state").await;
+        assert_eq!(status, 200, "{}", consumer.name);
+        let state: Value = serde_json::from_str(&state).unwrap();
+        let taken = state["timestamp"].as_str().unwrap();
+        assert!(taken.starts_with("20") && taken.ends_with('Z'), "{taken}");
+        // In a cluster of IPv6 alone nobody has another address to ask at.
+        if std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
+            for port in [container.grpc, container.health, container.metrics] {
+                let address = (Ipv6Addr::LOCALHOST, port);
+                assert!(tokio::net::TcpStream::connect(address).await.is_ok());
+            }
+        }
         assert!(!container.log().contains("panicked"), "{}", container.log());
     }
 }
@@ -698,9 +716,7 @@ async fn termination_reports_not_serving_serves_on_and_then_ends_well() {
         .wait_until("readiness", ServingStatus::Serving)
         .await;
     let open = Channel::connect(local(container.grpc), true).await.unwrap();
-    let pid = container.child.id().to_string();
-    let killed = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
-    assert!(killed.success());
+    container.signal("-TERM");
     for service in ["readiness", "inference-extension", "", EXT_PROC] {
         container
             .wait_until(service, ServingStatus::NotServing)
@@ -720,4 +736,37 @@ async fn termination_reports_not_serving_serves_on_and_then_ends_well() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("does not end:\n{}", container.log());
+}
+
+#[tokio::test]
+async fn a_second_signal_drops_the_streams_that_a_drain_waits_for() {
+    let drain = Duration::from_secs(3);
+    let mut container = Container::start(&CONSUMERS[2], &["--drain-timeout=3s"]);
+    container
+        .wait_until("readiness", ServingStatus::Serving)
+        .await;
+    let channel = Channel::connect(local(container.grpc), true).await.unwrap();
+    // A stream that never sends anything.
+    let mut client = ExternalProcessorClient::with_origin(channel, origin());
+    let mut held = client.process(stream::pending()).await.unwrap();
+    container.signal("-TERM");
+    // It accepts connections as long as it serves on.
+    while tokio::net::TcpStream::connect(local(container.grpc))
+        .await
+        .is_ok()
+    {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(
+        container.child.try_wait().unwrap(),
+        None,
+        "waits for the stream"
+    );
+    let again = Instant::now();
+    container.signal("-INT");
+    assert!(held.get_mut().message().await.is_err());
+    while container.child.try_wait().unwrap().is_none() {
+        assert!(again.elapsed() < drain, "{}", container.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
