@@ -585,7 +585,8 @@ impl PreRequest for PrecisePrefixProducer {
 
 impl PrecisePrefixProducer {
     /// What to hold the picked engine's answer against; `None` when there is nothing to compare: the
-    /// engine's events are not all there, or another endpoint computes the prompt.
+    /// engine's events are not all there, another endpoint computes the prompt, the engine must not read
+    /// its cache, or there are several prompts, of which vLLM tells only what it found of the last.
     fn hit_check(
         &self,
         cycle: &Cycle<'_>,
@@ -598,7 +599,7 @@ impl PrecisePrefixProducer {
             ..
         } = cycle;
         let prompts = attributes.get(self.ids).filter(|ids| !ids.is_empty())?;
-        if !result.others.is_empty() {
+        if !result.others.is_empty() || prompts.len() > 1 || request.payload.scores_prompt {
             return None;
         }
         let pick = *result.primary.picks.first()? as usize;
