@@ -9,6 +9,8 @@
 
 #[path = "parity_apis.rs"]
 mod apis;
+#[path = "parity_central.rs"]
+mod central;
 #[path = "support/events.rs"]
 mod events;
 #[path = "parity_tiers.rs"]
@@ -18,6 +20,7 @@ use std::collections::HashSet;
 use std::future::poll_fn;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -64,6 +67,9 @@ fn prompt(first: u32) -> Prompt {
 struct Engine {
     stream: TcpStream,
     topic: String,
+    rank: Option<u8>,
+    /// Tells its batches from those of other processes.
+    clock: u64,
     seq: u64,
     cached: HashSet<u64>,
     /// The prompt as the engine computes it.
@@ -85,6 +91,8 @@ impl Engine {
         Self {
             stream,
             topic: format!("kv@{endpoint}@base"),
+            rank: Some(0),
+            clock: CLOCK.fetch_add(1_000_000, Relaxed),
             seq: 0,
             cached: HashSet::new(),
             computes: Clone::clone,
@@ -122,7 +130,14 @@ impl Engine {
     async fn publish(&mut self, hashes: &[u64], said: &Prompt) {
         let adapter = (said.model != "base").then_some(said.model);
         let full = &said.ids[..hashes.len() * BLOCK];
-        let payload = stored(self.seq, hashes, full, adapter, said.salt);
+        let ts = self.clock + self.seq;
+        let mut payload = stored(ts, hashes, full, adapter, said.salt);
+        payload.pop();
+        match self.rank {
+            None => payload.push(0xc0),
+            Some(rank) if rank < 128 => payload.push(rank),
+            Some(rank) => payload.extend([0xcc, rank]),
+        }
         let seq = self.seq.to_be_bytes();
         let frames = message(&[self.topic.as_bytes(), &seq, &payload]);
         self.stream.write_all(&frames).await.unwrap();
@@ -130,9 +145,14 @@ impl Engine {
     }
 }
 
+static CLOCK: AtomicU64 = AtomicU64::new(0);
+
 /// A picker in front of one engine.
 struct Gateway {
     director: Director,
+    store: Arc<EndpointStore>,
+    /// Where engines connect.
+    socket: SocketAddr,
     engine: Engine,
     endpoint: &'static str,
 }
@@ -168,9 +188,16 @@ impl Gateway {
             strip_control_headers: true,
             seed: Some(1),
         };
-        let director = Director::new(store, config.activate(), options, Metrics::new());
+        let director = Director::new(
+            Arc::clone(&store),
+            config.activate(),
+            options,
+            Metrics::new(),
+        );
         Self {
             director,
+            store,
+            socket,
             engine: Engine::start(socket, endpoint).await,
             endpoint,
         }

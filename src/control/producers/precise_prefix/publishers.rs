@@ -21,6 +21,9 @@ use crate::kvcache::events::subscriber::{Source, SubscriberOptions};
 use crate::kvcache::index::KvIndex;
 use crate::kvcache::redis::{Queue, SharedIndex};
 
+/// Ranks of one endpoint that publish; batches of further ones are dropped.
+const MAX_RANKS: usize = 128;
+
 /// All publishers of one instance.
 #[derive(Debug)]
 pub(super) struct Publishers {
@@ -382,17 +385,31 @@ impl Shared {
         Some(Arc::clone(all.find(same_pod).unwrap_or(first)))
     }
 
+    /// A sink for a publisher that connected to us. It takes the place of the one that published as the
+    /// same rank of the endpoint under another topic: an engine has one topic, so that was another process.
     fn attribute(&self, publisher: &str, rank: Option<u32>) -> Option<Attributed> {
         let endpoint = self.find(publisher, rank)?;
+        let (name, rank) = (endpoint.host_port_str(), rank.unwrap_or(endpoint.spec.rank));
+        let mut connected = self.connected.lock();
+        connected.retain(|(former, end)| {
+            if *former.name == *name && former.rank == rank {
+                end.end();
+            }
+            !end.is_over()
+        });
+        let ranks = connected.iter().filter(|(other, _)| *other.name == *name);
+        if ranks.count() >= MAX_RANKS {
+            return None;
+        }
         let (sink, end) = self.tap(&endpoint);
         let stats: Arc<SubscriberStats> = Arc::default();
         let publisher = Publisher {
-            name: endpoint.host_port_str().into(),
-            rank: rank.unwrap_or(endpoint.spec.rank),
+            name: name.into(),
+            rank,
             source: None,
             stats: Arc::clone(&stats),
         };
-        self.connected.lock().push((publisher, end));
+        connected.push((publisher, end));
         Some(Attributed { sink, stats })
     }
 }
