@@ -71,6 +71,8 @@ struct Engine {
     /// Tells its batches from those of other processes.
     clock: u64,
     seq: u64,
+    /// Batches so far.
+    sent: u64,
     cached: HashSet<u64>,
     /// The prompt as the engine computes it.
     computes: fn(&Prompt) -> Prompt,
@@ -94,6 +96,7 @@ impl Engine {
             rank: Some(0),
             clock: CLOCK.fetch_add(1_000_000, Relaxed),
             seq: 0,
+            sent: 0,
             cached: HashSet::new(),
             computes: Clone::clone,
             publishes: Clone::clone,
@@ -138,10 +141,15 @@ impl Engine {
             Some(rank) if rank < 128 => payload.push(rank),
             Some(rank) => payload.extend([0xcc, rank]),
         }
+        self.publish_raw(&payload).await;
+    }
+
+    async fn publish_raw(&mut self, payload: &[u8]) {
         let seq = self.seq.to_be_bytes();
-        let frames = message(&[self.topic.as_bytes(), &seq, &payload]);
+        let frames = message(&[self.topic.as_bytes(), &seq, payload]);
         self.stream.write_all(&frames).await.unwrap();
         self.seq += 1;
+        self.sent += 1;
     }
 }
 
@@ -274,7 +282,7 @@ impl Gateway {
     async fn wait_for_events(&self) {
         for _ in 0..2000 {
             let received = self.overview()["publishers"][0]["stats"]["applied"].as_u64();
-            if received.unwrap_or(0) >= self.engine.seq {
+            if received.unwrap_or(0) >= self.engine.sent {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;

@@ -201,6 +201,39 @@ async fn answers_that_tell_nothing_of_the_cache_are_not_compared() {
     assert_eq!(compared(&gateway), [1, 1, 0, 0, 0]);
 }
 
+/// Hits of what was computed before the picker came say nothing: no event of it can arrive any more.
+#[tokio::test]
+async fn what_the_engine_cached_before_the_picker_came_raises_no_alarm() {
+    let mut gateway = start("10.2.0.4:8000").await;
+    let (old, new) = (prompt(1), prompt(101));
+    gateway.engine.seq = 500;
+    gateway.engine.cached.extend(Engine::blocks(&old));
+    gateway.ask(&new).await;
+    for _ in 0..8 {
+        assert_eq!(gateway.ask(&old).await, 48);
+    }
+    assert_eq!(gateway.broken("base", false, MORE).as_deref(), Some("0"));
+    // What is missing of what events told is noticed all the same.
+    for first in [201, 301, 401, 501, 601] {
+        gateway.ask(&prompt(first)).await;
+        let blocks = Engine::blocks(&prompt(first));
+        blocks.iter().for_each(|block| {
+            gateway.engine.cached.remove(block);
+        });
+        gateway.ask(&prompt(first)).await;
+    }
+    assert_eq!(gateway.broken("base", false, MISSES).as_deref(), Some("1"));
+    // A cache that was cleared is known in full, so that more hits are too many again.
+    let cleared = b"\x93\xcb\x41\xd0\0\0\0\0\0\0\x91\x91\xb0AllBlocksCleared\0";
+    gateway.engine.publish_raw(cleared).await;
+    gateway.engine.cached.clear();
+    gateway.engine.publishes = |prompt| Prompt {
+        salt: Some("unknown to the picker"),
+        ..prompt.clone()
+    };
+    assert_eq!(gateway.ask_until(&prompt(701), MORE, "1").await, 6);
+}
+
 /// What an engine does to the prompts of one API, or its events say of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Break {

@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use super::frames::{Message, parse};
 use super::stats::{SubscriberStats, count};
-use super::stream::Stream;
+use super::stream::{FIRST_SEQ, Stream};
 use super::subscriber::{LossPolicy, SubscriberOptions};
 use super::wire::{data_parallel_rank, timestamp};
 use super::zmtp::{Connection, Role, ZmtpError};
@@ -29,9 +29,6 @@ pub const MAX_CONNECTIONS: usize = 4096;
 /// Publishers remembered across connections. Beyond it those without a connection are forgotten, and
 /// then batches of new ones are dropped.
 pub const MAX_PUBLISHERS: usize = 16_384;
-
-/// A process counts its batches from 0, or from 1; its first one is lost when it connects just then.
-const FIRST_SEQ: u64 = 1;
 
 /// Bytes of a topic: an address and a model name.
 const MAX_TOPIC_BYTES: usize = 1024;
@@ -305,7 +302,8 @@ impl Shared {
                 count(&stream.stats.duplicates);
                 return;
             }
-            // The number after the newest one would look as if it followed.
+            // The number after the newest one would look as if it followed: a process that connects while
+            // it sends its first batch loses it.
             Some(mark) if seq <= mark.seq || (!known && seq <= FIRST_SEQ) => {
                 count(&stream.stats.restarts);
                 stream.reset();
@@ -315,7 +313,7 @@ impl Shared {
                 count(&stream.stats.losses);
                 match self.options.on_loss {
                     LossPolicy::Reset => stream.reset(),
-                    LossPolicy::Keep => stream.stale = true,
+                    LossPolicy::Keep => stream.lose(),
                 }
             }
             _ => {}

@@ -623,6 +623,7 @@ impl PrecisePrefixProducer {
         Some(HitCheck {
             parity: Arc::clone(&self.parity),
             index: self.index.clone(),
+            publishers: Arc::clone(&self.publishers),
             endpoint: Arc::clone(endpoint),
             keys,
             predicted_tokens: prediction.tokens,

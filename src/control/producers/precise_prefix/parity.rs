@@ -12,8 +12,8 @@
 //!
 //! [`BROKEN_AFTER`] of one kind in a row, for one endpoint, model, kind of prompt and salted or not, are
 //! a broken parity; [`REPAIRED_AFTER`] agreements in a row end it. Answers that tell nothing (no prefix
-//! predicted and none found, a block more or less, a prompt that another request was just storing)
-//! count for neither.
+//! predicted and none found, a block more or less, a prompt that another request was just storing, more
+//! hits of an engine whose earlier events are gone) count for neither.
 //!
 //! An answer without a number is not compared: engines leave it out by API, by option, and in streams
 //! whose client wants no usage. vLLM 0.32 writes a 0 wherever it tells at all; up to 0.22 it left a 0 out, so
@@ -28,6 +28,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::Keys;
+use super::publishers::Publishers;
 use crate::datalayer::{Endpoint, EndpointIndex};
 use crate::kvcache::index::{KvIndex, Lookup};
 use crate::plugin::{Lease, PromptUsage};
@@ -151,6 +152,7 @@ impl std::fmt::Debug for Parity {
 pub(super) struct HitCheck {
     pub(super) parity: Arc<Parity>,
     pub(super) index: KvIndex,
+    pub(super) publishers: Arc<Publishers>,
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) keys: Option<Arc<Keys>>,
     pub(super) predicted_tokens: u64,
@@ -233,7 +235,10 @@ impl Parity {
             Some(_) => found,
             None => found.min(predicted),
         };
-        let verdict = judge(predicted, found, check.block(), || check.held_now());
+        let verdict = match judge(predicted, found, check.block(), || check.held_now()) {
+            Verdict::MoreHits if !check.publishers.is_complete(&check.endpoint) => Verdict::Neutral,
+            verdict => verdict,
+        };
         let class = Class {
             model: inner.model(&check.model),
             prompt: check.prompt,

@@ -192,6 +192,19 @@ impl Publishers {
         dialled.chain(connected).collect()
     }
 
+    /// Whether the events of an endpoint's publishers tell all that its engine can hold. Cost: O(publishers).
+    pub(super) fn is_complete(&self, endpoint: &Endpoint) -> bool {
+        let entries = self.shared.subscribers.entries();
+        let mut dialled = entries.iter().filter(|e| e.key.endpoint == endpoint.index);
+        let connected = self.shared.connected.lock();
+        let name = endpoint.host_port_str();
+        let mut connected = connected
+            .iter()
+            .filter(|(of, end)| *of.name == *name && !end.is_over());
+        dialled.all(|entry| entry.stats.is_complete())
+            && connected.all(|(publisher, _)| publisher.stats.is_complete())
+    }
+
     /// An endpoint joined the pool.
     pub(super) fn added(&self, endpoint: &Arc<Endpoint>) {
         let Ok(runtime) = Handle::try_current() else {
