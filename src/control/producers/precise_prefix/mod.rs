@@ -167,7 +167,7 @@ const PARAMETERS: &[ParamDoc] = &[
         name: "indexerConfig",
         kind: "object",
         default: "",
-        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379, or rediss:// checked against `caCertPath` or the system's certificates) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
+        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379, or rediss:// checked against `caCertPath` or the system's certificates, to which `clientCertPath` and `clientKeyPath` show who the picker is; files are read for every connection) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
     },
     ParamDoc {
         name: "kvEventsConfig",
