@@ -27,7 +27,7 @@ use pinpod::datalayer::discovery::list;
 use pinpod::kvcache::events::{Batch, Cleared, Event, EventSink, Removed, Stored, StreamState};
 use pinpod::kvcache::redis::{
     Algorithm, Entry, Found, KeyScheme, LOOKUP_LIMIT, SharedError, SharedIndex, SharedSettings,
-    SharedSink,
+    SharedSink, TlsFiles,
 };
 use pinpod::telemetry::metrics::Metrics;
 use serde_json::{Value, json};
@@ -41,8 +41,7 @@ struct Redis {
     port: u16,
     directory: tempfile::TempDir,
     process: Child,
-    /// Its certificate, where it speaks TLS.
-    certificate: Option<String>,
+    tls: bool,
 }
 
 /// `.tools/redis-server`, or the machine's.
@@ -74,6 +73,38 @@ fn spawn(port: u16, directory: &Path) -> Child {
         .unwrap()
 }
 
+/// Who issues certificates.
+struct Authority {
+    certificate: rcgen::Certificate,
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().unwrap();
+        Self {
+            certificate: params.self_signed(&key).unwrap(),
+            issuer: rcgen::Issuer::new(params, key),
+        }
+    }
+
+    /// Writes `<file>.crt` and `<file>.key`.
+    fn issue(&self, name: &str, directory: &Path, file: &str) {
+        let mut params = rcgen::CertificateParams::new([name.to_owned()]).unwrap();
+        // With the default, the issuer's, it would pass for self-signed.
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, name);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let path = |extension: &str| directory.join(format!("{file}.{extension}"));
+        std::fs::write(path("crt"), certificate.pem()).unwrap();
+        std::fs::write(path("key"), key.serialize_pem()).unwrap();
+    }
+}
+
 impl Redis {
     fn start() -> Self {
         let port = free_port();
@@ -82,29 +113,30 @@ impl Redis {
             port,
             process: spawn(port, directory.path()),
             directory,
-            certificate: None,
+            tls: false,
         }
     }
 
-    /// One that speaks TLS as `localhost`.
-    fn start_with_tls() -> Self {
+    /// One that speaks TLS as `localhost` and asks its clients who they are if `auth` is yes.
+    fn start_with_tls(auth: &str) -> Self {
         let port = free_port();
         let directory = tempfile::tempdir().unwrap();
-        let issued = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-        let (certificate, key) = (issued.cert.pem(), issued.signing_key.serialize_pem());
         let path = |name: &str| directory.path().join(name);
-        std::fs::write(path("tls.crt"), &certificate).unwrap();
-        std::fs::write(path("tls.key"), key).unwrap();
+        let authority = Authority::new();
+        std::fs::write(path("ca.crt"), authority.certificate.pem()).unwrap();
+        authority.issue("localhost", directory.path(), "tls");
+        authority.issue("picker", directory.path(), "client");
+        Authority::new().issue("picker", directory.path(), "stranger");
         let process = Command::new(program())
             .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
-            .args(["--port", "0", "--tls-auth-clients", "no", "--tls-port"])
+            .args(["--port", "0", "--tls-auth-clients", auth, "--tls-port"])
             .arg(port.to_string())
             .arg("--tls-cert-file")
             .arg(path("tls.crt"))
             .arg("--tls-key-file")
             .arg(path("tls.key"))
             .arg("--tls-ca-cert-file")
-            .arg(path("tls.crt"))
+            .arg(path("ca.crt"))
             .arg("--dir")
             .arg(directory.path())
             .stdout(Stdio::null())
@@ -114,20 +146,25 @@ impl Redis {
             port,
             process,
             directory,
-            certificate: Some(certificate),
+            tls: true,
         }
     }
 
     fn address(&self) -> String {
-        match self.certificate {
-            None => format!("redis://127.0.0.1:{}", self.port),
-            Some(_) => format!("rediss://localhost:{}", self.port),
+        if self.tls {
+            format!("rediss://localhost:{}", self.port)
+        } else {
+            format!("redis://127.0.0.1:{}", self.port)
         }
     }
 
-    fn ca_certificates(&self) -> Option<Vec<u8>> {
-        let pem = self.certificate.as_ref()?;
-        Some(pem.as_bytes().to_vec())
+    /// Whom a client believes, and which of our certificates it shows.
+    fn tls_files(&self, identity: Option<&str>) -> TlsFiles {
+        let path = |name: String| self.directory.path().join(name);
+        TlsFiles {
+            authorities: self.tls.then(|| path("ca.crt".to_owned())),
+            identity: identity.map(|id| (path(format!("{id}.crt")), path(format!("{id}.key")))),
+        }
     }
 
     fn kill(&mut self) {
@@ -178,9 +215,13 @@ impl Drop for Replica {
 
 impl Replica {
     async fn start(redis: &Redis, block_tokens: usize) -> Self {
+        Self::start_with(redis, redis.tls_files(None), block_tokens).await
+    }
+
+    async fn start_with(redis: &Redis, tls: TlsFiles, block_tokens: usize) -> Self {
         let settings = SharedSettings {
             address: redis.address(),
-            ca_certificates: redis.ca_certificates(),
+            tls,
             scheme: KeyScheme::new(Algorithm::CborFnv, "", block_tokens),
             tier_weights: vec![("gpu".to_owned(), 1.0), ("cpu".to_owned(), 0.8)],
         };
@@ -345,30 +386,81 @@ async fn replicas_share_keys_and_layout() {
 
 #[tokio::test]
 async fn the_server_may_speak_tls_and_has_to_be_believed() {
-    let redis = Redis::start_with_tls();
+    let redis = Redis::start_with_tls("no");
     let replica = Replica::start(&redis, 4).await;
     let prompt = ids(8);
     apply(&mut replica.engine("a"), store(&[1, 2], None, &prompt, 4));
     replica.until_blocks(&prompt, [2, 0]).await;
     // Nobody the system trusts issued its certificate.
+    assert!(!connects(&redis, TlsFiles::default()).await);
+}
+
+#[tokio::test]
+async fn the_server_may_ask_who_we_are() {
+    let redis = Redis::start_with_tls("yes");
+    let replica = Replica::start_with(&redis, redis.tls_files(Some("client")), 4).await;
+    let prompt = ids(8);
+    apply(&mut replica.engine("a"), store(&[1, 2], None, &prompt, 4));
+    replica.until_blocks(&prompt, [2, 0]).await;
+    for identity in [None, Some("stranger")] {
+        assert!(
+            !connects(&redis, redis.tls_files(identity)).await,
+            "{identity:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_is_renewed_is_shown_from_the_next_connection_on() {
+    let redis = Redis::start_with_tls("yes");
+    let file = |name: &str| redis.directory.path().join(name);
+    let files = redis.tls_files(Some("current"));
+    for extension in ["crt", "key"] {
+        let [from, to] = ["stranger", "current"].map(|name| file(&format!("{name}.{extension}")));
+        std::fs::copy(from, to).unwrap();
+    }
     let settings = SharedSettings {
         address: redis.address(),
-        ca_certificates: None,
+        tls: files,
         scheme: KeyScheme::new(Algorithm::CborFnv, "", 4),
         tier_weights: Vec::new(),
     };
-    let (stranger, queue) = SharedIndex::new(&settings).unwrap();
+    let (index, queue) = SharedIndex::new(&settings).unwrap();
     let stop = CancellationToken::new();
-    let task = tokio::spawn(Arc::clone(&stranger).run(queue, || {}, stop.clone()));
-    // Long enough for several attempts; that they fail cannot be waited for.
+    let task = tokio::spawn(Arc::clone(&index).run(queue, || {}, stop.clone()));
+    for extension in ["crt", "key"] {
+        let [from, to] = ["client", "current"].map(|name| file(&format!("{name}.{extension}")));
+        std::fs::copy(from, to).unwrap();
+    }
+    until("a connection", async || {
+        index.stats().up.load(Ordering::Relaxed)
+    })
+    .await;
+    stop.cancel();
+    task.await.unwrap();
+}
+
+/// Whether one gets in within a second, which is long enough for several attempts; that they fail cannot
+/// be waited for.
+async fn connects(redis: &Redis, tls: TlsFiles) -> bool {
+    let settings = SharedSettings {
+        address: redis.address(),
+        tls,
+        scheme: KeyScheme::new(Algorithm::CborFnv, "", 4),
+        tier_weights: Vec::new(),
+    };
+    let (index, queue) = SharedIndex::new(&settings).unwrap();
+    let stop = CancellationToken::new();
+    let task = tokio::spawn(Arc::clone(&index).run(queue, || {}, stop.clone()));
     let connected = tokio::time::timeout(Duration::from_secs(1), async {
-        while !stranger.stats().up.load(Ordering::Relaxed) {
+        while !index.stats().up.load(Ordering::Relaxed) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     });
-    assert!(connected.await.is_err(), "it believed anybody");
+    let connected = connected.await.is_ok();
     stop.cancel();
     task.await.unwrap();
+    connected
 }
 
 #[tokio::test]

@@ -24,7 +24,7 @@ pub trait Lease: Send + Debug {
 pub struct PromptUsage {
     /// Prompt tokens.
     pub prompt_tokens: u64,
-    /// Those it found in its cache; `None` when it gave no details.
+    /// Those it found in its cache; `None` when it did not say.
     pub cached_tokens: Option<u64>,
 }
 

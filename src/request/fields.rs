@@ -117,12 +117,17 @@ pub(super) struct Common {
     max_tokens: Option<u64>,
     max_completion_tokens: Option<u64>,
     max_output_tokens: Option<u64>,
+    echo: bool,
+    logprobs: bool,
+    top_logprobs: bool,
+    prompt_logprobs: bool,
 }
 
 impl Common {
     /// Takes note of a top-level value; true when it was one of the fields.
     pub(super) fn visit(&mut self, path: &[Step], event: &Event<'_>) -> bool {
         let [Step::Key(key)] = path else { return false };
+        let given = *event != Event::Scalar(b"null");
         match key {
             Key::Model => self.model = text_of(event),
             Key::CacheSalt => self.salt = text_of(event),
@@ -130,6 +135,10 @@ impl Common {
             Key::MaxTokens => self.max_tokens = whole_number(event),
             Key::MaxCompletionTokens => self.max_completion_tokens = whole_number(event),
             Key::MaxOutputTokens => self.max_output_tokens = whole_number(event),
+            Key::Echo => self.echo = *event == Event::Scalar(b"true"),
+            Key::Logprobs => self.logprobs = given,
+            Key::TopLogprobs => self.top_logprobs = given,
+            Key::PromptLogprobs => self.prompt_logprobs = given,
             _ => return false,
         }
         true
@@ -151,7 +160,14 @@ impl Common {
             ApiKind::Responses => self.max_output_tokens,
             _ => None,
         };
+        // vLLM: `echo` turns what is asked of the output's tokens to the prompt's as well.
+        let echoed = match api {
+            ApiKind::ChatCompletions => self.echo && self.top_logprobs,
+            ApiKind::Completions => self.echo && self.logprobs,
+            _ => false,
+        };
         Payload {
+            scores_prompt: self.prompt_logprobs || echoed,
             api,
             model,
             rewritable: true,

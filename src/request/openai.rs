@@ -555,6 +555,33 @@ mod tests {
     }
 
     #[test]
+    fn log_probabilities_of_the_prompt_are_noticed() {
+        // vLLM: `to_sampling_params` of both requests.
+        for (path, fields, expected) in [
+            ("/v1/completions", r#""prompt_logprobs":0"#, true),
+            ("/v1/completions", r#""prompt_logprobs":null"#, false),
+            ("/v1/completions", r#""echo":true,"logprobs":1"#, true),
+            ("/v1/completions", r#""echo":true"#, false),
+            ("/v1/completions", r#""logprobs":1"#, false),
+            ("/v1/chat/completions", r#""prompt_logprobs":1"#, true),
+            (
+                "/v1/chat/completions",
+                r#""echo":true,"logprobs":true"#,
+                false,
+            ),
+            (
+                "/v1/chat/completions",
+                r#""echo":true,"top_logprobs":2"#,
+                true,
+            ),
+        ] {
+            let body = format!(r#"{{"prompt":"p","messages":[{{"role":"user"}}],{fields}}}"#);
+            let payload = parse(path, &body).unwrap();
+            assert_eq!(payload.scores_prompt, expected, "{path} {fields}");
+        }
+    }
+
+    #[test]
     fn chat_counts_tools_then_role_and_text_of_each_message() {
         let body = r#"{"model":"m","messages":[{"content":"a\n","role":"system"},{"role":"user","content":[{"type":"text","text":"b"},{"type":"image_url","image_url":{"url":"http://x"}},{"type":"input_audio","input_audio":{"data":"zz","format":"wav"}}]}, {"role":"assistant","content":null}],"tools":[{"type":"function"}],"stream":true,"max_tokens":5,"max_completion_tokens":7,"cache_salt":"s"}"#;
         let payload = parse("/v1/chat/completions", body).unwrap();

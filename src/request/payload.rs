@@ -49,6 +49,9 @@ pub struct Payload {
     pub stream: bool,
     /// The client's limit on output tokens.
     pub max_output_tokens: Option<u64>,
+    /// The answer is to hold log probabilities of the prompt, which engines compute without reading their
+    /// cache.
+    pub scores_prompt: bool,
     /// Isolates the prefix cache (`cache_salt`, for SGLang `extra_key`).
     pub cache_salt: Option<String>,
     /// Prompts in order; several for a batch. Empty when the API has none that is understood.
@@ -67,6 +70,7 @@ impl Payload {
             object_end: None,
             stream: false,
             max_output_tokens: None,
+            scores_prompt: false,
             cache_salt: None,
             prompts: Vec::new(),
             skip_response,

@@ -64,6 +64,7 @@ impl Parser for VllmHttpParser {
         }];
         let mut payload = reader.common.payload(ApiKind::VllmGenerate, body, prompts);
         payload.max_output_tokens = reader.max_tokens;
+        payload.scores_prompt = reader.scores_prompt;
         Ok(payload)
     }
 }
@@ -74,6 +75,7 @@ struct Reader {
     ids: Vec<u32>,
     invalid: Option<(u32, String)>,
     max_tokens: Option<u64>,
+    scores_prompt: bool,
     features: Features,
 }
 
@@ -180,6 +182,12 @@ impl Visitor for Reader {
             [Step::Key(Key::SamplingParams), Step::Key(Key::MaxTokens)] => {
                 self.max_tokens = whole_number(&event);
             }
+            [
+                Step::Key(Key::SamplingParams),
+                Step::Key(Key::PromptLogprobs),
+            ] => {
+                self.scores_prompt = event != Event::Scalar(b"null");
+            }
             [Step::Key(Key::Features), rest @ ..] => self.features.visit(rest, &event),
             _ => {}
         }
@@ -199,7 +207,7 @@ mod tests {
     #[test]
     fn ids_limit_and_media_are_read() {
         let payload = parse(
-            r#"{"model":"m","token_ids":[1,2],"stream":true,"sampling_params":{"max_tokens":3},"cache_salt":"s",
+            r#"{"model":"m","token_ids":[1,2],"stream":true,"sampling_params":{"max_tokens":3,"prompt_logprobs":1},"cache_salt":"s",
                "features":{"mm_hashes":{"image":["h1","h2"]},"mm_placeholders":{"image":[{"offset":0,"length":5},{"offset":9,"length":6}]}}}"#,
         )
         .unwrap();
@@ -217,6 +225,7 @@ mod tests {
         assert_eq!(media[0].hash, xxh64(b"h1", 0));
         assert_eq!(media[0].identifier.as_deref(), Some("h1"));
         assert_eq!((payload.max_output_tokens, payload.stream), (Some(3), true));
+        assert!(payload.scores_prompt);
         assert_eq!(payload.cache_salt.as_deref(), Some("s"));
     }
 

@@ -201,7 +201,7 @@ impl Accounting {
             series.usage(
                 usage.prompt_tokens,
                 usage.completion_tokens,
-                usage.cached_tokens,
+                usage.cached_or_zero(),
             );
         }
         let received = self.facts.received_at;

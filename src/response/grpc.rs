@@ -292,6 +292,7 @@ mod tests {
             completion_tokens: 9,
             total_tokens: 20,
             cached_tokens: Some(4),
+            has_details: false,
         };
         assert_eq!(generate(&body), Some(wanted));
     }
@@ -332,7 +333,8 @@ mod tests {
                 prompt_tokens: 10,
                 completion_tokens: 0,
                 total_tokens: 10,
-                cached_tokens: None
+                cached_tokens: None,
+                has_details: false,
             }
         );
     }

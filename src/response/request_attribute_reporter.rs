@@ -266,6 +266,7 @@ mod tests {
         completion_tokens: 20,
         total_tokens: 120,
         cached_tokens: Some(64),
+        has_details: true,
     };
 
     fn reported(reporter: &RequestAttributeReporter, usage: Option<&Usage>) -> Option<f64> {
@@ -328,6 +329,7 @@ mod tests {
         assert_eq!(reported(&one_more, None), Some(1.0));
         let plain = Usage {
             cached_tokens: None,
+            has_details: false,
             ..USAGE
         };
         let cached = "usage.prompt_tokens_details.cached_tokens";

@@ -38,8 +38,17 @@ pub struct Usage {
     pub completion_tokens: u64,
     /// As reported with both others, else their sum.
     pub total_tokens: u64,
-    /// Prompt tokens found in the cache; `None` when the engine gave no details.
+    /// Prompt tokens found in the cache; `None` when the engine did not say.
     pub cached_tokens: Option<u64>,
+    /// There was an object of prompt token details, whatever was in it.
+    pub has_details: bool,
+}
+
+impl Usage {
+    /// As the reference counts: details without a number are 0.
+    pub fn cached_or_zero(&self) -> Option<u64> {
+        self.cached_tokens.or(self.has_details.then_some(0))
+    }
 }
 
 /// Reads the usage of one response while it passes.
@@ -244,6 +253,7 @@ mod tests {
             completion_tokens: usage["completion_tokens"].as_u64().unwrap(),
             total_tokens: usage["total_tokens"].as_u64().unwrap(),
             cached_tokens: usage["prompt_tokens_details"]["cached_tokens"].as_u64(),
+            has_details: usage["prompt_tokens_details"].is_object(),
         }
     }
 
@@ -284,7 +294,8 @@ mod tests {
                 prompt_tokens: 11,
                 completion_tokens: 9,
                 total_tokens: 20,
-                cached_tokens: Some(4)
+                cached_tokens: Some(4),
+                has_details: false,
             }
         );
     }
@@ -299,9 +310,79 @@ mod tests {
                 prompt_tokens: 3,
                 completion_tokens: 2,
                 total_tokens: 5,
-                cached_tokens: Some(1)
+                cached_tokens: Some(1),
+                has_details: true,
             }
         );
+    }
+
+    #[test]
+    fn no_number_of_cached_tokens_is_not_zero() {
+        let cached = |format, usage: &str| {
+            let body = format!(r#"{{"usage":{usage}}}"#);
+            let usage = read(format, false, &[body.as_bytes()]).unwrap();
+            (usage.cached_tokens, usage.cached_or_zero())
+        };
+        let openai = |details: &str| {
+            let usage = format!(r#"{{"prompt_tokens":9,"completion_tokens":1{details}}}"#);
+            cached(UsageFormat::OpenAi, &usage)
+        };
+        for (details, expected) in [
+            ("", (None, None)),
+            (r#","prompt_tokens_details":null"#, (None, None)),
+            (r#","prompt_tokens_details":{}"#, (None, Some(0))),
+            // vLLM: a prompt with media whose cached tokens nobody counted.
+            (
+                r#","prompt_tokens_details":{"cached_tokens":null,"multimodal_tokens":{"image":4}}"#,
+                (None, Some(0)),
+            ),
+            (
+                r#","prompt_tokens_details":{"cached_tokens":0}"#,
+                (Some(0), Some(0)),
+            ),
+            (
+                r#","input_tokens_details":{"cached_tokens":"3"}"#,
+                (Some(3), Some(3)),
+            ),
+        ] {
+            assert_eq!(openai(details), expected, "{details}");
+        }
+        let anthropic = |more: &str| {
+            let usage = format!(r#"{{"input_tokens":9,"output_tokens":1{more}}}"#);
+            cached(UsageFormat::Anthropic, &usage).0
+        };
+        assert_eq!(anthropic(""), None);
+        assert_eq!(anthropic(r#","cache_read_input_tokens":null"#), None);
+        assert_eq!(anthropic(r#","cache_read_input_tokens":0"#), Some(0));
+    }
+
+    /// All APIs of the recorded engine tell, a zero as well.
+    #[test]
+    fn the_recorded_engine_tells_what_it_found_in_every_api() {
+        let http =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/vllm-0.32/http");
+        for (name, format, cached) in [
+            ("chat-cold", UsageFormat::OpenAi, Some(0)),
+            ("chat-cached", UsageFormat::OpenAi, Some(176)),
+            ("chat-stream-usage", UsageFormat::OpenAi, Some(176)),
+            ("chat-stream", UsageFormat::OpenAi, None),
+            ("completion-cold", UsageFormat::OpenAi, Some(0)),
+            ("completion-cached", UsageFormat::OpenAi, Some(128)),
+            ("completion-stream-usage", UsageFormat::OpenAi, Some(128)),
+            (
+                "generate-token-in-token-out",
+                UsageFormat::OpenAi,
+                Some(112),
+            ),
+            ("messages", UsageFormat::Anthropic, Some(48)),
+            ("messages-stream", UsageFormat::Anthropic, Some(48)),
+            ("responses", UsageFormat::OpenAi, Some(48)),
+            ("responses-stream", UsageFormat::OpenAi, Some(48)),
+        ] {
+            let body = std::fs::read(http.join(format!("{name}.body"))).unwrap();
+            let usage = read(format, name.contains("stream"), &[&body]);
+            assert_eq!(usage.and_then(|u| u.cached_tokens), cached, "{name}");
+        }
     }
 
     #[test]
@@ -344,6 +425,7 @@ mod tests {
                 completion_tokens: 7,
                 total_tokens: 18,
                 cached_tokens: Some(3),
+                has_details: usage.contains(r#"details":{"#),
             });
             // What stands around it has the same names, and other types.
             for body in [

@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use super::frames::{Message, parse};
 use super::stats::{SubscriberStats, count};
-use super::stream::Stream;
+use super::stream::{FIRST_SEQ, Stream};
 use super::subscriber::{LossPolicy, SubscriberOptions};
 use super::wire::{data_parallel_rank, timestamp};
 use super::zmtp::{Connection, Role, ZmtpError};
@@ -99,6 +99,28 @@ struct Publisher {
     stream: Stream,
     /// Connection that last published; another one may be another process.
     connection: u64,
+    /// An older connection went on under the same name.
+    contested: bool,
+}
+
+/// Whose batches a connection brings.
+struct Current {
+    topic: Bytes,
+    rank: Option<u32>,
+    /// Last byte of the payload, which of a batch in the usual form is the rank.
+    tail: Option<u8>,
+    publisher: SharedPublisher,
+}
+
+impl Current {
+    /// Whether a batch is of the same publisher as the one before. A forwarder brings several topics and
+    /// ranks on one connection; a payload without a rank is that publisher's, whatever is wrong with it.
+    fn goes_on(&self, topic: &[u8], payload: &[u8]) -> bool {
+        let same_rank = || data_parallel_rank(payload).is_none_or(|rank| self.rank == Some(rank));
+        self.topic == topic
+            && (self.tail == payload.last().copied() || same_rank())
+            && !self.publisher.lock().stream.is_gone()
+    }
 }
 
 /// Listens on `address`, trying again until it can, and then does as [`serve`]. The first failure is
@@ -186,9 +208,13 @@ pub async fn serve(
 }
 
 impl Publisher {
-    /// Whether it is connected; if not, what is known of it is forgotten.
+    fn is_connected(&self) -> bool {
+        self.stream.stats.state() != StreamState::Down
+    }
+
+    /// Whether it is connected and counts; if not, what is known of it is forgotten.
     fn connected_or_reset(&mut self) -> bool {
-        let connected = self.stream.stats.state() != StreamState::Down;
+        let connected = self.is_connected() && !self.stream.is_gone();
         if !connected {
             self.stream.reset();
         }
@@ -224,7 +250,7 @@ impl Shared {
         let mut peer = timeout(self.options.timing.connect, open)
             .await
             .map_err(|_| ZmtpError::Protocol("no handshake in time"))??;
-        let mut current: Option<(Bytes, SharedPublisher)> = None;
+        let mut current: Option<Current> = None;
         loop {
             let frames = peer.recv().await?;
             count(&self.stats.received);
@@ -237,21 +263,32 @@ impl Shared {
                 count(&self.stats.bad_frames);
                 continue;
             };
-            let same = |(known, publisher): &(Bytes, SharedPublisher)| {
-                *known == topic && !publisher.lock().stream.is_gone()
-            };
-            if !current.as_ref().is_some_and(same) {
+            if !current
+                .as_ref()
+                .is_some_and(|known| known.goes_on(&topic, &payload))
+            {
                 current = self.publisher(&topic, &payload);
             }
             match &current {
-                Some((_, publisher)) => self.on_batch(connection, seq, publisher, &payload),
+                Some(known) => self.on_batch(connection, seq, known, &payload),
                 None => count(&self.stats.unattributed),
             }
         }
     }
 
-    fn on_batch(&self, connection: u64, seq: u64, publisher: &SharedPublisher, payload: &[u8]) {
-        let mut publisher = publisher.lock();
+    fn on_batch(&self, connection: u64, seq: u64, from: &Current, payload: &[u8]) {
+        let mut publisher = from.publisher.lock();
+        if connection < publisher.connection && publisher.is_connected() {
+            count(&self.stats.unattributed);
+            if !std::mem::replace(&mut publisher.contested, true) {
+                tracing::warn!(
+                    topic = %String::from_utf8_lossy(&from.topic),
+                    rank = from.rank,
+                    "two engines publish KV events under one name; the one that connected last counts"
+                );
+            }
+            return;
+        }
         let known = publisher.connection == connection;
         publisher.connection = connection;
         let stream = &mut publisher.stream;
@@ -265,7 +302,9 @@ impl Shared {
                 count(&stream.stats.duplicates);
                 return;
             }
-            Some(mark) if seq <= mark.seq => {
+            // The number after the newest one would look as if it followed: a process that connects while
+            // it sends its first batch loses it.
+            Some(mark) if seq <= mark.seq || (!known && seq <= FIRST_SEQ) => {
                 count(&stream.stats.restarts);
                 stream.reset();
             }
@@ -274,7 +313,7 @@ impl Shared {
                 count(&stream.stats.losses);
                 match self.options.on_loss {
                     LossPolicy::Reset => stream.reset(),
-                    LossPolicy::Keep => stream.stale = true,
+                    LossPolicy::Keep => stream.lose(),
                 }
             }
             _ => {}
@@ -284,7 +323,7 @@ impl Shared {
         stream.set_state(settled);
     }
 
-    fn publisher(&self, topic: &Bytes, payload: &[u8]) -> Option<(Bytes, SharedPublisher)> {
+    fn publisher(&self, topic: &Bytes, payload: &[u8]) -> Option<Current> {
         if topic.len() > MAX_TOPIC_BYTES {
             return None;
         }
@@ -292,35 +331,46 @@ impl Shared {
         // A topic of its own, not a slice that keeps the whole message alive.
         let topic = Bytes::copy_from_slice(topic);
         let key = (topic.clone(), rank);
+        let current = |publisher| Current {
+            topic: topic.clone(),
+            rank,
+            tail: payload.last().copied(),
+            publisher,
+        };
         let mut publishers = self.publishers.lock();
         if let Some(known) = publishers.get(&key) {
             if !known.lock().stream.is_gone() {
-                return Some((topic, Arc::clone(known)));
+                return Some(current(Arc::clone(known)));
             }
             publishers.remove(&key);
         }
-        let Attributed { sink, stats } = (self.resolver)(Topic::parse(&topic)?, rank)?;
         if publishers.len() >= self.max_publishers {
             publishers.retain(|_, publisher| publisher.lock().connected_or_reset());
             if publishers.len() >= self.max_publishers {
                 return None;
             }
         }
+        let Attributed { sink, stats } = (self.resolver)(Topic::parse(&topic)?, rank)?;
         let mut stream = Stream::new(sink, stats);
         stream.on_topic(&topic);
         let publisher = Publisher {
             stream,
             connection: 0,
+            contested: false,
         };
         let publisher = Arc::new(parking_lot::Mutex::new(publisher));
         publishers.insert(key, Arc::clone(&publisher));
-        Some((topic, publisher))
+        Some(current(publisher))
     }
 
-    /// A connection ended: its publishers are no longer live.
+    /// A connection ended: its publishers are no longer live, and those that do not count are dropped.
     fn left(&self, connection: u64) {
-        let publishers: Vec<_> = self.publishers.lock().values().map(Arc::clone).collect();
-        for publisher in publishers {
+        let mut publishers = self.publishers.lock();
+        // One that is busy counts.
+        publishers.retain(|_, known| known.try_lock().is_none_or(|known| !known.stream.is_gone()));
+        let all: Vec<_> = publishers.values().map(Arc::clone).collect();
+        drop(publishers);
+        for publisher in all {
             let mut publisher = publisher.lock();
             if publisher.connection == connection {
                 publisher.stream.set_state(StreamState::Down);

@@ -1,7 +1,7 @@
 //! What a subscriber has seen, for metrics and the admin endpoint: written by its task, read by anyone
 //! without a lock.
 
-use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::StreamState;
@@ -18,6 +18,7 @@ macro_rules! counters {
             last_seq: AtomicU64,
             lag_ms: AtomicI64,
             waiting: AtomicU64,
+            complete: AtomicBool,
             state: AtomicU8,
         }
 
@@ -33,6 +34,8 @@ macro_rules! counters {
             pub lag_ms: i64,
             /// Live batches that wait for a replay to end, now.
             pub waiting: u64,
+            /// As [`SubscriberStats::is_complete`].
+            pub complete: bool,
             /// As told to the sink.
             #[serde(serialize_with = "state_name")]
             pub state: StreamState,
@@ -45,6 +48,7 @@ macro_rules! counters {
                     last_seq: AtomicU64::new(NO_SEQ),
                     lag_ms: AtomicI64::new(0),
                     waiting: AtomicU64::new(0),
+                    complete: AtomicBool::new(false),
                     state: AtomicU8::new(StreamState::Down as u8),
                 }
             }
@@ -58,6 +62,7 @@ macro_rules! counters {
                     last_seq: Some(self.last_seq.load(Relaxed)).filter(|seq| *seq != NO_SEQ),
                     lag_ms: self.lag_ms.load(Relaxed),
                     waiting: self.waiting.load(Relaxed),
+                    complete: self.is_complete(),
                     state: self.state(),
                 }
             }
@@ -124,6 +129,16 @@ impl SubscriberStats {
     /// Whether any event was applied.
     pub fn has_events(&self) -> bool {
         self.events.load(Relaxed) > 0
+    }
+
+    /// Whether every batch was applied since the engine began or cleared its cache. If not, it may hold
+    /// what no event will tell of any more.
+    pub fn is_complete(&self) -> bool {
+        self.complete.load(Relaxed)
+    }
+
+    pub(super) fn set_complete(&self, complete: bool) {
+        self.complete.store(complete, Relaxed);
     }
 
     pub(super) fn set_state(&self, state: StreamState) {

@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use super::stats::{SubscriberStats, count, count_n};
 use super::wire::{Scratch, timestamp};
-use super::{EventSink, StreamState};
+use super::{Batch, Event, EventSink, StreamState};
+
+/// A process counts its batches from 0, or from 1.
+pub(super) const FIRST_SEQ: u64 = 1;
 
 /// What is remembered of the newest batch, to know its publisher again.
 ///
@@ -67,8 +70,18 @@ impl Stream {
     /// Applies a batch and makes it the newest. A payload that does not decode is counted and still
     /// takes its number; what it would have changed is missing from then on.
     pub(super) fn apply(&mut self, seq: u64, payload: &[u8]) {
-        let sink = &mut self.sink;
-        match self.scratch.decode(payload, |batch| sink.apply(batch)) {
+        let Self { sink, stats, .. } = self;
+        if self.last.is_none() {
+            stats.set_complete(seq <= FIRST_SEQ);
+        }
+        let apply = |batch: &Batch<'_>| {
+            let is_clear = |event: &Event<'_>| matches!(event, Event::Cleared(_));
+            if !stats.is_complete() && batch.events.iter().any(is_clear) {
+                stats.set_complete(true);
+            }
+            sink.apply(batch);
+        };
+        match self.scratch.decode(payload, apply) {
             Ok(decoded) => {
                 count(&self.stats.applied);
                 count_n(&self.stats.events, decoded.events);
@@ -77,12 +90,18 @@ impl Stream {
             }
             Err(error) => {
                 count(&self.stats.bad_payloads);
-                self.stale = true;
+                self.lose();
                 tracing::debug!(seq, %error, "batch dropped");
             }
         }
         self.last = Some(Mark::of(seq, payload));
         self.stats.set_last_seq(Some(seq));
+    }
+
+    /// Events are missing from here on.
+    pub(super) fn lose(&mut self) {
+        self.stale = true;
+        self.stats.set_complete(false);
     }
 
     /// As [`EventSink::on_topic`].

@@ -378,7 +378,7 @@ impl Subscriber {
         count(&self.stream.stats.losses);
         match self.options.on_loss {
             LossPolicy::Reset => self.stream.reset(),
-            LossPolicy::Keep => self.stream.stale = true,
+            LossPolicy::Keep => self.stream.lose(),
         }
     }
 

@@ -14,13 +14,14 @@ mod lookup;
 mod sink;
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, RedisError, TlsCertificates};
+use redis::{AsyncConnectionConfig, Client, ClientTlsConfig, RedisError, TlsCertificates};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -53,12 +54,21 @@ pub struct SharedSettings {
     /// `redis://`, `valkey://` or `unix:` address; `host:port` is taken for the first. `rediss://` and
     /// `valkeys://` speak TLS.
     pub address: String,
-    /// PEM certificates that those are checked against; the system's when absent.
-    pub ca_certificates: Option<Vec<u8>>,
+    /// For those that do.
+    pub tls: TlsFiles,
     /// Makes keys.
     pub scheme: KeyScheme,
     /// Weight of a tier by lower-case name; 1.0 where none is given.
     pub tier_weights: Vec<(String, f64)>,
+}
+
+/// PEM files, read for every connection, so that new ones may take their place.
+#[derive(Debug, Clone, Default)]
+pub struct TlsFiles {
+    /// Whom to believe; the system's when absent.
+    pub authorities: Option<PathBuf>,
+    /// Who we are: certificates and their key.
+    pub identity: Option<(PathBuf, PathBuf)>,
 }
 
 /// Why there is no answer.
@@ -106,7 +116,8 @@ pub struct SharedStats {
 
 /// The shared index, as every request and publisher of this process uses it.
 pub struct SharedIndex {
-    client: Client,
+    address: String,
+    tls: TlsFiles,
     scheme: KeyScheme,
     weights: HashMap<String, f64>,
     connection: ArcSwapOption<MultiplexedConnection>,
@@ -180,11 +191,12 @@ impl Op {
 impl SharedIndex {
     /// An index that is not connected yet; [`SharedIndex::run`] does that and takes the queue.
     pub fn new(settings: &SharedSettings) -> Result<(Arc<Self>, Queue), String> {
-        let client = client(settings)?;
+        client(&settings.address, &settings.tls)?;
         let (queue, receiver) = mpsc::channel(MAX_QUEUED);
         let weights = settings.tier_weights.iter();
         let index = Self {
-            client,
+            address: settings.address.clone(),
+            tls: settings.tls.clone(),
             scheme: settings.scheme.clone(),
             weights: weights.map(|(tier, w)| (tier.to_lowercase(), *w)).collect(),
             connection: ArcSwapOption::empty(),
@@ -288,9 +300,8 @@ impl SharedIndex {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(PATIENCE))
             .set_response_timeout(Some(PATIENCE));
-        let connecting = self
-            .client
-            .get_multiplexed_async_connection_with_config(&config);
+        let client = client(&self.address, &self.tls)?;
+        let connecting = client.get_multiplexed_async_connection_with_config(&config);
         let text = |error: RedisError| error.to_string();
         let connected = timeout(PATIENCE, connecting).await;
         let mut connection = connected
@@ -349,22 +360,32 @@ impl SharedIndex {
     }
 }
 
-fn client(settings: &SharedSettings) -> Result<Client, String> {
-    let address = address(&settings.address)?;
-    let client = match &settings.ca_certificates {
-        Some(_) if !address.starts_with("rediss://") => {
-            return Err("certificates are for rediss:// only".to_owned());
-        }
-        Some(pem) => {
-            let certificates = TlsCertificates {
-                client_tls: None,
-                root_cert: Some(pem.clone()),
-            };
-            Client::build_with_tls(address, certificates)
-        }
-        None => Client::open(address),
+/// Errors begin with the parameter they are about.
+fn client(text: &str, tls: &TlsFiles) -> Result<Client, String> {
+    let address = address(text).map_err(|error| format!("address: {error}"))?;
+    if tls.authorities.is_none() && tls.identity.is_none() {
+        return Client::open(address).map_err(|error| format!("address: {error}"));
+    }
+    if !address.starts_with("rediss://") {
+        return Err("address: certificates are for rediss:// only".to_owned());
+    }
+    let read = |path: &PathBuf, name: &str| {
+        std::fs::read(path).map_err(|error| format!("{name}: {error}"))
     };
-    client.map_err(|e| e.to_string())
+    let authorities = tls.authorities.as_ref();
+    let identity = tls.identity.as_ref().map(|(certificate, key)| {
+        Ok::<_, String>(ClientTlsConfig {
+            client_cert: read(certificate, "clientCertPath")?,
+            client_key: read(key, "clientKeyPath")?,
+        })
+    });
+    let certificates = TlsCertificates {
+        root_cert: authorities
+            .map(|path| read(path, "caCertPath"))
+            .transpose()?,
+        client_tls: identity.transpose()?,
+    };
+    Client::build_with_tls(address, certificates).map_err(|error| format!("certificates: {error}"))
 }
 
 /// The address as the client library reads it.
@@ -389,7 +410,7 @@ mod tests {
     fn settings() -> SharedSettings {
         SharedSettings {
             address: "127.0.0.1:1".to_owned(),
-            ca_certificates: None,
+            tls: TlsFiles::default(),
             scheme: KeyScheme::new(Algorithm::CborFnv, "", 16),
             tier_weights: Vec::new(),
         }
@@ -406,11 +427,12 @@ mod tests {
         assert!(address("http://h").is_err());
         let lax = address("rediss://h?skip_verify=true").unwrap_err();
         assert!(lax.contains("caCertPath"), "{lax}");
-        let plain = SharedSettings {
-            ca_certificates: Some(Vec::new()),
-            ..settings()
+        let identity = TlsFiles {
+            identity: Some(("crt".into(), "key".into())),
+            ..TlsFiles::default()
         };
-        assert!(client(&plain).unwrap_err().contains("rediss"));
+        let refused = client("redis://h", &identity).unwrap_err();
+        assert!(refused.contains("rediss"), "{refused}");
     }
 
     #[test]

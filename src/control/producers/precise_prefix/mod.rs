@@ -167,7 +167,7 @@ const PARAMETERS: &[ParamDoc] = &[
         name: "indexerConfig",
         kind: "object",
         default: "",
-        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379, or rediss:// checked against `caCertPath` or the system's certificates) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
+        help: "`kvCacheBackendConfigs` (`name`, `weight` of a tier; gpu 1.0, cpu 0.8, others 1.0); `kvBlockIndexConfig.costAwareMemoryConfig.size` bounds the index (1GiB). `inMemoryConfig` is accepted. `kvBlockIndexConfig.redisConfig` (`address`, redis://127.0.0.1:6379, or rediss:// checked against `caCertPath` or the system's certificates, to which `clientCertPath` and `clientKeyPath` show who the picker is; files are read for every connection) keeps the index in Redis or Valkey, shared with other replicas; while it cannot be reached prompts are matched approximately.",
     },
     ParamDoc {
         name: "kvEventsConfig",
@@ -585,7 +585,8 @@ impl PreRequest for PrecisePrefixProducer {
 
 impl PrecisePrefixProducer {
     /// What to hold the picked engine's answer against; `None` when there is nothing to compare: the
-    /// engine's events are not all there, or another endpoint computes the prompt.
+    /// engine's events are not all there, another endpoint computes the prompt, the engine must not read
+    /// its cache, or there are several prompts, of which vLLM tells only what it found of the last.
     fn hit_check(
         &self,
         cycle: &Cycle<'_>,
@@ -598,7 +599,7 @@ impl PrecisePrefixProducer {
             ..
         } = cycle;
         let prompts = attributes.get(self.ids).filter(|ids| !ids.is_empty())?;
-        if !result.others.is_empty() {
+        if !result.others.is_empty() || prompts.len() > 1 || request.payload.scores_prompt {
             return None;
         }
         let pick = *result.primary.picks.first()? as usize;
@@ -622,6 +623,7 @@ impl PrecisePrefixProducer {
         Some(HitCheck {
             parity: Arc::clone(&self.parity),
             index: self.index.clone(),
+            publishers: Arc::clone(&self.publishers),
             endpoint: Arc::clone(endpoint),
             keys,
             predicted_tokens: prediction.tokens,

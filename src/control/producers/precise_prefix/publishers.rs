@@ -21,6 +21,9 @@ use crate::kvcache::events::subscriber::{Source, SubscriberOptions};
 use crate::kvcache::index::KvIndex;
 use crate::kvcache::redis::{Queue, SharedIndex};
 
+/// Ranks of one endpoint that publish; batches of further ones are dropped.
+const MAX_RANKS: usize = 128;
+
 /// All publishers of one instance.
 #[derive(Debug)]
 pub(super) struct Publishers {
@@ -187,6 +190,19 @@ impl Publishers {
             .filter_map(|(publisher, _)| names.get(&*publisher.name)?.first())
             .map(|endpoint| endpoint.index);
         dialled.chain(connected).collect()
+    }
+
+    /// Whether the events of an endpoint's publishers tell all that its engine can hold. Cost: O(publishers).
+    pub(super) fn is_complete(&self, endpoint: &Endpoint) -> bool {
+        let entries = self.shared.subscribers.entries();
+        let mut dialled = entries.iter().filter(|e| e.key.endpoint == endpoint.index);
+        let connected = self.shared.connected.lock();
+        let name = endpoint.host_port_str();
+        let mut connected = connected
+            .iter()
+            .filter(|(of, end)| *of.name == *name && !end.is_over());
+        dialled.all(|entry| entry.stats.is_complete())
+            && connected.all(|(publisher, _)| publisher.stats.is_complete())
     }
 
     /// An endpoint joined the pool.
@@ -382,17 +398,31 @@ impl Shared {
         Some(Arc::clone(all.find(same_pod).unwrap_or(first)))
     }
 
+    /// A sink for a publisher that connected to us. It takes the place of the one that published as the
+    /// same rank of the endpoint under another topic: an engine has one topic, so that was another process.
     fn attribute(&self, publisher: &str, rank: Option<u32>) -> Option<Attributed> {
         let endpoint = self.find(publisher, rank)?;
+        let (name, rank) = (endpoint.host_port_str(), rank.unwrap_or(endpoint.spec.rank));
+        let mut connected = self.connected.lock();
+        connected.retain(|(former, end)| {
+            if *former.name == *name && former.rank == rank {
+                end.end();
+            }
+            !end.is_over()
+        });
+        let ranks = connected.iter().filter(|(other, _)| *other.name == *name);
+        if ranks.count() >= MAX_RANKS {
+            return None;
+        }
         let (sink, end) = self.tap(&endpoint);
         let stats: Arc<SubscriberStats> = Arc::default();
         let publisher = Publisher {
-            name: endpoint.host_port_str().into(),
-            rank: rank.unwrap_or(endpoint.spec.rank),
+            name: name.into(),
+            rank,
             source: None,
             stats: Arc::clone(&stats),
         };
-        self.connected.lock().push((publisher, end));
+        connected.push((publisher, end));
         Some(Attributed { sink, stats })
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::kvcache::index::IndexSettings;
-use crate::kvcache::redis::{Algorithm, KeyScheme, SharedIndex, SharedSettings};
+use crate::kvcache::redis::{Algorithm, KeyScheme, SharedIndex, SharedSettings, TlsFiles};
 use crate::plugin::duration::GoDuration;
 use crate::plugin::{ParamError, PluginError};
 
@@ -77,6 +77,8 @@ struct CostAware {
 struct Redis {
     address: String,
     ca_cert_path: Option<PathBuf>,
+    client_cert_path: Option<PathBuf>,
+    client_key_path: Option<PathBuf>,
     backend_type: String,
     #[serde(rename = "enableRDMA")]
     enable_rdma: bool,
@@ -262,9 +264,14 @@ fn shared(
         "" => DEFAULT_REDIS,
         address => address,
     };
-    let certificates = redis.ca_cert_path.as_ref().map(std::fs::read).transpose();
-    let certificates =
-        certificates.map_err(|error| ParamError(format!("{FIELD}.caCertPath: {error}")))?;
+    let identity = match (&redis.client_cert_path, &redis.client_key_path) {
+        (Some(certificate), Some(key)) => Some((certificate.clone(), key.clone())),
+        (None, None) => None,
+        _ => {
+            let both = "clientCertPath and clientKeyPath go together";
+            return Err(ParamError(format!("{FIELD}: {both}")));
+        }
+    };
     let algorithm = match processor.hash_algorithm.as_str() {
         "xxh64" => Algorithm::Xxh64,
         _ => Algorithm::CborFnv,
@@ -279,13 +286,16 @@ fn shared(
     })?;
     let settings = SharedSettings {
         address: address.to_owned(),
-        ca_certificates: certificates,
+        tls: TlsFiles {
+            authorities: redis.ca_cert_path.clone(),
+            identity,
+        },
         scheme: KeyScheme::new(algorithm, &processor.hash_seed, block_tokens),
         tier_weights: tier_weights.to_vec(),
     };
     match SharedIndex::new(&settings) {
         Ok(_) => Ok(settings),
-        Err(error) => Err(ParamError(format!("{FIELD}.address: {error}"))),
+        Err(error) => Err(ParamError(format!("{FIELD}.{error}"))),
     }
 }
 
@@ -386,8 +396,16 @@ mod tests {
                 "redisConfig.address: skip_verify is not available: give caCertPath",
             ),
             (
-                r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"caCertPath": "/no/such"}}}}"#,
+                r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"address": "rediss://h", "caCertPath": "/no/such"}}}}"#,
                 "redisConfig.caCertPath: No such file or directory (os error 2)",
+            ),
+            (
+                r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"caCertPath": "/no/such"}}}}"#,
+                "redisConfig.address: certificates are for rediss:// only",
+            ),
+            (
+                r#"{"indexerConfig": {"kvBlockIndexConfig": {"redisConfig": {"address": "rediss://h", "clientCertPath": "/c"}}}}"#,
+                "redisConfig: clientCertPath and clientKeyPath go together",
             ),
             (
                 r#"{"tokenProcessorConfig": {"hashAlgorithm": "md5"}}"#,
