@@ -4,66 +4,38 @@
 //! the decision is handed back as [`Step::Wait`] and goes on with [`Director::resume`] where it
 //! stopped.
 
+mod answer;
+mod draft;
 mod explain;
 
-use std::any::Any;
 use std::cell::RefCell;
-use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use arc_swap::ArcSwap;
-use bytes::Bytes;
-use smallvec::SmallVec;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::RequestError;
-use super::candidates::{CandidatePool, Lent, Subset};
+use super::candidates::{CandidatePool, Subset};
 use super::intake::{
-    BodyKnowledge, DEFAULT_FLOW, Intake, Read, RequestId, headers_to_remove, read_request,
-    received_id, request_id, wants_cached_prefix,
+    BodyKnowledge, DEFAULT_FLOW, Intake, Read, read_request, received_id, request_id,
 };
 use super::rules::SharedRules;
 use crate::datalayer::EndpointStore;
-use crate::plugin::{Attributes, Column, Hook, Lap, Leases};
+use crate::plugin::{Attributes, Column, Hook};
 use crate::request::parsers::{ParserSet, request_path};
-use crate::request::rewrite::rewrite_model;
-use crate::request::{
-    ApiKind, AppProtocol, Body, Early, EarlyWork, Headers, InferenceRequest, Payload,
-};
-use crate::response::accounting::RequestFacts;
-use crate::response::usage::UsageFormat;
-use crate::response::{Accounting, ResponseHooks};
+use crate::request::{AppProtocol, Body, Early, EarlyWork, Headers, InferenceRequest};
+use crate::response::ResponseHooks;
 use crate::scheduling::attributes::PrefixMatch;
 use crate::scheduling::scheduler::{Scheduler, Scratch};
 use crate::scheduling::{
-    Admitter, Candidate, Cycle, DataProducer, Outcome, PreRequest, Preparation, ProducerError,
-    RequestHeaderProcessor, SaturationDetector, SchedulingResult, Screener,
+    Admitter, Candidate, Cycle, DataProducer, PreRequest, ProducerError, RequestHeaderProcessor,
+    SaturationDetector, Screener,
 };
-use crate::telemetry::metrics::Metrics;
-
-/// Where the request goes and what changes on the way.
-#[derive(Debug)]
-pub struct Decision {
-    /// `ip:port` of the picks, best first, joined by commas.
-    pub destination: Bytes,
-    /// Totals of every endpoint the primary profile scored, with `--emit-endpoint-scores`.
-    pub scores: Option<Vec<(String, f64)>>,
-    /// Further request headers to set.
-    pub set_headers: Vec<(&'static str, Bytes)>,
-    /// Request headers to remove.
-    pub remove_headers: Vec<String>,
-    /// The body to forward.
-    pub body: Body,
-    /// True when `body` is not the body that was received.
-    pub rewritten: bool,
-    /// What the request holds and measures from now on.
-    pub account: Accounting,
-    /// The response is not looked at.
-    pub skip_response: bool,
-}
+use crate::telemetry::metrics::{Metrics, RequestSeries};
+pub use answer::Decision;
+pub use draft::Waiting;
+use draft::{Draft, Prepared, screen};
 
 /// One loaded configuration, as requests use it, in the order of use. Replaced whole.
 #[derive(Debug)]
@@ -122,45 +94,6 @@ pub enum Step {
     Done(Result<Box<Decision>, RequestError>),
     /// A data producer works on it; goes on with [`Director::resume`].
     Wait(Box<Waiting>),
-}
-
-/// A decision that waits for a data producer. It keeps the configuration it began with.
-pub struct Waiting {
-    draft: Draft,
-    work: Work,
-}
-
-/// What a producer's preparation ended with.
-type Prepared = Box<dyn Any + Send>;
-/// A preparation under its timeout.
-type Work = Pin<Box<dyn Future<Output = Result<Prepared, ProducerError>> + Send>>;
-
-impl std::fmt::Debug for Waiting {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Waiting")
-            .field("draft", &self.draft)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Waiting {
-    /// Ready when the producer is done or out of time. Poll again only after `Pending`.
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Prepared, ProducerError>> {
-        self.work.as_mut().poll(cx)
-    }
-}
-
-/// A decision on its way: the request and what is known so far.
-#[derive(Debug)]
-struct Draft {
-    config: Arc<ActiveConfig>,
-    request: InferenceRequest,
-    id: RequestId,
-    received_at: Instant,
-    candidates: Lent,
-    attributes: Attributes,
-    /// Producers that are done.
-    produced: usize,
 }
 
 thread_local! {
@@ -238,24 +171,7 @@ impl Director {
     /// Goes on with a decision whose producer is done.
     pub fn resume(&self, waiting: Waiting, prepared: Result<Prepared, ProducerError>) -> Step {
         let Waiting { mut draft, .. } = waiting;
-        let Draft {
-            config,
-            request,
-            candidates,
-            attributes,
-            produced,
-            ..
-        } = &mut draft;
-        if let Some(producer) = config.producers.get(*produced) {
-            let result = producer.timed(|plugin| {
-                plugin.produce_prepared(prepared?, request, &candidates.list, attributes)
-            });
-            *produced += 1;
-            if let Err(error) = result {
-                give_up_on_producers(&producer.name.name, &error);
-                *produced = config.producers.len();
-            }
-        }
+        draft.take(prepared);
         WORKSPACE.with_borrow_mut(|workspace| {
             // Other requests drew from these numbers while this one waited.
             let request = &draft.request;
@@ -280,49 +196,6 @@ impl Director {
     /// The proxy gave a request up in `phase`.
     pub fn note_abort(&self, phase: &'static str) {
         self.metrics.aborted(phase);
-    }
-
-    /// Requests without a body reveal nothing to schedule by: any endpoint of the subset will do.
-    fn any_endpoint(
-        &self,
-        intake: Intake,
-        workspace: &mut Workspace,
-    ) -> Result<Decision, RequestError> {
-        let id = request_id(&intake.headers);
-        self.seed(&workspace.rng, &intake.headers, &intake.body);
-        let candidates = self.collect(&intake.subset, &mut workspace.pool);
-        let count = candidates.len();
-        if count == 0 {
-            let error = RequestError::NoEndpoints;
-            self.count_refusal(&error, id.as_str());
-            return Err(error);
-        }
-        let chosen = workspace.rng.borrow_mut().usize(..count);
-        let endpoint = &candidates[chosen].endpoint;
-        let facts = RequestFacts {
-            received_at: intake.received_at,
-            model: String::new(),
-            target_model: String::new(),
-            stream: false,
-            usage: None,
-            picks: SmallVec::from_iter([Arc::clone(endpoint)]),
-            request_id: id.as_str().to_owned(),
-            hooks: self.active.load().response_hooks.clone(),
-        };
-        Ok(Decision {
-            destination: endpoint.host_port.clone(),
-            scores: None,
-            set_headers: id.header().into_iter().collect(),
-            remove_headers: headers_to_remove(
-                &intake.headers,
-                self.options.strip_control_headers,
-                &[],
-            ),
-            body: intake.body,
-            rewritten: false,
-            account: Accounting::new(facts, Leases::default(), None),
-            skip_response: false,
-        })
     }
 
     /// Reads the request, admits it and finds its candidates.
@@ -455,93 +328,6 @@ impl Director {
         Step::Done(Err(error))
     }
 
-    fn answer(
-        &self,
-        draft: &mut Draft,
-        result: &SchedulingResult,
-        outcome: Outcome,
-        scratch: &Scratch,
-    ) -> Decision {
-        let Draft {
-            config,
-            request,
-            id,
-            received_at,
-            candidates,
-            ..
-        } = draft;
-        let candidates = &candidates.list;
-        let picks: SmallVec<[_; 1]> = result
-            .primary
-            .picks
-            .iter()
-            .filter_map(|&p| Some(Arc::clone(&candidates.get(p as usize)?.endpoint)))
-            .collect();
-        let destination = match (outcome.primary_port, picks.first()) {
-            // The header beside it names a rank of the first pick's address only.
-            (Some(port), Some(first)) => SocketAddr::new(first.spec.address.ip(), port)
-                .to_string()
-                .into(),
-            _ => join(picks.iter().map(|e| &e.host_port)),
-        };
-        let spec = picks.first().map(|e| &e.spec);
-        let labels = spec.map(|s| (s.name.as_str(), s.namespace.as_str(), s.address.port()));
-        self.metrics.scheduled(&request.target_model, labels);
-        let received = std::mem::take(&mut request.body);
-        let rewritten = request.payload.rewritable && request.target_model != request.model;
-        let body = if rewritten {
-            rewrite_model(&received, &request.payload, &request.target_model)
-        } else {
-            received
-        };
-        let series = self.series(request);
-        series.scheduled(body.len() as u64);
-        self.metrics.request_processed(received_at.elapsed());
-        tracing::debug!(
-            request_id = request.id,
-            model = request.model,
-            target_model = request.target_model,
-            endpoint = %String::from_utf8_lossy(&destination),
-            "picked"
-        );
-        let hooks = config.response_hooks.clone();
-        let facts = RequestFacts {
-            received_at: *received_at,
-            stream: request.payload.stream,
-            usage: usage_format(&request.payload),
-            picks,
-            request_id: hooks
-                .as_ref()
-                .map(|_| request.id.clone())
-                .unwrap_or_default(),
-            hooks,
-            model: std::mem::take(&mut request.model),
-            target_model: std::mem::take(&mut request.target_model),
-        };
-        let Outcome {
-            leases,
-            mut set_headers,
-            primary_port,
-        } = outcome;
-        let remove_headers = headers_to_remove(
-            &request.headers,
-            self.options.strip_control_headers,
-            &set_headers,
-        );
-        set_headers.extend(id.header());
-        Decision {
-            destination,
-            scores: (self.options.emit_scores && primary_port.is_none())
-                .then(|| named_scores(candidates, scratch)),
-            set_headers,
-            remove_headers,
-            body,
-            rewritten,
-            account: Accounting::new(facts, leases, Some(series)),
-            skip_response: request.payload.skip_response,
-        }
-    }
-
     fn collect<'w>(&self, subset: &Subset, pool: &'w mut CandidatePool) -> &'w mut Vec<Candidate> {
         let subset = if self.options.ignore_subset {
             &Subset::Any
@@ -569,7 +355,7 @@ impl Director {
         rng.borrow_mut().seed(seed ^ input);
     }
 
-    fn series(&self, request: &InferenceRequest) -> Arc<crate::telemetry::metrics::RequestSeries> {
+    fn series(&self, request: &InferenceRequest) -> Arc<RequestSeries> {
         self.metrics.request_series(
             &request.model,
             &request.target_model,
@@ -585,165 +371,4 @@ impl Workspace {
         self.pool.put_back(draft.candidates);
         self.attributes = draft.attributes;
     }
-}
-
-impl Draft {
-    /// Runs producers until all are done or one has to wait.
-    fn produce(&mut self) -> Option<Work> {
-        let Self {
-            config,
-            request,
-            candidates,
-            attributes,
-            produced,
-            ..
-        } = self;
-        let candidates = &candidates.list;
-        let mut lap = Lap::start();
-        while let Some(producer) = config.producers.get(*produced) {
-            if let Some(preparation) = producer.plugin.prepare(request, candidates, attributes) {
-                return Some(Box::pin(in_time(preparation)));
-            }
-            let result = producer.timed_after(&mut lap, |plugin| {
-                plugin.produce(request, candidates, attributes)
-            });
-            *produced += 1;
-            if let Err(error) = result {
-                give_up_on_producers(&producer.name.name, &error);
-                *produced = config.producers.len();
-            }
-        }
-        None
-    }
-
-    /// Admitters, profiles, hooks.
-    fn pick(&self, workspace: &mut Workspace) -> Result<(SchedulingResult, Outcome), RequestError> {
-        let Draft {
-            config,
-            request,
-            candidates,
-            attributes,
-            ..
-        } = self;
-        let candidates = &candidates.list;
-        let cycle = Cycle {
-            request,
-            attributes,
-            now: Instant::now(),
-            rng: &workspace.rng,
-        };
-        for hook in &config.admitters {
-            hook.timed(|plugin| plugin.admit(&cycle, candidates))?;
-        }
-        let result = config
-            .scheduler
-            .schedule(&cycle, candidates, &mut workspace.scratch)?;
-        if wants_cached_prefix(&request.headers)
-            && !holds_prefix(&config.prefix_matches, attributes, &result)
-        {
-            return Err(RequestError::NoCachedPrefix);
-        }
-        let mut outcome = Outcome::default();
-        let mut lap = Lap::start();
-        for hook in &config.pre_request {
-            hook.timed_after(&mut lap, |plugin| {
-                plugin.on_pick(&cycle, candidates, &result, &mut outcome);
-            });
-        }
-        Ok((result, outcome))
-    }
-}
-
-async fn in_time(preparation: Preparation) -> Result<Prepared, ProducerError> {
-    let Preparation { work, timeout } = preparation;
-    tokio::time::timeout(timeout, work)
-        .await
-        .map_err(|_| ProducerError(format!("not ready within {timeout:?}")))
-}
-
-fn give_up_on_producers(name: &str, error: &ProducerError) {
-    tracing::warn!(producer = name, %error, "data producer failed, the rest is skipped");
-}
-
-/// Keeps the candidates that every screener keeps.
-fn screen(
-    screeners: &[Hook<dyn Screener>],
-    cycle: &Cycle<'_>,
-    candidates: &mut Vec<Candidate>,
-    keep: &mut Vec<u32>,
-) {
-    // Each sees the full list, so the verdicts are collected before anything is dropped.
-    let mut kept_by = vec![0usize; candidates.len()];
-    for hook in screeners {
-        keep.clear();
-        hook.timed(|plugin| plugin.screen(cycle, candidates, keep));
-        keep.sort_unstable();
-        keep.dedup();
-        for &position in keep.iter() {
-            if let Some(count) = kept_by.get_mut(position as usize) {
-                *count += 1;
-            }
-        }
-    }
-    let mut counts = kept_by.into_iter();
-    candidates.retain(|_| counts.next() == Some(screeners.len()));
-}
-
-/// True when the first pick holds at least one block of the prompt.
-fn holds_prefix(
-    columns: &[Column<PrefixMatch>],
-    attributes: &Attributes,
-    result: &SchedulingResult,
-) -> bool {
-    let Some(&pick) = result.primary.picks.first() else {
-        return false;
-    };
-    columns
-        .iter()
-        .filter_map(|column| attributes.get(*column)?.get(pick as usize))
-        .any(|found| found.matched_blocks > 0)
-}
-
-fn usage_format(payload: &Payload) -> Option<UsageFormat> {
-    match payload.api {
-        ApiKind::Raw => None,
-        ApiKind::Messages => Some(UsageFormat::Anthropic),
-        ApiKind::SglangGenerate => Some(UsageFormat::Sglang),
-        ApiKind::GrpcGenerate => Some(UsageFormat::VllmGenerate),
-        ApiKind::GrpcEmbed => Some(UsageFormat::VllmEmbed),
-        ApiKind::VertexAi => Some(UsageFormat::VertexAi),
-        _ => Some(UsageFormat::OpenAi),
-    }
-}
-
-fn join<'a>(addresses: impl Iterator<Item = &'a Bytes>) -> Bytes {
-    let mut addresses = addresses.peekable();
-    let Some(first) = addresses.next() else {
-        return Bytes::new();
-    };
-    if addresses.peek().is_none() {
-        return first.clone();
-    }
-    let mut list = first.to_vec();
-    for address in addresses {
-        list.push(b',');
-        list.extend_from_slice(address);
-    }
-    list.into()
-}
-
-fn named_scores(candidates: &[Candidate], scratch: &Scratch) -> Vec<(String, f64)> {
-    let scored = scratch.primary_scores().iter();
-    scored
-        .filter_map(|s| {
-            Some((
-                candidates
-                    .get(s.position as usize)?
-                    .endpoint
-                    .host_port_str()
-                    .to_owned(),
-                s.total,
-            ))
-        })
-        .collect()
 }

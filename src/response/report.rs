@@ -18,8 +18,10 @@ pub(super) struct Report {
     completion_tokens: u64,
     total_tokens: u64,
     cached_tokens: Option<u64>,
-    /// `cached_tokens` of the details, where there are any.
-    details: Option<Option<u64>>,
+    /// There are details.
+    has_details: bool,
+    /// `cached_tokens` of the details.
+    detail: Option<u64>,
     /// `finish_reason` is there and not null.
     pub(super) finished: bool,
     pub(super) usage: Option<Box<Report>>,
@@ -54,8 +56,8 @@ impl Report {
         } else {
             all.prompt_tokens.saturating_add(all.completion_tokens)
         };
-        all.has_details |= self.details.is_some();
-        let cached = self.details.flatten().or(self.cached_tokens);
+        all.has_details |= self.has_details;
+        let cached = self.detail.or(self.cached_tokens);
         all.cached_tokens = cached.or(all.cached_tokens);
     }
 }
@@ -106,7 +108,8 @@ impl<'de> Visitor<'de> for ReportVisitor {
                 Name::CachedTokens => report.cached_tokens = map.next_value::<Count>()?.0,
                 Name::PromptTokensDetails => {
                     let details = object(&mut map)?;
-                    report.details = details.map(|d| d.cached_tokens);
+                    report.has_details = details.is_some();
+                    report.detail = details.and_then(|d| d.cached_tokens);
                 }
                 Name::FinishReason => {
                     report.finished = map.next_value::<Option<IgnoredAny>>()?.is_some();

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
 
-use super::{Director, in_time};
+use super::Director;
+use super::draft::in_time;
 use crate::control::RequestError;
 use crate::control::intake::{BodyKnowledge, read_request, request_id};
 use crate::plugin::Attributes;
