@@ -1,7 +1,10 @@
 //! `precise-prefix-cache-producer` and the legacy `precise-prefix-cache-scorer`: how much of a prompt
 //! each endpoint holds, by what the engines say they hold.
 
+mod after_pick;
 mod explain;
+mod keys;
+mod legacy;
 mod observe;
 mod parity;
 mod publishers;
@@ -19,12 +22,14 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::keys::{Keys, exact_match, usable_blocks};
+pub use self::legacy::PrecisePrefixScorer;
 use self::observe::{LookupSeries, Observer};
-use self::parity::{HitCheck, Parity};
+use self::parity::Parity;
 use self::publishers::{Backend, Publishers};
 use self::settings::{Raw, Settings};
 use crate::datalayer::{Endpoint, EndpointIndex, EndpointListener};
-use crate::kvcache::block::{BlockHasher, BlockKey, KeySpace, MediaSpan};
+use crate::kvcache::block::{BlockHasher, KeySpace, MediaSpan};
 use crate::kvcache::events::subscriber::{EVENTS_PORT, REPLAY_PORT};
 use crate::kvcache::events::wire::without_adapter;
 use crate::kvcache::index::{CPU, KvIndex, Lookup, Trust};
@@ -37,10 +42,7 @@ use crate::request::InferenceRequest;
 use crate::scheduling::attributes::{
     APPROX_PREFIX_PRODUCER, PREFIX_MATCH, PrefixMatch, TOKEN_IDS, TOKEN_PRODUCER,
 };
-use crate::scheduling::{
-    Candidate, Candidates, Cycle, DataProducer, Outcome, PreRequest, Preparation, ProducerError,
-    SchedulingResult, Scorer,
-};
+use crate::scheduling::{Candidate, DataProducer, Preparation, ProducerError};
 use crate::telemetry::metrics::register;
 use crate::telemetry::trace::{Span, names};
 
@@ -98,46 +100,6 @@ struct Prediction {
     /// Prompt tokens it can reuse: whole blocks, and never the last token of a prompt.
     tokens: u64,
     trust: Trust,
-}
-
-/// Block keys of one request for one block size, prompt after prompt.
-#[derive(Debug, Default, Clone)]
-struct Keys {
-    block_size: u32,
-    blocks: Vec<BlockKey>,
-    /// End of each prompt's keys.
-    ends: Vec<usize>,
-    /// Blocks of the prompts, those without keys included.
-    total_blocks: usize,
-    /// Every prompt has keys to its end; none has media that only its engine knows.
-    whole: bool,
-}
-
-impl Keys {
-    fn prompts(&self) -> impl Iterator<Item = &[BlockKey]> {
-        let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        let ranges = starts.zip(&self.ends);
-        ranges.filter_map(|(from, to)| self.blocks.get(from..*to))
-    }
-
-    /// What an endpoint matches where some blocks have no keys: if it holds all that have some, what is
-    /// guessed of the rest may be there as well; else a hole ends the prefix and no guess helps.
-    fn beyond(&self, found: PrefixMatch, guess: &PrefixMatch) -> PrefixMatch {
-        if self.whole || (found.cached_blocks as usize) < self.blocks.len() {
-            return found;
-        }
-        let guessed = guess.ratio() * f64::from(found.total_blocks);
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "a share of a u32"
-        )]
-        let guessed = (guessed as u32).min(found.total_blocks);
-        PrefixMatch {
-            matched_blocks: found.matched_blocks.max(guessed),
-            ..found
-        }
-    }
 }
 
 /// Room that look-ups of one thread share.
@@ -504,140 +466,6 @@ fn record_matches(span: &mut Span, matches: &[PrefixMatch]) {
     });
 }
 
-/// Full blocks of a prompt that an engine can reuse: it computes the last token in any case.
-fn usable_blocks(tokens: usize, block_size: u32) -> u64 {
-    tokens.saturating_sub(1) as u64 / u64::from(block_size.max(1))
-}
-
-/// As the contract publishes it: the weighted sum, cut to whole blocks, beside the blocks as they are.
-fn exact_match(keys: &Keys, score: Option<f64>, held: Option<(u32, u32)>) -> PrefixMatch {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "at most the number of keys times a weight, and saturating"
-    )]
-    let matched_blocks = score.unwrap_or(0.0).max(0.0) as u32;
-    PrefixMatch {
-        matched_blocks,
-        total_blocks: u32::try_from(keys.total_blocks).unwrap_or(u32::MAX),
-        block_size_tokens: keys.block_size,
-        cached_blocks: held.map_or(0, |(any, _)| any),
-        host_blocks: held.map(|(_, host)| host),
-    }
-}
-
-impl PrecisePrefixProducer {
-    /// Logs what the first pick is credited with, to be held against the engine's own count.
-    fn tell(&self, cycle: &Cycle<'_>, result: &SchedulingResult) {
-        let picked = result.primary.picks.first();
-        let matches = cycle.attributes.get(self.matches).unwrap_or_default();
-        if let Some(found) = picked.and_then(|&pick| matches.get(pick as usize)) {
-            tracing::debug!(
-                request_id = cycle.request.id,
-                matched_blocks = found.matched_blocks,
-                total_blocks = found.total_blocks,
-                block_size_tokens = found.block_size_tokens,
-                "exact prefix"
-            );
-        }
-    }
-}
-
-impl PreRequest for PrecisePrefixProducer {
-    /// Predicts that the primary and the `prefill` pick will hold the prompt, and remembers what the
-    /// primary should find in its cache.
-    fn on_pick(
-        &self,
-        cycle: &Cycle<'_>,
-        candidates: &[Candidate],
-        result: &SchedulingResult,
-        outcome: &mut Outcome,
-    ) {
-        if let Some(check) = self.hit_check(cycle, candidates, result) {
-            outcome.leases.push(Box::new(check));
-        }
-        self.tell(cycle, result);
-        let Some(ttl) = self.speculative_ttl else {
-            return;
-        };
-        if let Some(index) = self.publishers.remote() {
-            let keys = cycle.attributes.get(self.shared_keys).unwrap_or_default();
-            Self::expect_shared(index, keys, candidates, result, ttl);
-            return;
-        }
-        let keys = cycle.attributes.get(self.keys).unwrap_or_default();
-        let now = Instant::now();
-        let prefill = result.others.iter().filter(|p| &*p.profile == "prefill");
-        for picks in std::iter::once(&result.primary).chain(prefill) {
-            let first = picks.picks.first();
-            let Some(candidate) = first.and_then(|&p| candidates.get(p as usize)) else {
-                continue;
-            };
-            let endpoint = candidate.endpoint.index;
-            let size = self.index.block_size(endpoint);
-            let own = keys.iter().filter(|k| Some(k.block_size) == size);
-            for prompt in own.flat_map(|keys| keys.prompts()) {
-                self.index.expect(endpoint, prompt, now, ttl);
-            }
-        }
-    }
-}
-
-impl PrecisePrefixProducer {
-    /// What to hold the picked engine's answer against; `None` when there is nothing to compare: the
-    /// engine's events are not all there, another endpoint computes the prompt, the engine must not read
-    /// its cache, or there are several prompts, of which vLLM tells only what it found of the last.
-    fn hit_check(
-        &self,
-        cycle: &Cycle<'_>,
-        candidates: &[Candidate],
-        result: &SchedulingResult,
-    ) -> Option<HitCheck> {
-        let Cycle {
-            request,
-            attributes,
-            ..
-        } = cycle;
-        let prompts = attributes.get(self.ids).filter(|ids| !ids.is_empty())?;
-        if !result.others.is_empty() || prompts.len() > 1 || request.payload.scores_prompt {
-            return None;
-        }
-        let pick = *result.primary.picks.first()? as usize;
-        let endpoint = &candidates.get(pick)?.endpoint;
-        let size = self.index.block_size(endpoint.index);
-        let mut keys = attributes.get(self.keys).unwrap_or_default().iter();
-        let keys = keys.find(|keys| Some(keys.block_size) == size).cloned();
-        let mut prediction = attributes.get(self.predictions)?.get(pick).copied()?;
-        if keys.is_none() {
-            // It never stored anything, which is all there is to predict from.
-            prediction.trust = self.trust(endpoint.index);
-        } else if let Some(keys) = keys.as_ref().filter(|_| self.speculative_ttl.is_some()) {
-            // What is only expected of the endpoint by routing is no claim about its cache.
-            let stored = parity::stored_tokens(&self.index, endpoint.index, keys);
-            prediction.tokens = prediction.tokens.min(stored);
-        }
-        if prediction.trust != Trust::Exact {
-            return None;
-        }
-        let salt = request.payload.cache_salt.as_deref();
-        Some(HitCheck {
-            parity: Arc::clone(&self.parity),
-            index: self.index.clone(),
-            publishers: Arc::clone(&self.publishers),
-            endpoint: Arc::clone(endpoint),
-            keys,
-            predicted_tokens: prediction.tokens,
-            own_prompt_tokens: prompts
-                .iter()
-                .map(|prompt| prompt.is_whole().then_some(prompt.ids.len() as u64))
-                .sum(),
-            model: request.target_model.clone(),
-            prompt: parity::prompt_kind(request),
-            salted: salt.is_some_and(|salt| !salt.is_empty()),
-        })
-    }
-}
-
 impl EndpointListener for PrecisePrefixProducer {
     fn added(&self, endpoint: &Arc<Endpoint>) {
         self.publishers.added(endpoint);
@@ -656,103 +484,6 @@ impl EndpointListener for PrecisePrefixProducer {
     fn removed(&self, endpoint: &Arc<Endpoint>) {
         self.publishers.removed(endpoint);
         self.parity.forget(endpoint.index);
-    }
-}
-
-/// The legacy form: producer and scorer in one. Score: the matched share of the prompt's blocks.
-#[derive(Debug)]
-pub struct PrecisePrefixScorer(PrecisePrefixProducer);
-
-impl Plugin for PrecisePrefixScorer {
-    const TYPE: &'static str = "precise-prefix-cache-scorer";
-    const MATURITY: Maturity = Maturity::Beta;
-    const PARAMETERS: &'static [ParamDoc] = PARAMETERS;
-    const ABOUT: &'static str = "Prefers endpoints that hold more of the prompt, by KV events.";
-
-    fn build(build: &mut Build<'_>) -> Result<Self, PluginError> {
-        let raw: Raw = build.read::<Self, _>()?;
-        PrecisePrefixProducer::new(&raw.resolve()?, build).map(Self)
-    }
-}
-
-impl Scorer for PrecisePrefixScorer {
-    fn score(&self, cycle: &Cycle<'_>, candidates: Candidates<'_>, scores: &mut [f64]) {
-        let Some(matches) = cycle.attributes.get(self.0.matches) else {
-            return;
-        };
-        for (score, (position, _)) in scores.iter_mut().zip(candidates.iter()) {
-            *score = matches.get(position).map_or(0.0, PrefixMatch::ratio);
-        }
-    }
-}
-
-impl DataProducer for PrecisePrefixScorer {
-    fn produce(
-        &self,
-        request: &InferenceRequest,
-        candidates: &[Candidate],
-        attributes: &mut Attributes,
-    ) -> Result<(), ProducerError> {
-        self.0.produce(request, candidates, attributes)
-    }
-
-    fn prepare(
-        &self,
-        request: &InferenceRequest,
-        candidates: &[Candidate],
-        attributes: &Attributes,
-    ) -> Option<Preparation> {
-        self.0.prepare(request, candidates, attributes)
-    }
-
-    fn produce_prepared(
-        &self,
-        prepared: Box<dyn Any + Send>,
-        request: &InferenceRequest,
-        candidates: &[Candidate],
-        attributes: &mut Attributes,
-    ) -> Result<(), ProducerError> {
-        self.0
-            .produce_prepared(prepared, request, candidates, attributes)
-    }
-
-    fn explain(
-        &self,
-        request: &InferenceRequest,
-        candidates: &[Candidate],
-        attributes: &Attributes,
-    ) -> Option<serde_json::Value> {
-        self.0.explain(request, candidates, attributes)
-    }
-
-    fn overview(&self, pool: &[Arc<Endpoint>]) -> Option<serde_json::Value> {
-        self.0.overview(pool)
-    }
-}
-
-impl PreRequest for PrecisePrefixScorer {
-    fn on_pick(
-        &self,
-        cycle: &Cycle<'_>,
-        candidates: &[Candidate],
-        result: &SchedulingResult,
-        outcome: &mut Outcome,
-    ) {
-        self.0.on_pick(cycle, candidates, result, outcome);
-    }
-}
-
-impl EndpointListener for PrecisePrefixScorer {
-    fn added(&self, endpoint: &Arc<Endpoint>) {
-        self.0.added(endpoint);
-    }
-
-    fn relabelled(&self, former: &Arc<Endpoint>, endpoint: &Arc<Endpoint>) {
-        self.0.relabelled(former, endpoint);
-    }
-
-    fn removed(&self, endpoint: &Arc<Endpoint>) {
-        self.0.removed(endpoint);
     }
 }
 

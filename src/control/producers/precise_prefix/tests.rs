@@ -1,4 +1,5 @@
 use super::*;
+use crate::scheduling::{Candidates, Cycle, Scorer};
 use std::net::SocketAddr;
 
 use tokio::io::AsyncWriteExt;
