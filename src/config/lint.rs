@@ -4,7 +4,7 @@
 use super::Warning;
 use super::builtin::{Instance, Origin, Registry, Roles};
 use super::raw::{DataLayer, Document, ProfileEntry};
-use super::resolve::ResolvedProfile;
+use super::resolved::ResolvedProfile;
 use crate::plugin::data::KeyUse;
 
 /// A loaded configuration, as far as the checks look at it.

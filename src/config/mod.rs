@@ -2,7 +2,7 @@
 //!
 //! `tree.rs` reads the text and remembers lines, [`raw`] mirrors the file, [`builtin`] lists every plugin
 //! type, [`resolve`] builds instances, fills defaults and checks references (with `profiles.rs`,
-//! `sources.rs`, `producers.rs` and `flow.rs`, one subject each), `lint.rs` finds what has no effect,
+//! `sources.rs`, `producers.rs`, `gates.rs` and `flow.rs`, one subject each), `lint.rs` finds what has no effect,
 //! [`show`] prints the outcome and the reference page. The rest of the program sees only [`ResolvedConfig`]. This room
 //! knows every plugin type and is seen only by `epp` and `cli`.
 
@@ -12,18 +12,21 @@ use std::path::Path;
 
 pub mod builtin;
 mod flow;
+mod gates;
 mod lint;
 mod producers;
 mod profiles;
 pub mod quantity;
 pub mod raw;
 pub mod resolve;
+pub mod resolved;
 pub mod show;
 mod sources;
 mod tree;
 
 pub use builtin::{Instance, PluginType, Registry};
-pub use resolve::{ConfigLoader, LoadOptions, ResolvedConfig, ResolvedProfile, ResolvedSource};
+pub use resolve::{ConfigLoader, LoadOptions};
+pub use resolved::{ResolvedConfig, ResolvedProfile, ResolvedSource};
 
 /// Why a configuration cannot be used. Shown with line and field, as far as they are known.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::raw::ProfileEntry;
-use super::resolve::{Loader, ResolvedProfile, invalid};
+use super::resolve::{Loader, invalid};
+use super::resolved::ResolvedProfile;
 use super::{ConfigError, Problem};
 use crate::plugin::TypedName;
 use crate::scheduling::{Picker, ProfileHandler};

@@ -2,26 +2,18 @@
 
 use std::sync::Arc;
 
-use super::builtin::{Instance, Origin, PluginType, Registry, Roles};
+use super::builtin::{Instance, Origin, PluginType, Registry};
+use super::gates::{self, Gates};
 use super::raw::{Document, LEGACY_API_VERSION, PluginEntry};
+use super::resolved::ResolvedConfig;
 use super::{ConfigError, Problem, Warning, flow, lint, raw, tree};
-use crate::control::director::ActiveConfig;
 use crate::control::producers::burst_prefix::BurstPrefixProducer;
 use crate::control::producers::precise_prefix::{PrecisePrefixProducer, PrecisePrefixScorer};
-use crate::datalayer::EndpointListener;
-use crate::datalayer::discovery::Discovery;
-use crate::datalayer::extractors::Extractor;
-use crate::datalayer::sources::DataSource;
 use crate::plugin::data::KeyUse;
 use crate::plugin::params::field_of;
-use crate::plugin::{Build, Column, DataKeys, Hook, Maturity, Parameters, Plugin, TypedName};
-use crate::request::parsers::ParserSet;
-use crate::response::ResponseHooks;
-use crate::scheduling::attributes::{
-    AGENT_IDENTITY, IN_FLIGHT_PRODUCER, PREFIX_MATCH, PrefixMatch,
-};
-use crate::scheduling::scheduler::{Profile, Scheduler};
-use crate::scheduling::{DataProducer, Filter, Picker, ProfileHandler, SaturationDetector, Scorer};
+use crate::plugin::{Build, DataKeys, Maturity, Parameters, Plugin, TypedName};
+use crate::scheduling::attributes::{AGENT_IDENTITY, IN_FLIGHT_PRODUCER, PREFIX_MATCH};
+use crate::scheduling::{DataProducer, SaturationDetector};
 
 /// What besides the document decides about loading.
 #[derive(Debug, Clone, Copy, Default)]
@@ -42,129 +34,6 @@ const MAX_PLUGINS: usize = 1000;
 /// Text of two errors about orders that do not exist.
 pub(super) const CYCLE: &str = "cycle detected: graph is not a DAG";
 const DETECTOR: &str = "utilization-detector";
-
-/// A configuration with everything looked up.
-#[derive(Debug)]
-pub struct ResolvedConfig {
-    /// All instances, written ones in document order, then created ones.
-    pub instances: Vec<Instance>,
-    /// Profiles in order.
-    pub profiles: Vec<ResolvedProfile>,
-    /// Runs them.
-    pub profile_handler: (TypedName, Arc<dyn ProfileHandler>),
-    /// In the order they run.
-    pub producers: Vec<(TypedName, Arc<dyn DataProducer>)>,
-    /// Fairness id that a header processor publishes, if there is one.
-    pub agent_identity: Option<Column<String>>,
-    /// Every prefix match that some instance publishes, those by KV events first.
-    pub prefix_matches: Vec<Column<PrefixMatch>>,
-    /// Parser instances in order.
-    pub parsers: Vec<Instance>,
-    /// Decides about shedding.
-    pub saturation_detector: (TypedName, Arc<dyn SaturationDetector>),
-    /// Polling sources with their extractors.
-    pub sources: Vec<ResolvedSource>,
-    /// Endpoint discovery, when the document names one.
-    pub discovery: Option<Arc<dyn Discovery>>,
-    /// Whether replicas that do not lead fill their pool too (`haPopulateNonLeaderDatastore`).
-    pub populate_standbys: bool,
-    /// Plugins that follow endpoints.
-    pub listeners: Vec<Arc<dyn EndpointListener>>,
-    /// The document, its data sources completed and its profiles as written.
-    pub document: Document,
-    /// Who makes and who reads what.
-    pub keys: Vec<KeyUse>,
-    /// What an operator should know; logged at start.
-    pub warnings: Vec<Warning>,
-    /// Where every key is kept, for the configuration after this one.
-    slots: DataKeys,
-}
-
-/// One polling source.
-#[derive(Debug)]
-pub struct ResolvedSource {
-    /// Its identity.
-    pub name: TypedName,
-    /// What is fetched.
-    pub source: Arc<dyn DataSource>,
-    /// Who reads it, in order.
-    pub extractors: Vec<(TypedName, Arc<dyn Extractor>)>,
-}
-
-/// One profile.
-#[derive(Debug)]
-pub struct ResolvedProfile {
-    /// Name.
-    pub name: String,
-    /// Filters in order.
-    pub filters: Vec<(TypedName, Arc<dyn Filter>)>,
-    /// Scorers with weights.
-    pub scorers: Vec<(TypedName, Arc<dyn Scorer>, f64)>,
-    /// The picker.
-    pub picker: (TypedName, Arc<dyn Picker>),
-}
-
-impl ResolvedConfig {
-    /// The part that requests use.
-    pub fn activate(&self) -> ActiveConfig {
-        let profiles = self.profiles.iter().map(|profile| Profile {
-            name: profile.name.as_str().into(),
-            filters: profile
-                .filters
-                .iter()
-                .map(|(name, plugin)| Hook::new("Filter", name.clone(), Arc::clone(plugin)))
-                .collect(),
-            scorers: profile
-                .scorers
-                .iter()
-                .map(|(name, plugin, weight)| {
-                    (
-                        Hook::new("Scorer", name.clone(), Arc::clone(plugin)),
-                        *weight,
-                    )
-                })
-                .collect(),
-            picker: Hook::new(
-                "Picker",
-                profile.picker.0.clone(),
-                Arc::clone(&profile.picker.1),
-            ),
-        });
-        let response = ResponseHooks {
-            headers: self.hooks("ResponseReceived", |roles| roles.response_headers.clone()),
-            complete: self.hooks("ResponseStreaming", |roles| roles.response_complete.clone()),
-        };
-        let producers = self.producers.iter();
-        ActiveConfig {
-            parsers: ParserSet::new(self.parsers.iter().filter_map(|i| i.roles.parser.clone())),
-            header_processors: self.hooks("RequestHeader", |roles| roles.header_processor.clone()),
-            agent_identity: self.agent_identity,
-            saturation: Arc::clone(&self.saturation_detector.1),
-            screeners: self.hooks("Screener", |roles| roles.screener.clone()),
-            producers: producers
-                .map(|(name, plugin)| Hook::new("DataProducer", name.clone(), Arc::clone(plugin)))
-                .collect(),
-            admitters: self.hooks("Admission", |roles| roles.admitter.clone()),
-            scheduler: Scheduler::new(Arc::clone(&self.profile_handler.1), profiles.collect())
-                .with_prefix_matches(self.prefix_matches.clone()),
-            prefix_matches: self.prefix_matches.clone(),
-            pre_request: self.hooks("PreRequest", |roles| roles.pre_request.clone()),
-            response_hooks: (!response.is_empty()).then(|| Arc::new(response)),
-        }
-    }
-
-    /// Every instance that plays a role, in document order, timed as `extension_point`.
-    fn hooks<T: ?Sized>(
-        &self,
-        extension_point: &'static str,
-        role: impl Fn(&Roles) -> Option<Arc<T>>,
-    ) -> Vec<Hook<T>> {
-        self.instances
-            .iter()
-            .filter_map(|i| Some(Hook::new(extension_point, i.name.clone(), role(&i.roles)?)))
-            .collect()
-    }
-}
 
 /// Loads configurations one after the other, so that what can survive does.
 ///
@@ -352,7 +221,7 @@ impl Loader<'_> {
                 ),
             );
         }
-        let gates = feature_gates(&document.feature_gates)?;
+        let gates = gates::read(&document.feature_gates)?;
         for (field, text) in flow::problems(document) {
             if gates.flow_control {
                 return Err(Problem::Invalid(text).at(field));
@@ -684,42 +553,6 @@ impl Loader<'_> {
         }
         Ok(())
     }
-}
-
-/// What `featureGates` turns on and off.
-struct Gates {
-    flow_control: bool,
-    populate_standbys: bool,
-}
-
-/// Reads the gates; an unknown one is an error.
-fn feature_gates(gates: &[String]) -> Result<Gates, ConfigError> {
-    let mut read = Gates {
-        flow_control: false,
-        populate_standbys: true,
-    };
-    for (position, gate) in gates.iter().enumerate() {
-        let fail =
-            |text: String| Err(Problem::Invalid(text).at(format!("featureGates[{position}]")));
-        let (name, value) = gate.split_once('=').unwrap_or((gate, "true"));
-        let value = value.trim().to_ascii_lowercase();
-        let enabled = match value.as_str() {
-            "1" | "t" | "true" => true,
-            "0" | "f" | "false" => false,
-            _ => {
-                return fail(format!(
-                    "{value} is not a valid value for the feature gate {name} (error: expected a \
-                     boolean)"
-                ));
-            }
-        };
-        match name.trim() {
-            "flowControl" => read.flow_control = enabled,
-            "haPopulateNonLeaderDatastore" => read.populate_standbys = enabled,
-            other => return fail(format!("feature gate '{other}' is unknown or unregistered")),
-        }
-    }
-    Ok(read)
 }
 
 /// Points an error of a plugin at its parameter, if the text names one.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::builtin::Instance;
 use super::raw::{DataLayer, Reference, SourceEntry};
-use super::resolve::{Loader, ResolvedSource, invalid};
+use super::resolve::{Loader, invalid};
+use super::resolved::ResolvedSource;
 use super::{ConfigError, Problem};
 use crate::datalayer::discovery::Discovery;
 use crate::datalayer::sources::Payload;

@@ -9,6 +9,7 @@
 //! would hide itself.
 
 mod adapters;
+mod answers;
 mod ask;
 pub mod engine;
 pub mod events;

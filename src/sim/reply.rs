@@ -12,8 +12,8 @@ use http::{HeaderValue, Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 
+use super::answers::{Body, json_reply, refuse};
 use super::ask::{Refusal, StreamOptions};
-use super::server::{Body, json_reply, refuse};
 use super::text::output;
 use super::transfer::Transfer;
 use super::work::Progress;

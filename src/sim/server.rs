@@ -6,12 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use futures_util::{StreamExt, stream};
-use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full, Limited, StreamBody};
-use hyper::body::{Frame, Incoming};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
@@ -23,6 +20,9 @@ use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::adapters::{Adapter, Adapters};
+use super::answers::{
+    Body, cut, detail, json_reply, plain, refuse, rendered, reply, simulated_failure,
+};
 use super::ask::{Ask, Refusal};
 use super::engine::{Engine, EngineConfig};
 use super::events::publisher::Encoding;
@@ -131,8 +131,6 @@ pub enum Fault {
     /// Closes the connection in the middle of an answer, stream or not.
     DropMidResponse,
 }
-
-pub(super) type Body = BoxBody<Bytes, io::Error>;
 
 struct Pod {
     config: SimConfig,
@@ -599,41 +597,6 @@ fn method(path: &str) -> Option<Method> {
     }
 }
 
-/// What vLLM renders of a request, key by key.
-fn rendered(chat: bool, model: &str, ids: &[u32], max_tokens: usize, salt: Option<&str>) -> String {
-    let prefix = if chat { "chatcmpl" } else { "cmpl" };
-    let top = if chat {
-        r#","top_p":1.0,"min_p":0.0"#
-    } else {
-        ""
-    };
-    let sampling = format!(
-        r#"{{"presence_penalty":0.0,"frequency_penalty":0.0,"repetition_penalty":1.0,"temperature":1.0{top},"stop":[],"stop_token_ids":[],"max_tokens":{max_tokens},"output_kind":2,"skip_clone":true,"bad_words":[],"skip_reading_prefix_cache":false}}"#
-    );
-    format!(
-        r#"{{"request_id":"{prefix}-{:016x}","token_ids":{},"token_offsets":null,"features":null,"content_parts":null,"sampling_params":{sampling},"model":{},"reasoning_ended":null,"reasoning_parser_kwargs":null,"return_token_ids":null,"output_mode":"tokens","stream":false,"stream_options":null,"cache_salt":{},"priority":0,"kv_transfer_params":null,"ec_transfer_params":null}}"#,
-        fastrand::u64(..),
-        json!(ids),
-        json!(model),
-        json!(salt),
-    )
-}
-
-/// The first half of an answer, and then the end of the connection.
-fn cut(whole: &Bytes) -> Response<Body> {
-    let half = Frame::data(whole.slice(..whole.len() / 2));
-    let end = async {
-        // What came before an error goes out only if the error comes later.
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        Err(io::Error::other("simulated fault"))
-    };
-    let body = StreamBody::new(stream::once(std::future::ready(Ok(half))).chain(stream::once(end)));
-    let mut response = Response::new(BodyExt::boxed(body));
-    let content_type = HeaderValue::from_static("application/json");
-    response.headers_mut().insert(CONTENT_TYPE, content_type);
-    response
-}
-
 fn detokenize(body: &[u8]) -> Result<Response<Body>, Refusal> {
     #[derive(Deserialize)]
     struct Tokens {
@@ -646,10 +609,6 @@ fn detokenize(body: &[u8]) -> Result<Response<Body>, Refusal> {
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
     serde_json::from_slice(body).map_err(|error| Refusal::invalid(&error.to_string(), None))
-}
-
-fn simulated_failure(status: StatusCode, kind: &'static str) -> Response<Body> {
-    refuse(&Refusal::new(status, kind, "simulated fault", None))
 }
 
 async fn collect(request: Request<Incoming>) -> io::Result<Bytes> {
@@ -666,36 +625,4 @@ fn now() -> u64 {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
         .as_secs()
-}
-
-fn reply(status: StatusCode, content_type: Option<&'static str>, text: String) -> Response<Body> {
-    let body = Full::new(Bytes::from(text))
-        .map_err(|never| match never {})
-        .boxed();
-    let mut response = Response::new(body);
-    *response.status_mut() = status;
-    if let Some(content_type) = content_type {
-        let value = HeaderValue::from_static(content_type);
-        response.headers_mut().insert(CONTENT_TYPE, value);
-    }
-    response
-}
-
-fn plain(status: StatusCode, text: String) -> Response<Body> {
-    reply(status, None, text)
-}
-
-/// An answer whose text is JSON.
-pub(super) fn json_reply(status: StatusCode, text: String) -> Response<Body> {
-    reply(status, Some("application/json"), text)
-}
-
-/// An answer about a route, as vLLM's web framework words it.
-fn detail(status: StatusCode, text: &str) -> Response<Body> {
-    json_reply(status, json!({ "detail": text }).to_string())
-}
-
-/// The answer that tells a refusal.
-pub(super) fn refuse(refusal: &Refusal) -> Response<Body> {
-    json_reply(refusal.status, refusal.body().to_string())
 }
