@@ -130,7 +130,8 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
 
     signals.next().await;
     candidacy.cancel();
-    drain(&options, &health, servers, &shutdown).await;
+    drain(&options, &health, servers, &mut signals).await;
+    shutdown.cancel();
     // The spans of the last requests ended with their streams.
     if let Some(export) = export {
         export.finish().await;
@@ -341,7 +342,7 @@ async fn drain(
     options: &ServeOptions,
     health: &HealthState,
     servers: [Server; 2],
-    shutdown: &CancellationToken,
+    signals: &mut Signals,
 ) {
     health.drain();
     tracing::info!(
@@ -351,19 +352,22 @@ async fn drain(
     let mut rest = options.drain_timeout;
     tokio::select! {
         () = tokio::time::sleep(options.drain_timeout) => {}
-        again = wait_for_signal() => {
-            if again.is_ok() {
-                rest = Duration::ZERO;
-            }
-        }
+        () = signals.next() => rest = Duration::ZERO,
     }
-    let stop = tokio::task::spawn_blocking(move || {
+    let cuts = servers.each_ref().map(Server::cut);
+    let mut stop = tokio::task::spawn_blocking(move || {
         for server in servers {
             server.stop(rest);
         }
     });
-    if stop.await.is_err() {
+    let stopped = tokio::select! {
+        stopped = &mut stop => stopped,
+        () = signals.next() => {
+            cuts.iter().for_each(CancellationToken::cancel);
+            stop.await
+        }
+    };
+    if stopped.is_err() {
         tracing::error!("stopping the servers failed");
     }
-    shutdown.cancel();
 }

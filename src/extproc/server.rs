@@ -129,6 +129,11 @@ impl Server {
         self.address
     }
 
+    /// Drops, once [`Self::stop`] was called, the streams that it waits for.
+    pub fn cut(&self) -> CancellationToken {
+        self.force.clone()
+    }
+
     /// Stops accepting, lets open streams finish for at most `grace`, then drops them. Blocks.
     pub fn stop(self, grace: Duration) {
         self.shutdown.cancel();

@@ -32,6 +32,7 @@ use pinpod::extproc::proto::{
     ProtocolConfiguration,
 };
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 const EXT_PROC: &str = "envoy.service.ext_proc.v3.ExternalProcessor";
 
@@ -539,6 +540,12 @@ impl Container {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let status = Command::new("kill").args([name, &pid]).status().unwrap();
+        assert!(status.success());
+    }
+
     async fn health(&self, port: u16, tls: bool, service: &str) -> Option<ServingStatus> {
         let channel = Channel::connect(local(port), tls).await.ok()?;
         channel.health(service).await.ok()
@@ -705,9 +712,7 @@ async fn termination_reports_not_serving_serves_on_and_then_ends_well() {
         .wait_until("readiness", ServingStatus::Serving)
         .await;
     let open = Channel::connect(local(container.grpc), true).await.unwrap();
-    let pid = container.child.id().to_string();
-    let killed = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
-    assert!(killed.success());
+    container.signal("-TERM");
     for service in ["readiness", "inference-extension", "", EXT_PROC] {
         container
             .wait_until(service, ServingStatus::NotServing)
@@ -727,4 +732,37 @@ async fn termination_reports_not_serving_serves_on_and_then_ends_well() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     panic!("does not end:\n{}", container.log());
+}
+
+#[tokio::test]
+async fn a_second_signal_drops_the_streams_that_a_drain_waits_for() {
+    let drain = Duration::from_secs(3);
+    let mut container = Container::start(&CONSUMERS[2], &["--drain-timeout=3s"]);
+    container
+        .wait_until("readiness", ServingStatus::Serving)
+        .await;
+    let channel = Channel::connect(local(container.grpc), true).await.unwrap();
+    // A stream that never sends anything.
+    let mut client = ExternalProcessorClient::with_origin(channel, origin());
+    let mut held = client.process(stream::pending()).await.unwrap();
+    container.signal("-TERM");
+    // It accepts connections as long as it serves on.
+    while tokio::net::TcpStream::connect(local(container.grpc))
+        .await
+        .is_ok()
+    {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(
+        container.child.try_wait().unwrap(),
+        None,
+        "waits for the stream"
+    );
+    let again = Instant::now();
+    container.signal("-INT");
+    assert!(held.get_mut().message().await.is_err());
+    while container.child.try_wait().unwrap().is_none() {
+        assert!(again.elapsed() < drain, "{}", container.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
