@@ -190,6 +190,10 @@ pub(super) fn follow_rules(
     let text = config::read_file(path).with_context(context)?;
     let first = rules::parse_file(&text).map_err(anyhow::Error::msg);
     rules.store(first.with_context(context)?.into());
+    if !path.is_file() {
+        // A pipe is read once.
+        return Ok(());
+    }
     let (path, rules, shutdown) = (path.to_owned(), Arc::clone(rules), shutdown.clone());
     tasks.spawn(async move {
         let mut used = text;

@@ -102,7 +102,9 @@ async fn serve(options: ServeOptions) -> anyhow::Result<()> {
             .in_kubernetes(plane.protocol_check(&director), plane.contact());
     }
     let health = Arc::new(health);
-    if let Some((path, text)) = options.config_file.clone().zip(text) {
+    // A pipe is read once.
+    let document = options.config_file.clone().filter(|path| path.is_file());
+    if let Some((path, text)) = document.zip(text) {
         let reloader = Reloader {
             path,
             text,

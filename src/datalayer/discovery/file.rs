@@ -78,23 +78,24 @@ impl Plugin for FileDiscovery {
     }
 }
 
-/// The file; unknown keys are ignored, as in the reference.
+/// The file. As in the reference, unknown keys are ignored and known ones may be capitalised.
 #[derive(Debug, Deserialize)]
 struct File {
+    #[serde(alias = "Endpoints")]
     endpoints: Option<Vec<Entry>>,
 }
 
 #[derive(Debug, Deserialize)]
 struct Entry {
-    #[serde(default)]
+    #[serde(default, alias = "Name")]
     name: String,
-    #[serde(default)]
+    #[serde(default, alias = "Namespace")]
     namespace: String,
-    #[serde(default)]
+    #[serde(default, alias = "Address")]
     address: String,
-    #[serde(default)]
+    #[serde(default, alias = "Port")]
     port: String,
-    #[serde(default)]
+    #[serde(default, alias = "Labels")]
     labels: BTreeMap<String, String>,
     /// Of ours: where exporters of a whole node are found.
     #[serde(default, rename = "nodeAddress")]
@@ -146,9 +147,10 @@ impl FileDiscovery {
     /// resolve yet is not, because it may later.
     async fn load_first(&self, store: &EndpointStore) -> Result<(), String> {
         let text = self.read()?;
-        let (listed, problems) = parse(&text, self.clusters)?;
+        let refuse = |problem: String| format!("{}: {problem}", self.path.display());
+        let (listed, problems) = parse(&text, self.clusters).map_err(refuse)?;
         if !problems.is_empty() {
-            return Err(format!("{}: {}", self.path.display(), problems.join("; ")));
+            return Err(refuse(problems.join("; ")));
         }
         let (endpoints, problems) = resolve(listed, store).await;
         self.report(&problems);
@@ -208,7 +210,12 @@ impl FileDiscovery {
 
     fn read(&self) -> Result<String, String> {
         let fail = |error: std::io::Error| format!("{}: {error}", self.path.display());
-        let length = std::fs::metadata(&self.path).map_err(fail)?.len();
+        let found = std::fs::metadata(&self.path).map_err(fail)?;
+        // Reading a pipe would wait for whoever writes to it.
+        if !found.is_file() {
+            return Err(format!("{}: not a file", self.path.display()));
+        }
+        let length = found.len();
         if length > MAX_FILE_BYTES {
             return Err(format!(
                 "{}: {length} bytes, at most {MAX_FILE_BYTES}",
@@ -219,8 +226,8 @@ impl FileDiscovery {
     }
 }
 
-/// Valid entries and what is wrong with the others. A file without an `endpoints` list is an error,
-/// so that one caught half written does not empty the pool.
+/// Valid entries and what is wrong with the others. A file without an `endpoints` list, or without a
+/// valid entry in it, is an error, so that a broken one does not empty the pool; an empty list does.
 fn parse(text: &str, clusters: bool) -> Result<(Vec<Listed>, Vec<String>), String> {
     let file: File = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
     let entries = file.endpoints.ok_or("there is no endpoints list")?;
@@ -231,6 +238,9 @@ fn parse(text: &str, clusters: bool) -> Result<(Vec<Listed>, Vec<String>), Strin
             Ok(entry) => listed.push(entry),
             Err(problem) => problems.push(format!("endpoints[{position}]: {problem}")),
         }
+    }
+    if listed.is_empty() && !problems.is_empty() {
+        return Err(problems.join("; "));
     }
     Ok((listed, problems))
 }
@@ -405,6 +415,10 @@ mod tests {
     #[test]
     fn yaml_and_json_are_read() {
         assert_eq!(parse(ONE, false).unwrap().0[0].0.labels["x"], "y");
+        let capitalised =
+            "Endpoints: [{Name: a, Address: 10.0.0.1, Port: \"8000\", Labels: {x: y}}]";
+        let (endpoints, _) = parse(capitalised, false).unwrap();
+        assert_eq!(endpoints[0].0, parse(ONE, false).unwrap().0[0].0);
         let (endpoints, problems) = parse(TWO, false).unwrap();
         assert_eq!((endpoints.len(), problems.len()), (2, 0));
         assert_eq!(endpoints[1].0.address, "[fd00::2]:8001".parse().unwrap());
@@ -423,9 +437,22 @@ mod tests {
                 "endpoints[3]: port \"70000\" is not within 1 and 65535",
             ]
         );
-        for bad in ["", "{}", "endpoints: ["] {
+        let wholly_bad = "endpoints: [{name: a, address: host, port: \"1\"}]";
+        for bad in ["", "{}", "endpoints: [", wholly_bad] {
             assert!(parse(bad, false).is_err(), "{bad:?}");
         }
+        let (none, problems) = parse("endpoints: []", false).unwrap();
+        assert_eq!((none.len(), problems.len()), (0, 0), "an empty pool");
+    }
+
+    #[test]
+    fn a_pipe_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let problem = discovery(&path, true, false).read().unwrap_err();
+        assert!(problem.ends_with("pipe: not a file"), "{problem}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -455,7 +482,8 @@ mod tests {
             names(&store),
             ["default/a@10.0.0.1:8000", "n/b@[fd00::2]:8001"]
         );
-        for broken in ["", "endpoints: [", "{}"] {
+        let wholly_bad = "endpoints: [{name: a, address: host, port: \"1\"}]";
+        for broken in ["", "endpoints: [", "{}", wholly_bad] {
             std::fs::write(&path, broken).unwrap();
             settle().await;
             assert_eq!(names(&store).len(), 2, "{broken:?}");
