@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use super::usage::{Block, Dialect, TextUsage, Usage};
+use super::report::Report;
+use super::usage::{Dialect, TextUsage, Usage};
 use crate::request::grpc::{FRAME_HEADER_BYTES, read_header};
 use crate::request::protobuf::{Content, Scanner, Visitor};
 
@@ -166,8 +167,8 @@ impl MessageReader for CountReader<'_> {
             }
             Method::Generate => Some(counts.cached),
         };
-        let block = Block::of_counts(counts.prompt, counts.completion, cached);
-        block.merge_into(self.usage);
+        let report = Report::of_counts(counts.prompt, counts.completion, cached);
+        report.merge_into(self.usage);
     }
 }
 

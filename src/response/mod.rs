@@ -8,6 +8,7 @@ pub mod accounting;
 mod grpc;
 pub mod hooks;
 pub mod model_name;
+mod report;
 pub mod request_attribute_reporter;
 pub mod served_verifier;
 pub mod sse;

@@ -1,14 +1,16 @@
 //! Token usage out of response bodies, at a cost per piece that is a byte search.
 
 use memchr::memmem;
-use serde::{Deserialize, Deserializer};
 
 use super::grpc::{Method, VllmUsage, WrappedUsage};
+use super::report::{Object, Report};
 use super::sse::Lines;
 
 /// Bytes kept of the end of a non-streaming body. Engines write `usage` behind the choices, so it is
 /// within these unless kilobytes of other fields follow it; then it is not found.
 const TAIL_BYTES: usize = 16 * 1024;
+/// Places of a tail that are tried.
+const MAX_GUESSES: usize = 8;
 
 /// How an API writes usage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,121 +183,40 @@ impl Dialect {
         if memmem::find(data, self.marker()).is_none() {
             return;
         }
-        let Ok(event) = serde_json::from_slice::<Event>(data) else {
+        let Ok(event) = serde_json::from_slice::<Report>(data) else {
             return;
         };
-        let block = match self {
+        let report = match self {
             Self::OpenAi => event.usage.or_else(|| event.response?.usage),
             Self::Anthropic => event.usage.or_else(|| event.message?.usage),
-            Self::Sglang => event.meta_info.filter(|info| !info.finish_reason.is_null()),
+            Self::Sglang => event.meta_info.filter(|info| info.finished),
         };
-        if let Some(block) = block {
-            block.merge_into(usage);
+        if let Some(report) = report {
+            report.merge_into(usage);
         }
     }
 
     /// The end of a plain JSON body: the last usage object in it. A quoted `"usage"` inside text has
-    /// a backslash before its closing quote and does not match.
+    /// a backslash before its closing quote and does not match; a text or key of that name may.
     fn read_tail(self, tail: &[u8], usage: &mut Option<Usage>) {
-        let Some(at) = memmem::rfind(tail, self.marker()) else {
-            return;
-        };
-        let rest = tail
-            .get(at + self.marker().len()..)
-            .unwrap_or_default()
-            .trim_ascii_start();
-        let Some(value) = rest.strip_prefix(b":") else {
-            return;
-        };
-        let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Option<Block>>();
-        if let Some(Ok(Some(block))) = values.next() {
-            block.merge_into(usage);
+        let mut before = tail.len();
+        for _ in 0..MAX_GUESSES {
+            let found = memmem::rfind(tail.get(..before).unwrap_or_default(), self.marker());
+            let Some(at) = found else { return };
+            let behind = tail.get(at + self.marker().len()..).unwrap_or_default();
+            if let Some(report) = report_behind(behind) {
+                return report.merge_into(usage);
+            }
+            before = at;
         }
     }
 }
 
-#[derive(Deserialize)]
-struct Event {
-    usage: Option<Block>,
-    message: Option<Nested>,
-    response: Option<Nested>,
-    meta_info: Option<Block>,
-}
-
-#[derive(Deserialize)]
-struct Nested {
-    usage: Option<Block>,
-}
-
-/// One report of usage.
-#[derive(Deserialize, Default)]
-#[serde(default)]
-pub(super) struct Block {
-    #[serde(alias = "input_tokens", deserialize_with = "lenient")]
-    prompt_tokens: u64,
-    #[serde(alias = "output_tokens", deserialize_with = "lenient")]
-    completion_tokens: u64,
-    #[serde(deserialize_with = "lenient")]
-    total_tokens: u64,
-    #[serde(alias = "input_tokens_details")]
-    prompt_tokens_details: Option<Details>,
-    #[serde(alias = "cache_read_input_tokens", deserialize_with = "lenient_option")]
-    cached_tokens: Option<u64>,
-    finish_reason: serde_json::Value,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct Details {
-    #[serde(deserialize_with = "lenient")]
-    cached_tokens: u64,
-}
-
-/// A number, a numeric string, or 0.
-fn lenient<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    Ok(lenient_option(deserializer)?.unwrap_or(0))
-}
-
-fn lenient_option<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
-    Ok(match serde_json::Value::deserialize(deserializer)? {
-        serde_json::Value::Number(number) => number.as_u64(),
-        serde_json::Value::String(text) => text.trim().parse().ok(),
-        _ => None,
-    })
-}
-
-impl Block {
-    /// A report without a total.
-    pub(super) fn of_counts(prompt: u64, completion: u64, cached: Option<u64>) -> Self {
-        Self {
-            prompt_tokens: prompt,
-            completion_tokens: completion,
-            cached_tokens: cached,
-            ..Self::default()
-        }
-    }
-
-    /// Non-zero fields overwrite what earlier blocks said.
-    pub(super) fn merge_into(self, usage: &mut Option<Usage>) {
-        let all = usage.get_or_insert_with(Usage::default);
-        if self.prompt_tokens > 0 {
-            all.prompt_tokens = self.prompt_tokens;
-        }
-        if self.completion_tokens > 0 {
-            all.completion_tokens = self.completion_tokens;
-        }
-        let both = self.prompt_tokens > 0 && self.completion_tokens > 0 && self.total_tokens > 0;
-        all.total_tokens = if both {
-            self.total_tokens
-        } else {
-            all.prompt_tokens.saturating_add(all.completion_tokens)
-        };
-        let cached = self
-            .prompt_tokens_details
-            .map(|d| d.cached_tokens)
-            .or(self.cached_tokens);
-        all.cached_tokens = cached.or(all.cached_tokens);
-    }
+/// The report that is the value of the key before `rest`.
+fn report_behind(rest: &[u8]) -> Option<Report> {
+    let value = rest.trim_ascii_start().strip_prefix(b":")?;
+    let mut values = serde_json::Deserializer::from_slice(value).into_iter();
+    values.next()?.ok().and_then(|Object(report)| report)
 }
 
 #[cfg(test)]
@@ -408,6 +329,35 @@ mod tests {
             ),
             (5, 2, Some(3))
         );
+    }
+
+    #[test]
+    fn usage_is_read_as_loosely_as_engines_write_it() {
+        for usage in [
+            r#"{"prompt_tokens":11,"input_tokens":11,"completion_tokens":7,"output_tokens":7,"prompt_tokens_details":{"cached_tokens":3},"input_tokens_details":{"cached_tokens":3}}"#,
+            r#"{"prompt_tokens":11.0,"completion_tokens":7.0,"prompt_tokens_details":{"cached_tokens":3.0}}"#,
+            r#"{"prompt_tokens":"11","completion_tokens":" 7 ","prompt_tokens_details":{"cached_tokens":"3"}}"#,
+            r#"{"prompt_tokens":1,"prompt_tokens":11,"completion_tokens":7,"cached_tokens":3,"prompt_tokens_details":"none","cost":[{"usage":1}]}"#,
+        ] {
+            let wanted = Some(Usage {
+                prompt_tokens: 11,
+                completion_tokens: 7,
+                total_tokens: 18,
+                cached_tokens: Some(3),
+            });
+            // What stands around it has the same names, and other types.
+            for body in [
+                format!(r#"{{"usage":{usage}}}"#),
+                format!(r#"{{"usage":{usage},"tokens":["usage","usage"],"x":{{"usage":null}}}}"#),
+                format!(r#"{{"message":"m","response":["r"],"meta_info":5,"usage": {usage}}}"#),
+            ] {
+                let json = read(UsageFormat::OpenAi, false, &[body.as_bytes()]);
+                assert_eq!(json, wanted, "{body}");
+                let line = format!("data: {body}\n\n");
+                let event = read(UsageFormat::OpenAi, true, &[line.as_bytes()]);
+                assert_eq!(event, wanted, "{line}");
+            }
+        }
     }
 
     #[test]
