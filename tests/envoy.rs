@@ -182,6 +182,9 @@ async fn refusals_reach_the_client_with_status_and_text() {
     );
     gateway.wait_until_idle().await;
     assert_eq!(gateway.metric("llm_d_epp_request_error_total").await, 5.0);
+    // Refusals are answers too.
+    let processed = "llm_d_epp_request_processing_duration_seconds_count";
+    assert_eq!(gateway.metric(processed).await, 5.0);
 }
 
 #[tokio::test]

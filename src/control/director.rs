@@ -262,8 +262,13 @@ impl Director {
         })
     }
 
-    /// A request was refused before it came here.
-    pub fn note_refusal(&self, error: &RequestError) {
+    /// A request that was received at this time was refused before its body was understood.
+    pub fn note_refusal(&self, error: &RequestError, received_at: Instant) {
+        self.metrics.request_processed(received_at.elapsed());
+        self.count_refusal(error);
+    }
+
+    fn count_refusal(&self, error: &RequestError) {
         tracing::debug!(%error, "refused");
         self.metrics
             .request_series("", "", DEFAULT_FLOW, 0)
@@ -287,7 +292,7 @@ impl Director {
         let count = candidates.len();
         if count == 0 {
             let error = RequestError::NoEndpoints;
-            self.note_refusal(&error);
+            self.count_refusal(&error);
             return Err(error);
         }
         let chosen = workspace.rng.borrow_mut().usize(..count);
@@ -336,7 +341,7 @@ impl Director {
             Ok(read) => read,
             Err(error) => {
                 trace.fail(error.code());
-                self.note_refusal(&error);
+                self.note_refusal(&error, received_at);
                 return Step::Done(Err(error));
             }
         };
@@ -439,6 +444,7 @@ impl Director {
     fn refuse(&self, mut draft: Draft, error: RequestError, workspace: &mut Workspace) -> Step {
         draft.request.trace.fail(error.code());
         let request = &draft.request;
+        self.metrics.request_processed(draft.received_at.elapsed());
         self.series(request).error(error.code());
         self.metrics.scheduled(&request.target_model, None);
         tracing::debug!(request_id = request.id, %error, "refused");

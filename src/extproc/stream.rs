@@ -566,7 +566,7 @@ impl Exchange {
 
     /// Refuses before the director saw the request.
     fn refuse_early(&mut self, error: &RequestError) {
-        self.director.note_refusal(error);
+        self.director.note_refusal(error, self.received_at);
         self.refuse(error);
     }
 
