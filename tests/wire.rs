@@ -555,6 +555,27 @@ fn bodies_over_the_limit_are_413_and_at_the_limit_pass() {
 }
 
 #[test]
+fn a_refusal_is_logged_with_the_id_of_its_request() {
+    let (mut read, write) = std::io::pipe().unwrap();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::DEBUG)
+        .with_ansi(false)
+        .with_writer(Arc::new(write))
+        .finish();
+    let mut picker = picker("10.0.0.7:8000");
+    picker.settings.max_body_bytes = 5;
+    tracing::subscriber::with_default(subscriber, || {
+        for body in [&b"{"[..], b"too long"] {
+            let messages = [request_headers(false), request_body(body, true)];
+            assert_eq!(kinds(&run(&mut picker.exchange(), messages)), ["immediate"]);
+        }
+    });
+    let mut log = String::new();
+    std::io::Read::read_to_string(&mut read, &mut log).unwrap();
+    assert_eq!(log.matches("request_id=\"id\"").count(), 2, "{log}");
+}
+
+#[test]
 fn messages_out_of_order_end_the_stream_with_an_error() {
     let picker = picker("10.0.0.7:8000");
     assert!(

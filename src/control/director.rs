@@ -263,13 +263,13 @@ impl Director {
     }
 
     /// A request that was received at this time was refused before its body was understood.
-    pub fn note_refusal(&self, error: &RequestError, received_at: Instant) {
+    pub fn note_refusal(&self, error: &RequestError, received_at: Instant, request_id: &str) {
         self.metrics.request_processed(received_at.elapsed());
-        self.count_refusal(error);
+        self.count_refusal(error, request_id);
     }
 
-    fn count_refusal(&self, error: &RequestError) {
-        tracing::debug!(%error, "refused");
+    fn count_refusal(&self, error: &RequestError, request_id: &str) {
+        tracing::debug!(request_id, %error, "refused");
         self.metrics
             .request_series("", "", DEFAULT_FLOW, 0)
             .error(error.code());
@@ -292,7 +292,7 @@ impl Director {
         let count = candidates.len();
         if count == 0 {
             let error = RequestError::NoEndpoints;
-            self.count_refusal(&error);
+            self.count_refusal(&error, id.as_str());
             return Err(error);
         }
         let chosen = workspace.rng.borrow_mut().usize(..count);
@@ -337,17 +337,18 @@ impl Director {
         self.seed(&workspace.rng, &headers, &body);
         let rules = self.rules.load();
         let with = (&**rules, &workspace.rng);
-        let read = match read_request(&config.parsers, headers, body, early, knowledge, with) {
+        let id = request_id(&headers);
+        let request = (headers, body, early);
+        let read = match read_request(&config.parsers, &id, request, knowledge, with) {
             Ok(read) => read,
             Err(error) => {
                 trace.fail(error.code());
-                self.note_refusal(&error, received_at);
+                self.note_refusal(&error, received_at, id.as_str());
                 return Step::Done(Err(error));
             }
         };
         let Read {
             mut request,
-            id,
             rewritten_by,
         } = read;
         trace.record(|| {

@@ -112,7 +112,8 @@ impl RequestId {
     }
 }
 
-pub(super) fn received_id(headers: &Headers) -> Option<&str> {
+/// The client's own id of the request.
+pub fn received_id(headers: &Headers) -> Option<&str> {
     headers.get_str("x-request-id").filter(|id| !id.is_empty())
 }
 
@@ -133,7 +134,6 @@ fn named<'a>(headers: &'a Headers, names: &[&str]) -> Option<&'a str> {
 #[derive(Debug)]
 pub(super) struct Read {
     pub(super) request: InferenceRequest,
-    pub(super) id: RequestId,
     /// The rewrite that chose the model, and whether it names the incoming one.
     pub(super) rewritten_by: Option<(String, bool)>,
 }
@@ -142,9 +142,8 @@ pub(super) struct Read {
 /// comes before the rewrite header.
 pub(super) fn read_request(
     parsers: &ParserSet,
-    headers: Headers,
-    body: Body,
-    early: Option<Early>,
+    id: &RequestId,
+    (headers, body, early): (Headers, Body, Option<Early>),
     knowledge: BodyKnowledge,
     (rules, rng): (&TrafficRules, &RefCell<fastrand::Rng>),
 ) -> Result<Read, RequestError> {
@@ -166,7 +165,6 @@ pub(super) fn read_request(
             .unwrap_or_else(|_| Payload::raw(false)),
         BodyKnowledge::Unseen | BodyKnowledge::Absent => Payload::raw(false),
     };
-    let id = request_id(&headers);
     let mut request = InferenceRequest::new(id.as_str(), payload, body);
     request.first_blocks = first_blocks;
     if let Some(target) = named(&headers, &MODEL_REWRITE) {
@@ -192,7 +190,6 @@ pub(super) fn read_request(
     request.headers = headers;
     Ok(Read {
         request,
-        id,
         rewritten_by,
     })
 }
@@ -264,7 +261,9 @@ spec: {rules: [{targets: [{modelRewrite: house}]}]}
         let body: Body = [Bytes::from_static(body.as_bytes())].into_iter().collect();
         let rules = parse_file(rules).unwrap();
         let with = (&rules, &RefCell::default());
-        read_request(&parsers, lines, body, None, BodyKnowledge::Complete, with)
+        let id = RequestId::Received("id".to_owned());
+        let request = (lines, body, None);
+        read_request(&parsers, &id, request, BodyKnowledge::Complete, with)
     }
 
     fn target(rules: &str, body: &'static str, headers: &[(&str, &str)]) -> String {

@@ -15,4 +15,4 @@ pub mod session_affinity;
 pub use candidates::Subset;
 pub use director::{Decision, Director, Step, Waiting};
 pub use error::RequestError;
-pub use intake::{BodyKnowledge, Intake};
+pub use intake::{BodyKnowledge, Intake, received_id};

@@ -29,7 +29,7 @@ use super::proto::{
 use super::reply::{EncodedMetadata, HeaderChanges, Reply};
 use super::wire::{Incoming, Slices, join};
 use crate::control::{
-    BodyKnowledge, Decision, Director, Intake, RequestError, Step, Subset, Waiting,
+    BodyKnowledge, Decision, Director, Intake, RequestError, Step, Subset, Waiting, received_id,
 };
 use crate::request::{Body, Early, Headers};
 use crate::response::{Accounting, MetadataNumber, ModelNameRewriter, Served};
@@ -566,7 +566,8 @@ impl Exchange {
 
     /// Refuses before the director saw the request.
     fn refuse_early(&mut self, error: &RequestError) {
-        self.director.note_refusal(error, self.received_at);
+        let id = received_id(&self.headers).unwrap_or_default();
+        self.director.note_refusal(error, self.received_at, id);
         self.refuse(error);
     }
 

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Director, in_time};
 use crate::control::RequestError;
-use crate::control::intake::{BodyKnowledge, read_request};
+use crate::control::intake::{BodyKnowledge, read_request, request_id};
 use crate::plugin::Attributes;
 use crate::request::{Body, Headers};
 use crate::scheduling::Candidate;
@@ -26,7 +26,9 @@ impl Director {
             let rules = self.rules.load();
             let with = (&**rules, &RefCell::default());
             let whole = BodyKnowledge::Complete;
-            read_request(&config.parsers, headers, body, None, whole, with)?.request
+            let id = request_id(&headers);
+            let request = (headers, body, None);
+            read_request(&config.parsers, &id, request, whole, with)?.request
         };
         let pool = self.store.snapshot();
         let candidates: Vec<_> = pool
