@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -294,7 +295,10 @@ fn plugin_state(store: Arc<EndpointStore>) -> telemetry::server::PluginState {
             })
             .collect();
         let name = InFlightLoadProducer::TYPE;
-        json!({"plugins": {name: {"name": name, "type": name, "state": endpoints}}})
+        json!({
+            "timestamp": Timestamp::now().to_string(),
+            "plugins": {name: {"name": name, "type": name, "state": endpoints}},
+        })
     })
 }
 

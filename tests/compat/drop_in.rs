@@ -674,6 +674,11 @@ async fn every_consumers_command_line_starts_and_serves() {
         ] {
             assert!(exposition.contains(series), "{}: {series}", consumer.name);
         }
+        let (status, state) = get(container.metrics, "/debug/plugins/state").await;
+        assert_eq!(status, 200, "{}", consumer.name);
+        let state: Value = serde_json::from_str(&state).unwrap();
+        let taken = state["timestamp"].as_str().unwrap();
+        assert!(taken.starts_with("20") && taken.ends_with('Z'), "{taken}");
         // In a cluster of IPv6 alone nobody has another address to ask at.
         if std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok() {
             for port in [container.grpc, container.health, container.metrics] {
