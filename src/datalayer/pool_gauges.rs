@@ -1,26 +1,31 @@
 //! Gauges of the whole pool, refreshed at an interval.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hashbrown::HashSet;
 use metrics::Gauge;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{EndpointStore, EngineMetrics};
-use crate::telemetry::metrics::{Pair, labels};
+use crate::telemetry::metrics::{Collect, Pair, labels, register, write_gauge};
 
 /// Averages, deviations and counts of one pool.
 #[derive(Debug)]
 pub struct PoolGauges {
     store: Arc<EndpointStore>,
-    pool: String,
     staleness: Duration,
     ready: Pair<Gauge>,
     measures: [Measure; 3],
-    /// Endpoints whose queue gauge was set last time; cleared to 0 once they leave.
-    shown: HashSet<String>,
+    _queues: Arc<Queues>,
+}
+
+/// The queue of each endpoint, for as long as it is in the pool.
+#[derive(Debug)]
+struct Queues {
+    store: Arc<EndpointStore>,
+    pool: String,
 }
 
 /// One quantity: its mean and sample standard deviation.
@@ -59,10 +64,9 @@ impl PoolGauges {
                     |m| f64::from(m.running_requests),
                 ),
             ],
+            _queues: Queues::registered(&store, pool),
             store,
-            pool: pool.to_owned(),
             staleness,
-            shown: HashSet::new(),
         }
     }
 
@@ -82,21 +86,13 @@ impl PoolGauges {
         let pool = self.store.snapshot();
         let now = Instant::now();
         self.ready.set(pool.len() as f64);
-        let mut shown = HashSet::with_capacity(pool.len());
         let mut fresh = Vec::with_capacity(pool.len());
         for endpoint in pool.iter() {
             let metrics = endpoint.metrics();
-            self.queue_gauge(&endpoint.spec.name)
-                .set(f64::from(metrics.waiting_requests));
-            shown.insert(endpoint.spec.name.clone());
             if metrics.is_fresh(now, self.staleness) {
                 fresh.push(metrics);
             }
         }
-        for gone in self.shown.difference(&shown) {
-            self.queue_gauge(gone).set(0.0);
-        }
-        self.shown = shown;
         if fresh.is_empty() {
             return;
         }
@@ -106,13 +102,39 @@ impl PoolGauges {
             measure.deviation.set(deviation);
         }
     }
+}
 
-    fn queue_gauge(&self, endpoint: &str) -> Pair<Gauge> {
-        Pair::gauge(
-            "llm_d_epp_per_endpoint_queue_size",
-            labels(&[("name", &self.pool), ("model_server_endpoint", endpoint)]),
-            labels(&[("name", &self.pool), ("model_server_pod", endpoint)]),
-        )
+impl Queues {
+    fn registered(store: &Arc<EndpointStore>, pool: &str) -> Arc<Self> {
+        let queues = Arc::new(Self {
+            store: Arc::clone(store),
+            pool: pool.to_owned(),
+        });
+        register(&queues);
+        queues
+    }
+}
+
+impl Collect for Queues {
+    fn expose(&self, out: &mut String) {
+        let pool = self.store.snapshot();
+        // Names are unique in their namespace only, which is no label.
+        let mut waiting: BTreeMap<&str, f64> = BTreeMap::new();
+        for endpoint in pool.iter() {
+            let own = f64::from(endpoint.metrics().waiting_requests);
+            *waiting.entry(&endpoint.spec.name).or_default() += own;
+        }
+        for (name, endpoint_label) in [
+            ("llm_d_epp_per_endpoint_queue_size", "model_server_endpoint"),
+            ("inference_pool_per_pod_queue_size", "model_server_pod"),
+        ] {
+            let row = |(endpoint, waiting): (&&str, &f64)| {
+                let list = labels(&[("name", &self.pool), (endpoint_label, *endpoint)]);
+                (list, *waiting)
+            };
+            let rows: Vec<_> = waiting.iter().map(row).collect();
+            write_gauge(name, &rows, out);
+        }
     }
 }
 
@@ -133,6 +155,42 @@ fn spread(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::datalayer::discovery::list;
+
+    #[test]
+    fn a_queue_is_shown_while_its_endpoint_is_in_the_pool() {
+        let store = Arc::new(EndpointStore::default());
+        let queues = Queues::registered(&store, "p");
+        let shown = || {
+            let mut text = String::new();
+            queues.expose(&mut text);
+            let lines = text
+                .lines()
+                .filter(|l| !l.starts_with('#') && !l.is_empty());
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        store.replace(list::parse("10.0.0.1:1,10.0.0.2:1").unwrap());
+        store.snapshot()[1].set_metrics(EngineMetrics {
+            waiting_requests: 7,
+            ..EngineMetrics::default()
+        });
+        let current = r#"llm_d_epp_per_endpoint_queue_size{name="p",model_server_endpoint="#;
+        let legacy = r#"inference_pool_per_pod_queue_size{name="p",model_server_pod="#;
+        assert_eq!(
+            shown(),
+            [
+                format!("{current}\"endpoint-0\"}} 0"),
+                format!("{current}\"endpoint-1\"}} 7"),
+                format!("{legacy}\"endpoint-0\"}} 0"),
+                format!("{legacy}\"endpoint-1\"}} 7"),
+            ]
+        );
+        let mut namesakes = list::parse("10.0.0.1:1,10.0.0.2:1").unwrap();
+        namesakes[0].namespace = "other".to_owned();
+        namesakes[1].name = "endpoint-0".to_owned();
+        store.replace(namesakes);
+        assert_eq!(shown().len(), 2, "one series under each name");
+    }
 
     #[test]
     fn the_spread_is_rounded_and_unbiased() {

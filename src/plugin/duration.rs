@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 
+/// The longest that Go has, 2^63 nanoseconds: some 292 years, which can be added to any time.
+const MAX_SECONDS: f64 = 9_223_372_036.0;
+
 /// A non-negative duration read from Go's spelling.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct GoDuration(pub Duration);
@@ -40,7 +43,7 @@ impl std::str::FromStr for GoDuration {
             seconds += number.parse::<f64>().map_err(|_| refuse())? * scale;
             rest = next;
         }
-        if body.is_empty() {
+        if body.is_empty() || seconds > MAX_SECONDS {
             return Err(refuse());
         }
         Duration::try_from_secs_f64(seconds)
@@ -75,7 +78,11 @@ mod tests {
         assert_eq!(ms("1.5h"), Ok(5_400_000));
         assert_eq!(ms("0"), Ok(0));
         assert_eq!(ms("0s"), Ok(0));
-        for bad in ["", "5", "-1s", "1x", "s", "1..2s", "1 s", "1e400s"] {
+        // 2^63 ns are 2562047 h and 47 min.
+        assert_eq!(ms("2562047h"), Ok(9_223_369_200_000));
+        for bad in [
+            "", "5", "-1s", "1x", "s", "1..2s", "1 s", "1e400s", "2562048h",
+        ] {
             assert!(ms(bad).is_err(), "{bad}");
         }
     }

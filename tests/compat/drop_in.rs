@@ -32,6 +32,7 @@ use pinpod::extproc::proto::{
     ProtocolConfiguration,
 };
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 const EXT_PROC: &str = "envoy.service.ext_proc.v3.ExternalProcessor";
 

@@ -5,10 +5,13 @@ use std::sync::{Arc, Weak};
 use metrics::Counter;
 use parking_lot::Mutex;
 
-/// Copies numbers of its own into metrics.
+/// Copies numbers of its own into metrics, or writes them itself.
 pub trait Collect: Send + Sync {
     /// Called before every exposition, from one task at a time or several.
-    fn collect(&self);
+    fn collect(&self) {}
+
+    /// Writes series that are there only while what they are about is: a registered one stays for good.
+    fn expose(&self, _out: &mut String) {}
 }
 
 /// Collectors that are still alive. Plugins are few, so the list needs no bound of its own.
@@ -22,12 +25,24 @@ pub fn register<C: Collect + 'static>(collector: &Arc<C>) {
     collectors.push(weak);
 }
 
-/// Lets all of them write.
+/// Those that are alive. A collector may take locks of its own, and may be the last to hold itself, so
+/// nothing is asked of it under the lock.
+fn alive() -> Vec<Arc<dyn Collect>> {
+    let collectors = COLLECTORS.lock();
+    collectors.iter().filter_map(Weak::upgrade).collect()
+}
+
+/// Lets all of them count.
 pub(super) fn collect_all() {
-    // Not under the lock: a collector may take locks of its own, and may be the last to hold itself.
-    let alive: Vec<_> = COLLECTORS.lock().iter().filter_map(Weak::upgrade).collect();
-    for collector in alive {
+    for collector in alive() {
         collector.collect();
+    }
+}
+
+/// Lets all of them write.
+pub(super) fn expose_all(out: &mut String) {
+    for collector in alive() {
+        collector.expose(out);
     }
 }
 

@@ -21,8 +21,8 @@ pub use collect::{Collect, Follow, register};
 pub use disagg::DecisionSeries;
 pub use encoder_cache::EncoderCacheSeries;
 pub use kubernetes::{LeaseSeries, WatchSeries};
-pub use recorder::Exposition;
 use recorder::Recorder;
+pub use recorder::{Exposition, write_gauge};
 pub use series::{Completion, RequestSeries, RunningGuard};
 use table::{Kind, TABLE, twin_of};
 
@@ -46,18 +46,13 @@ pub(crate) fn counted(test: impl FnOnce()) -> Exposition {
 
 fn describe() {
     for series in TABLE {
-        let help = format!("[ALPHA] {}", series.help);
         let describe = |name: &'static str, help: String| match series.kind {
             Kind::Counter => metrics::describe_counter!(name, help),
             Kind::Gauge => metrics::describe_gauge!(name, help),
             Kind::Histogram(_) => metrics::describe_histogram!(name, help),
         };
-        describe(series.name, help);
-        if let Some(twin) = series.twin {
-            describe(
-                twin,
-                format!("[ALPHA] [Deprecated: Use {}] {}", series.name, series.help),
-            );
+        for name in [Some(series.name), series.twin].into_iter().flatten() {
+            describe(name, series.help_of(name));
         }
     }
 }

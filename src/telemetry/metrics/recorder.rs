@@ -9,12 +9,14 @@ use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, SharedString, Unit};
+use metrics::{
+    Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Label, Metadata, SharedString, Unit,
+};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
-use super::table::{Kind, TABLE};
+use super::table::{Kind, Series, TABLE};
 
 /// Bounds of a histogram that the table does not know; only tests make one.
 const DEFAULT_BOUNDS: &[f64] = &[1.0];
@@ -61,6 +63,7 @@ impl Exposition {
         super::collect::collect_all();
         let mut text = self.plain.render();
         self.histograms.render(&mut text);
+        super::collect::expose_all(&mut text);
         text
     }
 }
@@ -182,7 +185,7 @@ impl Histograms {
                 let _ = writeln!(out, "# TYPE {name} histogram");
                 family = name;
             }
-            buckets.render(name, &labels_of(key), out);
+            buckets.render(name, &label_text(key.labels()), out);
         }
     }
 }
@@ -217,10 +220,23 @@ impl Buckets {
     }
 }
 
+/// Writes a gauge of the table, once for each of `rows`.
+pub fn write_gauge(name: &str, rows: &[(Vec<Label>, f64)], out: &mut String) {
+    let known = |series: &&Series| series.name == name || series.twin == Some(name);
+    if let Some(series) = TABLE.iter().find(known) {
+        let _ = writeln!(out, "# HELP {name} {}", series.help_of(name));
+    }
+    let _ = writeln!(out, "# TYPE {name} gauge");
+    for (labels, value) in rows {
+        let _ = writeln!(out, "{name}{{{}}} {value}", label_text(labels.iter()));
+    }
+    out.push('\n');
+}
+
 /// `name="value"` pairs, values escaped.
-fn labels_of(key: &Key) -> String {
+fn label_text<'a>(labels: impl Iterator<Item = &'a Label>) -> String {
     let mut out = String::new();
-    for label in key.labels() {
+    for label in labels {
         if !out.is_empty() {
             out.push(',');
         }

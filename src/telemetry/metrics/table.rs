@@ -24,6 +24,17 @@ pub struct Series {
     pub help: &'static str,
 }
 
+impl Series {
+    /// Its help text under `name`, which is its own or its twin's.
+    pub fn help_of(&self, name: &str) -> String {
+        if self.twin == Some(name) {
+            format!("[ALPHA] [Deprecated: Use {}] {}", self.name, self.help)
+        } else {
+            format!("[ALPHA] {}", self.help)
+        }
+    }
+}
+
 /// Seconds: end-to-end latency.
 pub const LAT: &[f64] = &[
     0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0,
