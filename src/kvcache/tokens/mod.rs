@@ -10,16 +10,19 @@
 
 pub mod anthropic;
 pub mod content_format;
+mod filters;
 pub mod hub;
 mod keeper;
 pub mod lru;
 mod media;
 pub mod memo;
 pub mod messages;
+mod methods;
 mod model;
 pub mod pool;
 pub mod python;
 pub mod remote;
+mod repr;
 pub mod responses;
 pub mod service;
 mod slot;
