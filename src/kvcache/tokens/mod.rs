@@ -26,6 +26,7 @@ mod repr;
 pub mod responses;
 pub mod service;
 mod slot;
+mod special;
 pub mod split;
 pub mod stats;
 pub mod template;

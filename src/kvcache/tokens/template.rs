@@ -13,6 +13,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value, escape_formatt
 use serde_json::Value as Json;
 
 use super::messages::{Wants, field, replace};
+use super::special::SpecialTokens;
 use super::tokenizer::{LoadError, MAX_CONFIG_BYTES, read};
 use super::{content_format, filters, methods, python, repr};
 
@@ -234,35 +235,16 @@ impl Templates {
     }
 }
 
-/// `bos_token`, `eos_token` and the like of `tokenizer_config.json`, else of `special_tokens_map.json`.
-pub fn special_tokens(directory: &Path, config: &Json) -> Result<Vec<(String, Value)>, LoadError> {
-    const FILE: &str = "special_tokens_map.json";
-    const NAMES: [&str; 7] = [
-        "bos_token",
-        "eos_token",
-        "unk_token",
-        "sep_token",
-        "pad_token",
-        "cls_token",
-        "mask_token",
-    ];
-    let map: Json = if directory.join(FILE).exists() {
-        let bytes = read(directory, FILE, MAX_CONFIG_BYTES)?;
-        serde_json::from_slice(&bytes).map_err(|e| LoadError::invalid(FILE, e))?
-    } else {
-        Json::Null
-    };
-    // An entry that is null in the first file is no token, whatever the second says.
-    let entry = |name: &str| config.get(name).or_else(|| map.get(name)).cloned();
-    let text = |token: Json| {
-        let content = token["content"].as_str();
-        token.as_str().or(content).map(Value::from)
-    };
-    let tokens = NAMES.iter().filter_map(|name| {
-        let token = entry(name).and_then(text)?;
-        Some(((*name).to_owned(), token))
-    });
-    Ok(tokens.collect())
+/// `bos_token`, `eos_token` and the like, as templates know them.
+pub(super) fn special_tokens(
+    directory: &Path,
+    config: &Json,
+) -> Result<Vec<(String, Value)>, LoadError> {
+    let tokens = SpecialTokens::read(directory, config)?;
+    let named = tokens.named();
+    Ok(named
+        .map(|(name, text)| (name.to_owned(), text.into()))
+        .collect())
 }
 
 /// As the engine finds out: a conversation with a system message in the middle, in an environment
