@@ -8,6 +8,8 @@ use minijinja::{Error, ErrorKind, State, Value};
 
 /// Nesting of a value written as JSON; Python gives up near 1000.
 const MAX_DEPTH: usize = 200;
+/// Spaces before a line.
+pub const MAX_INDENT: usize = 200;
 
 /// `json.dumps` with the arguments that Hugging Face's `tojson` filter takes.
 #[derive(Debug, Clone)]
@@ -32,12 +34,8 @@ impl Default for JsonStyle {
 }
 
 /// The `tojson` filter: `ensure_ascii=False`, and nothing escaped for HTML.
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "filters take their arguments so"
-)]
-pub fn tojson(state: &State<'_, '_>, value: &Value, options: Kwargs) -> Result<String, Error> {
-    let style = JsonStyle::read(&options)?;
+pub fn tojson(state: &State<'_, '_>, value: &Value, options: &Kwargs) -> Result<String, Error> {
+    let style = JsonStyle::read(options)?;
     let mut out = String::new();
     dump(value, &style, 0, &mut out)?;
     state.consume_fuel(out.len() as u64 / 64)?;
@@ -55,7 +53,7 @@ impl JsonStyle {
             ",".clone_into(&mut style.item);
             style.indent = Some(match indent.as_str() {
                 Some(text) => text.to_owned(),
-                None => " ".repeat(usize::try_from(indent).unwrap_or(0).min(MAX_DEPTH)),
+                None => " ".repeat(usize::try_from(indent).unwrap_or(0).min(MAX_INDENT)),
             });
         }
         let separators = options.get::<Option<Value>>("separators")?;
@@ -158,19 +156,26 @@ fn dump_number(value: &Value, out: &mut String) {
     if value.is_integer() {
         let _ = write!(out, "{value}");
     } else {
-        out.push_str(&float_repr(
+        out.push_str(&json_float(
             f64::try_from(value.clone()).unwrap_or(f64::NAN),
         ));
     }
 }
 
+/// `json.dumps` of a float.
+fn json_float(value: f64) -> String {
+    match value {
+        f64::INFINITY => "Infinity".to_owned(),
+        f64::NEG_INFINITY => "-Infinity".to_owned(),
+        value if value.is_nan() => "NaN".to_owned(),
+        value => float_repr(value),
+    }
+}
+
 /// Python's `repr` of a float: shortest digits, positional for exponents from -4 to 15.
 pub fn float_repr(value: f64) -> String {
-    if value.is_nan() {
-        return "NaN".to_owned();
-    }
-    if value.is_infinite() {
-        return if value > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
+    if !value.is_finite() {
+        return format!("{value}").to_lowercase();
     }
     let scientific = format!("{value:e}");
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));

@@ -9,14 +9,13 @@ use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::ValueKind;
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value, escape_formatter};
-use minijinja_contrib::pycompat::unknown_method_callback;
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value, escape_formatter};
 use serde_json::Value as Json;
 
-use super::content_format;
 use super::messages::{Wants, field, replace};
-use super::python;
+use super::special::SpecialTokens;
 use super::tokenizer::{LoadError, MAX_CONFIG_BYTES, read};
+use super::{content_format, filters, methods, python, repr};
 
 /// Steps of one rendering, where 64 bytes of text count as one: 2,000 messages take about 100,000.
 pub const FUEL: u64 = 4_000_000;
@@ -236,35 +235,16 @@ impl Templates {
     }
 }
 
-/// `bos_token`, `eos_token` and the like of `tokenizer_config.json`, else of `special_tokens_map.json`.
-pub fn special_tokens(directory: &Path, config: &Json) -> Result<Vec<(String, Value)>, LoadError> {
-    const FILE: &str = "special_tokens_map.json";
-    const NAMES: [&str; 7] = [
-        "bos_token",
-        "eos_token",
-        "unk_token",
-        "sep_token",
-        "pad_token",
-        "cls_token",
-        "mask_token",
-    ];
-    let map: Json = if directory.join(FILE).exists() {
-        let bytes = read(directory, FILE, MAX_CONFIG_BYTES)?;
-        serde_json::from_slice(&bytes).map_err(|e| LoadError::invalid(FILE, e))?
-    } else {
-        Json::Null
-    };
-    // An entry that is null in the first file is no token, whatever the second says.
-    let entry = |name: &str| config.get(name).or_else(|| map.get(name)).cloned();
-    let text = |token: Json| {
-        let content = token["content"].as_str();
-        token.as_str().or(content).map(Value::from)
-    };
-    let tokens = NAMES.iter().filter_map(|name| {
-        let token = entry(name).and_then(text)?;
-        Some(((*name).to_owned(), token))
-    });
-    Ok(tokens.collect())
+/// `bos_token`, `eos_token` and the like, as templates know them.
+pub(super) fn special_tokens(
+    directory: &Path,
+    config: &Json,
+) -> Result<Vec<(String, Value)>, LoadError> {
+    let tokens = SpecialTokens::read(directory, config)?;
+    let named = tokens.named();
+    Ok(named
+        .map(|(name, text)| (name.to_owned(), text.into()))
+        .collect())
 }
 
 /// As the engine finds out: a conversation with a system message in the middle, in an environment
@@ -333,59 +313,19 @@ fn environment() -> Result<Environment<'static>, Error> {
     env.set_auto_escape_callback(|_| AutoEscape::None);
     env.set_fuel(Some(FUEL));
     env.set_recursion_limit(MAX_RECURSION);
-    env.set_unknown_method_callback(method);
-    env.set_formatter(|out, state, value| {
-        if value.kind() == ValueKind::Number && !value.is_integer() {
-            let number = f64::try_from(value.clone())?;
-            return Ok(out.write_str(&python::float_repr(number))?);
+    env.set_unknown_method_callback(methods::call);
+    env.set_formatter(|out, state, value| match value.kind() {
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map => {
+            Ok(out.write_str(&repr::text(state, value)?)?)
         }
-        escape_formatter(out, state, value)
+        _ => escape_formatter(out, state, value),
     });
-    env.add_filter("tojson", python::tojson);
-    env.add_test("sequence", |value: &Value| {
-        matches!(
-            value.kind(),
-            ValueKind::Seq | ValueKind::Map | ValueKind::String
-        )
-    });
+    filters::add(&mut env);
     env.add_function("raise_exception", |text: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, text))
     });
     env.add_function("strftime_now", |format: &str| python::strftime_now(format));
     Ok(env)
-}
-
-/// Python methods beyond those of `minijinja-contrib`.
-fn method(
-    state: &mut State<'_, '_>,
-    value: &Value,
-    name: &str,
-    args: &[Value],
-) -> Result<Value, Error> {
-    let text = |at: usize| args.get(at).and_then(Value::as_str);
-    match (value.as_str(), name, text(0)) {
-        (Some(s), "removeprefix", Some(prefix)) => {
-            Ok(Value::from(s.strip_prefix(prefix).unwrap_or(s)))
-        }
-        (Some(s), "removesuffix", Some(suffix)) => {
-            Ok(Value::from(s.strip_suffix(suffix).unwrap_or(s)))
-        }
-        (Some(s), "partition", Some(at)) if !at.is_empty() => {
-            let (before, after) = s.split_once(at).unwrap_or((s, ""));
-            let found = if s.contains(at) { at } else { "" };
-            Ok([before, found, after]
-                .into_iter()
-                .map(Value::from)
-                .collect())
-        }
-        _ if name == "index" && value.kind() == ValueKind::Seq => {
-            let wanted = args.first().cloned().unwrap_or_default();
-            let at = value.try_iter()?.position(|item| item == wanted);
-            at.map(Value::from)
-                .ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "value is not in list"))
-        }
-        _ => unknown_method_callback(state, value, name, args),
-    }
 }
 
 /// `{% generation %}` marks training text and changes nothing else.
@@ -501,7 +441,8 @@ mod tests {
     fn what_is_not_known_is_an_error() {
         for source in [
             "{{ '%s' % 'a' }}",
-            "{{ 'x'.center(3) }}",
+            "{{ 'x'.casefold() }}",
+            "{{ '½'.isdigit() }}",
             "{{ x | wordwrap }}",
         ] {
             assert!(render(source, &[]).is_err(), "{source}");

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use serde_json::Value;
-use tokenizers::{AddedToken, Tokenizer};
+use tokenizers::Tokenizer;
 
+use super::special::SpecialTokens;
 use super::split::{Splitter, Unsplittable};
 use super::tiktoken::{self, TikToken};
 
@@ -103,20 +104,27 @@ impl ModelTokenizer {
             });
         }
         let bytes = read(directory, FILE, MAX_TOKENIZER_BYTES)?;
-        Self::parse(&bytes, config).map_err(|reason| LoadError::invalid(FILE, reason))
+        let special = SpecialTokens::read(directory, config)?;
+        Self::with_special(&bytes, config, &special)
+            .map_err(|reason| LoadError::invalid(FILE, reason))
     }
 
     /// As [`Self::load`], from the bytes of a `tokenizer.json`.
     pub fn parse(bytes: &[u8], config: &Value) -> Result<Self, String> {
+        Self::with_special(bytes, config, &SpecialTokens::of(config))
+    }
+
+    fn with_special(bytes: &[u8], config: &Value, special: &SpecialTokens) -> Result<Self, String> {
         let json: Value = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
         let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| e.to_string())?;
         // Both belong to training; engines reset them for every call.
         tokenizer.with_truncation(None).map_err(|e| e.to_string())?;
         tokenizer.with_padding(None);
-        let added = missing_tokens(&tokenizer, config);
-        add_tokens(&mut tokenizer, &added)?;
-        let listed: Vec<Value> = added.into_iter().map(|(_, token)| token).collect();
-        let splitter = Splitter::detect(&json, &listed);
+        let added = special.add_to(&mut tokenizer, config)?;
+        if config["split_special_tokens"] == true {
+            tokenizer.set_encode_special_tokens(true);
+        }
+        let splitter = Splitter::detect(&json, &added);
         let affixes = affixes(&tokenizer)?;
         Ok(Self {
             vocabulary: Vocabulary::File(Box::new(tokenizer)),
@@ -198,46 +206,6 @@ fn encode(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Vec<u32>, 
         .encode_fast(text, special)
         .map_err(|e| e.to_string())?;
     Ok(encoding.get_ids().to_vec())
-}
-
-/// Tokens of `added_tokens_decoder` that `tokenizer.json` lacks, by id.
-fn missing_tokens(tokenizer: &Tokenizer, config: &Value) -> Vec<(u32, Value)> {
-    let decoder = config["added_tokens_decoder"].as_object();
-    let mut missing: Vec<(u32, Value)> = decoder
-        .into_iter()
-        .flatten()
-        .filter_map(|(id, token)| Some((id.parse().ok()?, token.clone())))
-        .filter(|(_, token)| {
-            let content = token["content"].as_str();
-            content.is_some_and(|content| tokenizer.token_to_id(content).is_none())
-        })
-        .collect();
-    missing.sort_by_key(|&(id, _)| id);
-    missing
-}
-
-fn add_tokens(tokenizer: &mut Tokenizer, added: &[(u32, Value)]) -> Result<(), String> {
-    for (id, json) in added {
-        let content = json["content"].as_str().unwrap_or_default();
-        let flag = |name: &str| json[name].as_bool().unwrap_or(false);
-        let token = AddedToken::from(content, flag("special"))
-            .lstrip(flag("lstrip"))
-            .rstrip(flag("rstrip"))
-            .single_word(flag("single_word"))
-            .normalized(flag("normalized"));
-        let result = if flag("special") {
-            tokenizer.add_special_tokens([token])
-        } else {
-            tokenizer.add_tokens([token])
-        };
-        result.map_err(|e| e.to_string())?;
-        if tokenizer.token_to_id(content) != Some(*id) {
-            return Err(format!(
-                "token {content:?} of tokenizer_config.json cannot have id {id}"
-            ));
-        }
-    }
-    Ok(())
 }
 
 /// What the post-processor puts around a text. Two texts must agree, and the text's own ids must lie
