@@ -253,18 +253,28 @@ impl Table {
         let mut done = 0;
         while let Some(&next) = keys.get(done) {
             let rest = keys.get(done..).unwrap_or_default();
-            let place = find(draft.view, at, next).or_else(|| self.append(draft, at, rest));
+            let place = find(draft.view, at, next).or_else(|| self.append(draft, id, at, rest));
             let Some(place) = place else {
                 self.stats.refused_blocks += rest.len() as u64;
                 return;
             };
             let run = draft.view.run(place.run);
             let n = run.map_or(0, |run| run.common(place.offset as usize, rest));
-            if n == 0 {
+            let names = self.name_bytes(id);
+            let fits = self.make_room(draft, n, names, SPAN_BYTES, Some(place.run));
+            let Some(n) = fits.filter(|n| *n > 0) else {
+                self.stats.refused_blocks += rest.len() as u64;
                 return;
-            }
+            };
             self.hold(draft, id, place, n, done, hold);
             done += n;
+            // It may have names of its own now; when they do not fit with the run alone, that goes too.
+            let pinned = Some(place.run);
+            if names == 0 && self.make_room(draft, 0, 0, 0, pinned).is_none() {
+                self.make_room(draft, 0, 0, 0, None);
+                self.stats.refused_blocks += (keys.len() - done) as u64;
+                return;
+            }
             at = Some(Place {
                 run: place.run,
                 offset: place.offset + short(n) - 1,
@@ -428,12 +438,14 @@ impl Table {
     fn append(
         &mut self,
         draft: &mut Draft<'_>,
+        id: u32,
         at: Option<Place>,
         keys: &[BlockKey],
     ) -> Option<Place> {
         let known = |key: &BlockKey| draft.view.heads.contains_key(key);
         let n = keys.iter().position(known).unwrap_or(keys.len());
-        let n = self.make_room(draft, n, at.map(|at| at.run))?;
+        let each = BLOCK_BYTES + self.name_bytes(id);
+        let n = self.make_room(draft, n, each, RUN_BYTES + SPAN_BYTES, at.map(|at| at.run))?;
         let keys = keys.get(..n)?;
         let end = at.filter(|at| {
             let run = draft.view.run(at.run);
@@ -692,18 +704,31 @@ impl Table {
             + self.own_names * OWN_BYTES
     }
 
-    /// Evicts until `n` blocks fit, or as many of them as can; `None` when not even one does. `pinned`
-    /// stays.
-    fn make_room(&mut self, draft: &mut Draft<'_>, n: usize, pinned: Option<u32>) -> Option<usize> {
-        let need = |n: usize| n * BLOCK_BYTES + RUN_BYTES + SPAN_BYTES;
-        while self.used_bytes(draft.view) + need(n) > self.max_bytes {
+    /// What the column's name of a block takes beside the block.
+    fn name_bytes(&self, id: u32) -> usize {
+        let column = self.columns.get(id as usize).and_then(Option::as_ref);
+        column.map_or(0, |column| if column.apart { OWN_BYTES } else { 0 })
+    }
+
+    /// Evicts until `n` things of `each` bytes fit with `once` bytes, or as many of them as can; `None` when
+    /// not even one does. `pinned` stays.
+    fn make_room(
+        &mut self,
+        draft: &mut Draft<'_>,
+        n: usize,
+        each: usize,
+        once: usize,
+        pinned: Option<u32>,
+    ) -> Option<usize> {
+        let max = self.max_bytes.saturating_sub(once);
+        while self.used_bytes(draft.view) + n * each > max {
             if !self.evict(draft, pinned) {
                 break;
             }
         }
-        let left = self.max_bytes.saturating_sub(self.used_bytes(draft.view));
-        let fits = left.saturating_sub(need(0)) / BLOCK_BYTES;
-        (fits > 0).then_some(n.min(fits))
+        let left = max.checked_sub(self.used_bytes(draft.view))?;
+        let fits = left.checked_div(each).map_or(n, |fits| fits.min(n));
+        (fits > 0 || n == 0).then_some(fits)
     }
 
     /// Drops the next run the clock hand finds that was not stored to since it came by last, ends of

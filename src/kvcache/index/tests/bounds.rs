@@ -86,6 +86,35 @@ fn at_the_bound_prompts_not_stored_for_longest_go() {
 }
 
 #[test]
+fn names_that_only_one_endpoint_uses_count() {
+    let settings = IndexSettings {
+        max_bytes: 100_000,
+        ..IndexSettings::default()
+    };
+    let index = KvIndex::new(&settings, BlockHasher::with_seed(1));
+    let mut writers: Vec<_> = (0..20)
+        .map(|e| index.writer(EndpointIndex(e), "m"))
+        .collect();
+    // A prompt takes 2111 bytes for the first endpoint, and 20 * 39 + 85 = 865 for each that calls its blocks
+    // something else: not even six prompts fit with all names.
+    for n in 0..10_u32 {
+        let tokens: Vec<u32> = (0..20).map(|i| n * 100 + i).collect();
+        for (e, writer) in (0..).zip(&mut writers) {
+            let name = |token: &u32| u64::from(*token) + 1 + e * 10_000;
+            let hashes: Vec<u64> = tokens.iter().map(name).collect();
+            writer.apply(&batch(&one(Event::Stored(stored(
+                &hashes, None, &tokens, 1,
+            )))));
+            let stats = index.stats();
+            assert!(stats.used_bytes <= settings.max_bytes, "{stats:?}");
+        }
+        assert_eq!(blocks(&index, &tokens), 20, "the newest is in");
+    }
+    let stats = index.stats();
+    assert_eq!((stats.runs, stats.refused_blocks), (5, 0), "{stats:?}");
+}
+
+#[test]
 fn a_prompt_larger_than_the_bound_keeps_its_head() {
     let settings = IndexSettings {
         max_bytes: 10_000,
@@ -102,6 +131,13 @@ fn a_prompt_larger_than_the_bound_keeps_its_head() {
     // (10000 - 606 - 85) / 71
     assert_eq!(held, 131);
     assert_eq!(index.stats().refused_blocks, 1000 - u64::from(held));
+    assert!(index.stats().used_bytes <= settings.max_bytes);
+    // Other names for the same blocks do not fit beside them.
+    let mut other = index.writer(EndpointIndex(1), "m");
+    let hashes: Vec<u64> = (2001..=3000).collect();
+    other.apply(&batch(&one(Event::Stored(stored(
+        &hashes, None, &tokens, 1,
+    )))));
     assert!(index.stats().used_bytes <= settings.max_bytes);
 }
 
