@@ -78,9 +78,6 @@ impl Group {
     }
 }
 
-/// A name's tag and the group it belongs to.
-type Home = (Tag, usize);
-
 /// Block numbers by tag; a tag may have several.
 #[derive(Debug, Default)]
 pub(super) struct Tagged {
@@ -127,29 +124,32 @@ impl Tagged {
     /// each other wait for memory together, and the exact ones that follow do not.
     pub(super) fn warm(&self, names: &[u64]) {
         for names in names.chunks(WARM) {
-            self.homes(names, &mut [Home::default(); WARM]);
+            self.tags(names, &mut [Tag::default(); WARM]);
         }
     }
 
-    /// Finds the homes of up to [`WARM`] names, and has them in the processor's caches.
-    fn homes(&self, names: &[u64], homes: &mut [Home; WARM]) {
-        let homes = homes.get_mut(..names.len()).unwrap_or_default();
+    /// Tags of up to [`WARM`] names, with their groups brought into the processor's caches.
+    fn tags(&self, names: &[u64], tags: &mut [Tag; WARM]) {
+        let tags = tags.get_mut(..names.len()).unwrap_or_default();
         // Apart from each other, so that the loops that wait for memory are short.
-        for (home, name) in homes.iter_mut().zip(names) {
-            let tag = Tag::of(*name);
-            *home = (tag, tag.home(self.homes));
+        for (tag, name) in tags.iter_mut().zip(names) {
+            *tag = Tag::of(*name);
         }
         let full = |at: usize| self.groups.get(at).is_some_and(Group::is_full);
-        let mut any = homes.iter().fold(false, |any, home| any ^ full(home.1));
-        for (_, home) in homes {
-            any ^= full(*home + usize::from(full(*home)));
+        let mut any = false;
+        for tag in &*tags {
+            any ^= full(tag.home(self.homes));
+        }
+        for tag in tags {
+            let home = tag.home(self.homes);
+            any ^= full(home + usize::from(full(home)));
         }
         std::hint::black_box(any);
     }
 
-    /// The first group with room from `home` on, and the slot; `None` when some block there has the tag.
-    fn room(&self, (tag, home): Home) -> Option<(usize, usize)> {
-        let mut at = home;
+    /// The first group with room for the tag, and the slot; `None` when some block has the tag.
+    fn room(&self, tag: Tag) -> Option<(usize, usize)> {
+        let mut at = tag.home(self.homes);
         while let Some(group) = self.groups.get(at) {
             if group.has(tag) {
                 return None;
@@ -174,15 +174,14 @@ impl Tagged {
     /// Notes up to [`WARM`] blocks by their names, until some block has the tag of one. Returns how many.
     pub(super) fn insert_new(&mut self, names: &[u64], blocks: impl Iterator<Item = u32>) -> usize {
         self.reserve(names.len());
-        let mut homes = [Home::default(); WARM];
-        self.homes(names, &mut homes);
-        let homes = homes.iter().take(names.len());
+        let mut tags = [Tag::default(); WARM];
+        self.tags(names, &mut tags);
         let mut new = 0;
-        for ((tag, home), block) in homes.zip(blocks) {
-            match self.groups.get_mut(*home) {
+        for (tag, block) in tags.iter().take(names.len()).zip(blocks) {
+            match self.groups.get_mut(tag.home(self.homes)) {
                 Some(group) if group.has(*tag) => break,
                 Some(group) if !group.is_full() => group.put(group.len(), *tag, block),
-                _ => match self.room((*tag, *home)) {
+                _ => match self.room(*tag) {
                     Some(room) => self.put(room, *tag, block),
                     None => break,
                 },
