@@ -100,14 +100,31 @@ impl<'a> Reader<'a> {
         Ok(Head::Ext)
     }
 
+    /// A string of less than 32 bytes, if that is what comes next.
+    #[inline]
+    pub(super) fn short_str(&mut self) -> Option<&'a [u8]> {
+        let (first, rest) = self.rest.split_first()?;
+        let len = usize::from(first ^ 0xa0);
+        let (text, rest) = rest.split_at_checked(len).filter(|_| len < 32)?;
+        self.rest = rest;
+        Some(text)
+    }
+
     /// Reads the next value, of a container its size only.
     #[inline]
     pub(super) fn head(&mut self) -> Result<Head<'a>, Broken> {
-        // Keys and most values that are text are short, and a reader of keys meets nothing else: a
-        // branch of its own at each place is guessed right, one jump for all kinds is not.
-        if let Some((first @ 0xa0..=0xbf, rest)) = self.rest.split_first() {
+        // Keys and most values that are text are short, and a reader of keys meets nothing else; most
+        // other values are one byte. A branch of its own at each place is guessed right, one jump for all
+        // kinds is not.
+        if let Some(text) = self.short_str() {
+            return Ok(Head::Str(text));
+        }
+        if let Some((first @ (0..=0x7f | 0xc0), rest)) = self.rest.split_first() {
             self.rest = rest;
-            return self.take(usize::from(first & 0x1f)).map(Head::Str);
+            return Ok(match first {
+                0xc0 => Head::Nil,
+                n => Head::Uint(u64::from(*n)),
+            });
         }
         self.any_head()
     }
@@ -195,19 +212,37 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
+    /// One value: its head, and what is inside it is stepped over.
+    #[inline]
+    pub(super) fn whole(&mut self) -> Result<Head<'a>, Broken> {
+        let head = self.head()?;
+        if let Head::Array(_) | Head::Map(_) = head {
+            self.skip_values(children(head))?;
+        }
+        Ok(head)
+    }
+
+    /// One value, if it is a string; else `None`, and it is stepped over.
+    #[inline]
+    pub(super) fn string(&mut self) -> Result<Option<&'a [u8]>, Broken> {
+        if let Some(text) = self.short_str() {
+            return Ok(Some(text));
+        }
+        Ok(match self.whole()? {
+            Head::Str(text) => Some(text),
+            _ => None,
+        })
+    }
+
     /// One value as raw bytes.
     pub(super) fn raw(&mut self) -> Result<&'a [u8], Broken> {
         Ok(self.value()?.1)
     }
 
     /// One value: its head, and all of it as raw bytes.
-    #[inline]
     pub(super) fn value(&mut self) -> Result<(Head<'a>, &'a [u8]), Broken> {
         let before = self.rest;
-        let head = self.head()?;
-        if let Head::Array(_) | Head::Map(_) = head {
-            self.skip_values(children(head))?;
-        }
+        let head = self.whole()?;
         let n = before.len() - self.rest.len();
         Ok((head, before.get(..n).unwrap_or_default()))
     }

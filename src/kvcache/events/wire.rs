@@ -465,18 +465,10 @@ impl<'a> EventScan<'a, '_> {
         let mut fields = Fields::default();
         for _ in 0..n {
             // A key may be any value, a container too.
-            let slot = match self.reader.value()?.0 {
-                Head::Str(b"type") => {
-                    tag = match self.reader.value()?.0 {
-                        Head::Str(tag) => Some(tag),
-                        _ => None,
-                    };
-                    continue;
-                }
-                Head::Str(key) => slot_of_key(key),
-                _ => Slot::Ignored,
-            };
-            self.field(slot, &mut fields)?;
+            match self.reader.string()? {
+                Some(b"type") => tag = self.reader.string()?,
+                key => self.field(key.map_or(Slot::Ignored, slot_of_key), &mut fields)?,
+            }
         }
         Ok(match tag {
             Some(tag) => event(tag, fields),
@@ -489,12 +481,39 @@ impl<'a> EventScan<'a, '_> {
         match slot {
             Slot::Hashes => fields.hashes = self.hash_list()?,
             Slot::Tokens => fields.tokens = self.token_list()?,
-            _ => {
+            Slot::Ignored => self.reader.skip()?,
+            Slot::Medium => fields.medium = self.text()?,
+            Slot::LoraName => fields.lora_name = self.text()?,
+            Slot::Kind => fields.kind = self.text()?,
+            Slot::BlockSize => {
+                fields.block_size = Field::from_option(small(self.reader.whole()?));
+            }
+            Slot::Group => fields.group = small(self.reader.whole()?),
+            Slot::Parent => {
+                fields.parent = match self.reader.whole()? {
+                    // The simulator's array form writes 0 for none.
+                    Head::Nil | Head::Uint(0) => Field::Is(None),
+                    head => Field::from_option(hash(head).map(Some)),
+                }
+            }
+            Slot::ExtraKeys => {
                 let (head, raw) = self.reader.value()?;
-                fields.set(slot, head, raw);
+                fields.extra_keys = matches!(head, Head::Array(_)).then_some(raw);
+            }
+            Slot::LoraNameOrMetadata | Slot::Metadata => {
+                let (head, raw) = self.reader.value()?;
+                match (slot, head) {
+                    (Slot::LoraNameOrMetadata, Head::Str(_)) => fields.lora_name = text(head),
+                    _ => fields.cache_salt = salt_of(raw),
+                }
             }
         }
         Ok(())
+    }
+
+    fn text(&mut self) -> Result<Option<&'a str>, Broken> {
+        let bytes = self.reader.string()?;
+        Ok(bytes.and_then(|bytes| std::str::from_utf8(bytes).ok()))
     }
 
     fn hash_list(&mut self) -> Result<Field<Range<usize>>, Broken> {
@@ -558,31 +577,6 @@ fn only_ints_and_strings(list: &[u8]) -> Result<bool, Broken> {
         }
     }
     Ok(strings)
-}
-
-impl<'a> Fields<'a> {
-    fn set(&mut self, slot: Slot, head: Head<'a>, raw: &'a [u8]) {
-        match slot {
-            Slot::Parent => {
-                self.parent = match head {
-                    // The simulator's array form writes 0 for none.
-                    Head::Nil | Head::Uint(0) => Field::Is(None),
-                    _ => Field::from_option(hash(head).map(Some)),
-                }
-            }
-            Slot::BlockSize => self.block_size = Field::from_option(small(head)),
-            Slot::Medium => self.medium = text(head),
-            Slot::LoraName => self.lora_name = text(head),
-            Slot::LoraNameOrMetadata if matches!(head, Head::Str(_)) => {
-                self.lora_name = text(head);
-            }
-            Slot::LoraNameOrMetadata | Slot::Metadata => self.cache_salt = salt_of(raw),
-            Slot::ExtraKeys => self.extra_keys = matches!(head, Head::Array(_)).then_some(raw),
-            Slot::Group => self.group = small(head),
-            Slot::Kind => self.kind = text(head),
-            Slot::Hashes | Slot::Tokens | Slot::Ignored => {}
-        }
-    }
 }
 
 /// `cache_salt` of SGLang's metadata map.

@@ -4,7 +4,8 @@
 //! is stored once, and how far an endpoint holds it is one span. A key commits to the prompt before
 //! it, so a run and a prompt are compared by a handful of keys, and a look-up costs the runs along the
 //! prompt and their holders, not its blocks. An engine's own hashes are stored once for all endpoints
-//! that use the same; where an endpoint's differ, they are kept for it alone.
+//! that use the same; an endpoint that calls one block something else has a list and a table of its own
+//! for all of its blocks.
 //!
 //! Entry points: [`KvIndex::writer`] for the task that reads a publisher, [`KvIndex::lookup`] for a
 //! request, [`KvIndex::expect`] after a pick. The index does not know what a request is, does no I/O
@@ -21,10 +22,12 @@ mod copies;
 mod extras;
 mod lookup;
 mod names;
+mod numbers;
 mod parked;
 mod run;
 mod since;
 mod table;
+mod tagged;
 mod tier;
 mod view;
 mod writer;

@@ -14,7 +14,7 @@ pub(super) const NONE: u64 = 0;
 /// Names of the blocks of one run.
 #[derive(Debug, Default)]
 pub(super) struct Names {
-    /// Of each block, [`NONE`] where nobody has named it.
+    /// Of each block up to the last that has one; [`NONE`] where nobody has named it.
     shared: Vec<u64>,
     /// Ordered by column.
     own: Vec<Own>,
@@ -38,17 +38,13 @@ impl Own {
 }
 
 impl Names {
-    /// The run has `len` blocks now. Calls `shared` and `own` with the names that go.
-    pub(super) fn resize(
+    /// The run is cut to `len` blocks. Calls `shared` and `own` with the names that go.
+    pub(super) fn cut(
         &mut self,
         len: usize,
         mut shared: impl FnMut(u32, u64),
         mut own: impl FnMut(u32, u32, u64),
     ) {
-        if len >= self.shared.len() {
-            self.shared.resize(len, NONE);
-            return;
-        }
         let gone = self.shared.get(len..).unwrap_or_default();
         for (n, name) in gone.iter().enumerate() {
             if *name != NONE {
@@ -58,6 +54,9 @@ impl Names {
         shorten(&mut self.shared, len);
         self.own.retain_mut(|list| {
             let kept = len.saturating_sub(list.start as usize);
+            if kept >= list.names.len() {
+                return true;
+            }
             let gone = list.names.get(kept..).unwrap_or_default();
             for (n, name) in gone.iter().enumerate() {
                 if *name != NONE {
@@ -82,20 +81,21 @@ impl Names {
         self.shared.get(at..at + names.len()) == Some(names) && !names.contains(&NONE)
     }
 
-    /// How many of the `n` blocks from `offset` on are like the first in having a shared name or none, and
-    /// whether they have one.
-    pub(super) fn alike(&self, offset: u32, n: usize) -> (usize, bool) {
-        let at = offset as usize;
-        let names = self.shared.get(at..at + n).unwrap_or_default();
-        let has = names.first().is_some_and(|name| *name != NONE);
-        let other = names.iter().position(|name| (*name != NONE) != has);
-        (other.unwrap_or(n), has)
+    /// How many of the `n` blocks from `offset` on have no shared name, up to the first that has.
+    pub(super) fn unshared(&self, offset: u32, n: usize) -> usize {
+        let names = self.shared.get(offset as usize..).unwrap_or_default();
+        let named = names.iter().take(n).position(|name| *name != NONE);
+        named.unwrap_or(n)
     }
 
     /// Names the blocks from `offset` on for everybody.
     pub(super) fn share(&mut self, offset: u32, names: &[u64]) {
         let at = offset as usize;
-        if let Some(places) = self.shared.get_mut(at..at + names.len()) {
+        let end = at + names.len();
+        if self.shared.len() < end {
+            self.shared.resize(end, NONE);
+        }
+        if let Some(places) = self.shared.get_mut(at..end) {
             places.copy_from_slice(names);
         }
     }
@@ -191,15 +191,9 @@ impl Names {
 mod tests {
     use super::*;
 
-    fn names(len: usize) -> Names {
-        let mut names = Names::default();
-        names.resize(len, |_, _| {}, |_, _, _| {});
-        names
-    }
-
     #[test]
     fn own_names_may_start_anywhere_and_grow_both_ways() {
-        let mut names = names(10);
+        let mut names = Names::default();
         names.add_own(3, 5, &[55], 0);
         names.add_own(3, 7, &[77], 0);
         names.add_own(3, 2, &[22], 0);
@@ -233,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_shorter_run_gives_up_the_names_behind_its_end() {
-        let mut names = names(4);
+        let mut names = Names::default();
         for offset in 0..4 {
             names.share(offset, &[10 + u64::from(offset)]);
         }
@@ -241,9 +235,10 @@ mod tests {
         names.add_own(3, 3, &[93], 0);
         names.add_own(5, 2, &[52], 0);
         assert!(names.agree(1, &[11, 12]) && !names.agree(1, &[11, 13]));
-        assert!(!names.agree(3, &[13, 14]), "longer than the run");
+        assert!(!names.agree(3, &[13, 14]), "longer than the list");
+        assert_eq!((names.unshared(0, 4), names.unshared(4, 9)), (0, 9));
         let (mut shared, mut own) = (Vec::new(), Vec::new());
-        names.resize(
+        names.cut(
             2,
             |offset, name| shared.push((offset, name)),
             |column, offset, name| own.push((column, offset, name)),

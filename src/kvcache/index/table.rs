@@ -5,36 +5,37 @@ mod naming;
 
 use std::collections::VecDeque;
 
-use hashbrown::{HashMap, HashTable};
+use hashbrown::HashMap;
 use smallvec::SmallVec;
 
 use super::lookup::Trust;
 use super::names::Names;
+use super::numbers::{Numbers, Sheets};
 use super::run::{Expected, Plane, Span};
+use super::tagged::{Tag, Tagged};
 use super::tier::{GPU, MAX_TIERS, SPECULATIVE};
 use super::view::{Draft, Op, View, stamp};
 use crate::kvcache::block::BlockKey;
-pub(super) use naming::WARM;
-use naming::remove;
 
 /// Cache groups told apart on one endpoint; engines have a handful.
 pub(super) const MAX_GROUPS: u32 = 32;
 /// Predictions waiting for their deadline at most; at 2 s each, 32,000 requests a second.
 pub(super) const MAX_EXPECTED: usize = 1 << 16;
 
-// Memory at the worst fill: vectors half empty, hash tables just grown (7 in 16 slots used), and what
-// look-ups read there twice.
-/// One block: its key (8, twice, in either copy), its shared name (8, twice), its entry in `by_name` (13 a
-/// slot).
-pub(super) const BLOCK_BYTES: usize = 78;
+// Memory at the worst fill: vectors half empty, hash tables just grown (7 in 16 slots used, of tables of
+// names 3 in 8), and what look-ups read there twice.
+/// One block: its key (8, twice, in either copy), its shared name (8, twice), its entry in `by_name` (8 a
+/// slot) and its part of a sheet of numbers (12 for 16, twice).
+pub(super) const BLOCK_BYTES: usize = 71;
 /// One span (16, twice, in either copy) and the run's entry in its column (9 a slot).
 pub(super) const SPAN_BYTES: usize = 85;
 /// A run beside its blocks: itself (72, twice, in either copy), its entry in `heads` (17 a slot, in
-/// either copy) and what writers keep of it (80, twice).
-pub(super) const RUN_BYTES: usize = 526;
+/// either copy), what writers keep of it ([`META_BYTES`], twice) and a sheet that it begins (8, twice).
+pub(super) const RUN_BYTES: usize = 382 + 2 * META_BYTES;
+const META_BYTES: usize = 112;
 /// One name an endpoint does not share with the others: itself (8, twice), its entry in the column's table
-/// (13 a slot) and its part of a list.
-const OWN_BYTES: usize = 47;
+/// (8 a slot) and its part of a list.
+const OWN_BYTES: usize = 39;
 
 /// Stands for the time of the first store where there was none.
 pub(super) const PREDICTED: u32 = u32::MAX;
@@ -46,22 +47,16 @@ pub(super) struct Place {
     pub(super) offset: u32,
 }
 
-/// A block's entry in a table of names: the table needs no other memory until the name is right but for a
-/// chance of 2^-32.
-#[derive(Debug, Clone, Copy)]
-struct Named {
-    place: Place,
-    tag: u32,
-}
-
 /// Of a publisher, what look-ups do not need.
 #[derive(Debug, Default)]
 struct Column {
     /// Runs it has spans or predictions in, and when it first stored to each, in seconds since the index
     /// began; [`PREDICTED`] until it did.
     runs: HashMap<u32, u32>,
-    /// Blocks it has a name of its own for.
-    own: HashTable<Named>,
+    /// Its names are kept for it alone.
+    apart: bool,
+    /// If so, the blocks it has names for.
+    own: Tagged,
     /// The block it calls [`super::names::NONE`], with its run's generation.
     none: Option<(Place, u32)>,
     /// Tiers with a store and without any removal, as bits.
@@ -76,6 +71,7 @@ struct Column {
 #[derive(Debug, Default)]
 struct Meta {
     names: Names,
+    sheets: Sheets,
     /// Run and generation this one goes on from.
     parent: Option<(u32, u32)>,
     /// Runs that go on from this one.
@@ -118,7 +114,8 @@ pub(super) struct Table {
     metas: Vec<Meta>,
     columns: Vec<Option<Column>>,
     /// Blocks with a shared name.
-    by_name: HashTable<Named>,
+    by_name: Tagged,
+    numbers: Numbers,
     free_runs: Vec<u32>,
     free_columns: Vec<u32>,
     /// Deadline, run and its generation, oldest first.
@@ -165,7 +162,8 @@ impl Table {
         Self {
             metas: Vec::new(),
             columns: Vec::new(),
-            by_name: HashTable::new(),
+            by_name: Tagged::default(),
+            numbers: Numbers::default(),
             free_runs: Vec::new(),
             free_columns: Vec::new(),
             expiry: VecDeque::new(),
@@ -255,18 +253,28 @@ impl Table {
         let mut done = 0;
         while let Some(&next) = keys.get(done) {
             let rest = keys.get(done..).unwrap_or_default();
-            let place = find(draft.view, at, next).or_else(|| self.append(draft, at, rest));
+            let place = find(draft.view, at, next).or_else(|| self.append(draft, id, at, rest));
             let Some(place) = place else {
                 self.stats.refused_blocks += rest.len() as u64;
                 return;
             };
             let run = draft.view.run(place.run);
             let n = run.map_or(0, |run| run.common(place.offset as usize, rest));
-            if n == 0 {
+            let names = self.name_bytes(id);
+            let fits = self.make_room(draft, n, names, SPAN_BYTES, Some(place.run));
+            let Some(n) = fits.filter(|n| *n > 0) else {
+                self.stats.refused_blocks += rest.len() as u64;
                 return;
-            }
+            };
             self.hold(draft, id, place, n, done, hold);
             done += n;
+            // It may have names of its own now; when they do not fit with the run alone, that goes too.
+            let pinned = Some(place.run);
+            if names == 0 && self.make_room(draft, 0, 0, 0, pinned).is_none() {
+                self.make_room(draft, 0, 0, 0, None);
+                self.stats.refused_blocks += (keys.len() - done) as u64;
+                return;
+            }
             at = Some(Place {
                 run: place.run,
                 offset: place.offset + short(n) - 1,
@@ -430,12 +438,14 @@ impl Table {
     fn append(
         &mut self,
         draft: &mut Draft<'_>,
+        id: u32,
         at: Option<Place>,
         keys: &[BlockKey],
     ) -> Option<Place> {
         let known = |key: &BlockKey| draft.view.heads.contains_key(key);
         let n = keys.iter().position(known).unwrap_or(keys.len());
-        let n = self.make_room(draft, n, at.map(|at| at.run))?;
+        let each = BLOCK_BYTES + self.name_bytes(id);
+        let n = self.make_room(draft, n, each, RUN_BYTES + SPAN_BYTES, at.map(|at| at.run))?;
         let keys = keys.get(..n)?;
         let end = at.filter(|at| {
             let run = draft.view.run(at.run);
@@ -452,9 +462,9 @@ impl Table {
             },
         };
         draft.append(place.run, keys);
-        let meta = self.meta_mut(place.run)?;
+        let meta = self.metas.get_mut(place.run as usize)?;
         let len = place.offset as usize + n;
-        meta.names.resize(len, |_, _| {}, |_, _, _| {});
+        self.numbers.resize(place.run, &mut meta.sheets, len);
         self.blocks += n;
         Some(place)
     }
@@ -630,24 +640,30 @@ impl Table {
             metas,
             columns,
             by_name,
+            numbers,
             own_names,
             ..
         } = self;
-        let Some(meta) = metas.get_mut(run as usize) else {
+        let Some(Meta { names, sheets, .. }) = metas.get_mut(run as usize) else {
             return;
         };
-        meta.names.resize(
+        names.cut(
             len,
             |offset, name| {
-                remove(by_name, Place { run, offset }, name);
+                if let Some(block) = sheets.number(offset) {
+                    by_name.remove(Tag::of(name), block);
+                }
             },
             |column, offset, name| {
-                if let Some(Some(column)) = columns.get_mut(column as usize) {
-                    remove(&mut column.own, Place { run, offset }, name);
+                if let Some(Some(column)) = columns.get_mut(column as usize)
+                    && let Some(block) = sheets.number(offset)
+                {
+                    column.own.remove(Tag::of(name), block);
                 }
                 *own_names -= 1;
             },
         );
+        numbers.resize(run, sheets, len);
     }
 
     /// When the column first stored to the run, [`PREDICTED`] if it has not; `None` when nothing of it is
@@ -688,18 +704,31 @@ impl Table {
             + self.own_names * OWN_BYTES
     }
 
-    /// Evicts until `n` blocks fit, or as many of them as can; `None` when not even one does. `pinned`
-    /// stays.
-    fn make_room(&mut self, draft: &mut Draft<'_>, n: usize, pinned: Option<u32>) -> Option<usize> {
-        let need = |n: usize| n * BLOCK_BYTES + RUN_BYTES + SPAN_BYTES;
-        while self.used_bytes(draft.view) + need(n) > self.max_bytes {
+    /// What the column's name of a block takes beside the block.
+    fn name_bytes(&self, id: u32) -> usize {
+        let column = self.columns.get(id as usize).and_then(Option::as_ref);
+        column.map_or(0, |column| if column.apart { OWN_BYTES } else { 0 })
+    }
+
+    /// Evicts until `n` things of `each` bytes fit with `once` bytes, or as many of them as can; `None` when
+    /// not even one does. `pinned` stays.
+    fn make_room(
+        &mut self,
+        draft: &mut Draft<'_>,
+        n: usize,
+        each: usize,
+        once: usize,
+        pinned: Option<u32>,
+    ) -> Option<usize> {
+        let max = self.max_bytes.saturating_sub(once);
+        while self.used_bytes(draft.view) + n * each > max {
             if !self.evict(draft, pinned) {
                 break;
             }
         }
-        let left = self.max_bytes.saturating_sub(self.used_bytes(draft.view));
-        let fits = left.saturating_sub(need(0)) / BLOCK_BYTES;
-        (fits > 0).then_some(n.min(fits))
+        let left = max.checked_sub(self.used_bytes(draft.view))?;
+        let fits = left.checked_div(each).map_or(n, |fits| fits.min(n));
+        (fits > 0 || n == 0).then_some(fits)
     }
 
     /// Drops the next run the clock hand finds that was not stored to since it came by last, ends of
@@ -762,3 +791,4 @@ pub(super) fn short(n: usize) -> u32 {
 }
 
 const _: () = assert!((SPECULATIVE as usize) < MAX_TIERS);
+const _: () = assert!(size_of::<Meta>() == META_BYTES);

@@ -68,9 +68,9 @@ fn at_the_bound_prompts_not_stored_for_longest_go() {
         assert_eq!(blocks(&index, &tokens), 20, "the newest is always in");
     }
     let stats = index.stats();
-    // A prompt takes 20 * 78 + 526 + 85 = 2171 bytes, so 46 fit.
-    assert_eq!(stats.runs, 46, "{stats:?}");
-    assert_eq!(stats.evicted_runs, 500 - 46);
+    // A prompt takes 20 * 71 + 606 + 85 = 2111 bytes, so 47 fit.
+    assert_eq!(stats.runs, 47, "{stats:?}");
+    assert_eq!(stats.evicted_runs, 500 - 47);
     assert_eq!((blocks(&index, &[0, 1]), stats.refused_blocks), (0, 0));
     let gone = one(Event::Removed(Removed {
         hashes: &[1],
@@ -83,6 +83,35 @@ fn at_the_bound_prompts_not_stored_for_longest_go() {
         1,
         "a late removal of an evicted block is harmless"
     );
+}
+
+#[test]
+fn names_that_only_one_endpoint_uses_count() {
+    let settings = IndexSettings {
+        max_bytes: 100_000,
+        ..IndexSettings::default()
+    };
+    let index = KvIndex::new(&settings, BlockHasher::with_seed(1));
+    let mut writers: Vec<_> = (0..20)
+        .map(|e| index.writer(EndpointIndex(e), "m"))
+        .collect();
+    // A prompt takes 2111 bytes for the first endpoint, and 20 * 39 + 85 = 865 for each that calls its blocks
+    // something else: not even six prompts fit with all names.
+    for n in 0..10_u32 {
+        let tokens: Vec<u32> = (0..20).map(|i| n * 100 + i).collect();
+        for (e, writer) in (0..).zip(&mut writers) {
+            let name = |token: &u32| u64::from(*token) + 1 + e * 10_000;
+            let hashes: Vec<u64> = tokens.iter().map(name).collect();
+            writer.apply(&batch(&one(Event::Stored(stored(
+                &hashes, None, &tokens, 1,
+            )))));
+            let stats = index.stats();
+            assert!(stats.used_bytes <= settings.max_bytes, "{stats:?}");
+        }
+        assert_eq!(blocks(&index, &tokens), 20, "the newest is in");
+    }
+    let stats = index.stats();
+    assert_eq!((stats.runs, stats.refused_blocks), (5, 0), "{stats:?}");
 }
 
 #[test]
@@ -99,9 +128,16 @@ fn a_prompt_larger_than_the_bound_keeps_its_head() {
         &hashes, None, &tokens, 1,
     )))));
     let held = blocks(&index, &tokens);
-    // (10000 - 526 - 85) / 78
-    assert_eq!(held, 120);
+    // (10000 - 606 - 85) / 71
+    assert_eq!(held, 131);
     assert_eq!(index.stats().refused_blocks, 1000 - u64::from(held));
+    assert!(index.stats().used_bytes <= settings.max_bytes);
+    // Other names for the same blocks do not fit beside them.
+    let mut other = index.writer(EndpointIndex(1), "m");
+    let hashes: Vec<u64> = (2001..=3000).collect();
+    other.apply(&batch(&one(Event::Stored(stored(
+        &hashes, None, &tokens, 1,
+    )))));
     assert!(index.stats().used_bytes <= settings.max_bytes);
 }
 
