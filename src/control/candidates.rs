@@ -1,5 +1,6 @@
 //! Which endpoints a request may go to, before any plugin looks at it.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use crate::datalayer::{Endpoint, EndpointStore};
@@ -11,23 +12,35 @@ pub enum Subset {
     /// No hint: the whole pool.
     #[default]
     Any,
-    /// Only these `ip:port`; an entry without a port stands for every port of the address. An empty
-    /// list selects nothing.
-    Only(Vec<String>),
+    /// Only these; an entry without a port stands for every port of the address. An empty list selects
+    /// nothing.
+    Only(Vec<(IpAddr, Option<u16>)>),
 }
 
 impl Subset {
+    /// Only these `ip:port` or addresses, however written. What is neither selects nothing.
+    pub fn only<'a>(entries: impl IntoIterator<Item = &'a str>) -> Self {
+        let read = |entry: &str| {
+            if let Ok(address) = entry.parse::<SocketAddr>() {
+                return Some((address.ip(), Some(address.port())));
+            }
+            let bare = entry.trim_start_matches('[').trim_end_matches(']');
+            Some((bare.parse().ok()?, None))
+        };
+        Self::Only(entries.into_iter().filter_map(read).collect())
+    }
+
     /// True when `endpoint` is in the subset. The reference compares addresses only; the protocol
     /// says `ip:port`, which is what counts here.
     pub fn admits(&self, endpoint: &Endpoint) -> bool {
         match self {
             Self::Any => true,
             Self::Only(entries) => {
-                let ip = endpoint.spec.address.ip().to_string();
-                entries.iter().any(|entry| {
-                    let bare = entry.trim_start_matches('[').trim_end_matches(']');
-                    entry.as_bytes() == endpoint.host_port || bare == ip
-                })
+                let own = endpoint.spec.address;
+                let same = |port: &Option<u16>| port.is_none_or(|port| port == own.port());
+                entries
+                    .iter()
+                    .any(|(ip, port)| *ip == own.ip() && same(port))
             }
         }
     }
@@ -208,7 +221,7 @@ mod tests {
     }
 
     fn only(entries: &[&str]) -> Subset {
-        Subset::Only(entries.iter().map(|e| (*e).to_owned()).collect())
+        Subset::only(entries.iter().copied())
     }
 
     #[test]
@@ -224,7 +237,8 @@ mod tests {
     fn an_entry_without_port_stands_for_the_address() {
         assert!(only(&["10.0.0.7"]).admits(&endpoint("10.0.0.7:8000")));
         assert!(only(&["fd00::7"]).admits(&endpoint("[fd00::7]:8000")));
-        assert!(only(&["[fd00::7]:8000"]).admits(&endpoint("[fd00::7]:8000")));
+        assert!(only(&["[FD00:0::07]:8000"]).admits(&endpoint("[fd00::7]:8000")));
+        assert!(!only(&["[fd00::7]:8001", "host:8000"]).admits(&endpoint("[fd00::7]:8000")));
         assert!(!only(&["10.0.0.70"]).admits(&endpoint("10.0.0.7:8000")));
     }
 }

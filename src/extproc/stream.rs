@@ -780,22 +780,18 @@ fn streamed_piece(rewritten: bool, whole: Option<Body>) -> ProcessingResponse {
 }
 
 /// A list of `ip:port` or one comma-separated string; another type is no hint.
-fn read_subset(value: &Value) -> Option<Subset> {
-    let split = |text: &str| -> Vec<String> {
-        text.split(',')
-            .map(|part| part.trim().to_owned())
-            .filter(|part| !part.is_empty())
-            .collect()
+fn read_subset<'a>(value: &'a Value) -> Option<Subset> {
+    let text = |value: &'a Value| match &value.kind {
+        Some(Kind::StringValue(text)) => Some(text.as_str()),
+        _ => None,
     };
+    let entries = |text: &'a str| text.split(',').map(str::trim);
     match value.kind.as_ref()? {
         Kind::ListValue(list) => {
-            let texts = list.values.iter().filter_map(|v| match &v.kind {
-                Some(Kind::StringValue(text)) => Some(text.as_str()),
-                _ => None,
-            });
-            Some(Subset::Only(texts.flat_map(split).collect()))
+            let texts = list.values.iter().filter_map(text);
+            Some(Subset::only(texts.flat_map(entries)))
         }
-        Kind::StringValue(text) => Some(Subset::Only(split(text))),
+        Kind::StringValue(text) => Some(Subset::only(entries(text))),
         _ => None,
     }
 }
