@@ -20,12 +20,12 @@ pub enum Subset {
 impl Subset {
     /// Only these `ip:port` or addresses, however written. What is neither selects nothing.
     pub fn only<'a>(entries: impl IntoIterator<Item = &'a str>) -> Self {
-        let read = |entry: &str| match entry.parse::<SocketAddr>() {
-            Ok(address) => Some((address.ip(), Some(address.port()))),
-            Err(_) => {
-                let bare = entry.trim_start_matches('[').trim_end_matches(']');
-                Some((bare.parse().ok()?, None))
+        let read = |entry: &str| {
+            if let Ok(address) = entry.parse::<SocketAddr>() {
+                return Some((address.ip(), Some(address.port())));
             }
+            let bare = entry.trim_start_matches('[').trim_end_matches(']');
+            Some((bare.parse().ok()?, None))
         };
         Self::Only(entries.into_iter().filter_map(read).collect())
     }

@@ -6,10 +6,10 @@ use super::grpc::{Method, VllmUsage, WrappedUsage};
 use super::report::{Object, Report};
 use super::sse::Lines;
 
-/// Bytes kept of the end of a non-streaming body. Engines write `usage` behind the choices, so it is
-/// within these unless kilobytes of other fields follow it; then it is not found.
+/// Bytes kept of the end of a non-streaming body: engines write `usage` behind the choices. What leaves
+/// is searched once, so a report that kilobytes of other fields follow is found unless it is longer.
 const TAIL_BYTES: usize = 16 * 1024;
-/// Places of a tail that are tried.
+/// Places that are tried at a time.
 const MAX_GUESSES: usize = 8;
 
 /// How an API writes usage.
@@ -126,7 +126,14 @@ pub(super) struct TextUsage {
 #[derive(Debug)]
 enum Text {
     Stream(Lines),
-    Tail(Vec<u8>),
+    Tail(Tail),
+}
+
+/// The end of a body, and the last report before it.
+#[derive(Debug, Default)]
+struct Tail {
+    bytes: Vec<u8>,
+    earlier: Option<Report>,
 }
 
 impl TextUsage {
@@ -135,7 +142,7 @@ impl TextUsage {
         let text = if streaming {
             Text::Stream(Lines::default())
         } else {
-            Text::Tail(Vec::new())
+            Text::Tail(Tail::default())
         };
         Self { dialect, text }
     }
@@ -147,7 +154,7 @@ impl TextUsage {
             Text::Stream(lines) => lines.push(piece, dialect.marker(), &mut |line| {
                 dialect.read_line(line, usage);
             }),
-            Text::Tail(tail) => keep_tail(tail, piece),
+            Text::Tail(tail) => tail.push(piece, dialect.marker()),
         }
     }
 
@@ -156,23 +163,48 @@ impl TextUsage {
         let Self { dialect, text } = self;
         match text {
             Text::Stream(lines) => lines.finish(&mut |line| dialect.read_line(line, usage)),
-            Text::Tail(tail) => dialect.read_tail(tail, usage),
+            Text::Tail(tail) => {
+                if let Some(report) = tail.finish(dialect.marker()) {
+                    report.merge_into(usage);
+                }
+            }
         }
     }
 }
 
-fn keep_tail(tail: &mut Vec<u8>, piece: &[u8]) {
-    let keep = piece
-        .get(piece.len().saturating_sub(TAIL_BYTES)..)
-        .unwrap_or_default();
-    // Shift only when the buffer is twice the bound, so that small pieces cost what they copy.
-    if tail.len() + keep.len() > 2 * TAIL_BYTES {
-        let excess = tail
-            .len()
-            .saturating_sub(TAIL_BYTES.saturating_sub(keep.len()));
-        tail.drain(..excess);
+impl Tail {
+    fn push(&mut self, piece: &[u8], marker: &[u8]) {
+        for part in piece.chunks(TAIL_BYTES) {
+            self.bytes.extend_from_slice(part);
+            // Shift only when the buffer is twice the bound, so that small pieces cost what they copy.
+            if self.bytes.len() > 2 * TAIL_BYTES {
+                let excess = self.bytes.len() - TAIL_BYTES;
+                self.earlier = last_report(&self.bytes, excess, marker).or(self.earlier.take());
+                self.bytes.drain(..excess);
+            }
+        }
     }
-    tail.extend_from_slice(keep);
+
+    fn finish(&mut self, marker: &[u8]) -> Option<Report> {
+        last_report(&self.bytes, self.bytes.len(), marker).or(self.earlier.take())
+    }
+}
+
+/// The last report in `text` whose key begins before `end`. A quoted `"usage"` inside text has a
+/// backslash before its closing quote and does not match; a text or key of that name may.
+fn last_report(text: &[u8], end: usize, marker: &[u8]) -> Option<Report> {
+    let mut end = text.len().min(end + marker.len() - 1);
+    // Searching forward is several times faster, and most often there is nothing.
+    memmem::find(text.get(..end)?, marker)?;
+    for _ in 0..MAX_GUESSES {
+        let at = memmem::rfind(text.get(..end)?, marker)?;
+        let report = report_behind(text.get(at + marker.len()..)?);
+        if report.is_some() {
+            return report;
+        }
+        end = at;
+    }
+    None
 }
 
 impl Dialect {
@@ -202,21 +234,6 @@ impl Dialect {
         };
         if let Some(report) = report {
             report.merge_into(usage);
-        }
-    }
-
-    /// The end of a plain JSON body: the last usage object in it. A quoted `"usage"` inside text has
-    /// a backslash before its closing quote and does not match; a text or key of that name may.
-    fn read_tail(self, tail: &[u8], usage: &mut Option<Usage>) {
-        let mut before = tail.len();
-        for _ in 0..MAX_GUESSES {
-            let found = memmem::rfind(tail.get(..before).unwrap_or_default(), self.marker());
-            let Some(at) = found else { return };
-            let behind = tail.get(at + self.marker().len()..).unwrap_or_default();
-            if let Some(report) = report_behind(behind) {
-                return report.merge_into(usage);
-            }
-            before = at;
         }
     }
 }
@@ -464,9 +481,42 @@ mod tests {
             else {
                 panic!("streaming")
             };
-            assert!(tail.len() <= 2 * TAIL_BYTES);
+            assert!(tail.bytes.len() <= 2 * TAIL_BYTES);
         }
         assert_eq!(reader.finish().unwrap().total_tokens, 3);
+    }
+
+    #[test]
+    fn usage_is_found_wherever_it_stands() {
+        let usage = br#""usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}"#;
+        let text = |bytes: usize| format!(r#""x":"{}""#, "y".repeat(bytes)).into_bytes();
+        for (before, behind) in [
+            (0, 100_000),
+            (50_000, 50_000),
+            (20_000, 15_000),
+            // The key straddles the end of what leaves first.
+            (2 * TAIL_BYTES - 10, 3 * TAIL_BYTES),
+        ] {
+            let body = [
+                b"{",
+                &text(before)[..],
+                b",",
+                usage,
+                b",",
+                &text(behind),
+                b"}",
+            ]
+            .concat();
+            for size in [1, 777, TAIL_BYTES, 64 * 1024, body.len()] {
+                let pieces: Vec<&[u8]> = body.chunks(size).collect();
+                let found = read(UsageFormat::OpenAi, false, &pieces);
+                assert_eq!(
+                    found.map(|u| u.total_tokens),
+                    Some(3),
+                    "{before} {behind} {size}"
+                );
+            }
+        }
     }
 
     proptest! {
