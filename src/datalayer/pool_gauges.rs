@@ -1,6 +1,6 @@
 //! Gauges of the whole pool, refreshed at an interval.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{EndpointStore, EngineMetrics};
-use crate::telemetry::metrics::{Collect, Pair, labels, register, write_gauge};
+use crate::telemetry::metrics::{Collect, Pair, forget_departed, labels, register, write_gauge};
 
 /// Averages, deviations and counts of one pool.
 #[derive(Debug)]
@@ -85,6 +85,15 @@ impl PoolGauges {
         self.store.forget_former();
         let pool = self.store.snapshot();
         let now = Instant::now();
+        let names: HashSet<(&str, &str)> = pool
+            .iter()
+            .map(|e| (e.spec.name.as_str(), e.spec.namespace.as_str()))
+            .collect();
+        let bare: HashSet<&str> = names.iter().map(|(name, _)| *name).collect();
+        forget_departed(&|name, namespace| match namespace {
+            Some(namespace) => names.contains(&(name, namespace)),
+            None => bare.contains(name),
+        });
         self.ready.set(pool.len() as f64);
         let mut fresh = Vec::with_capacity(pool.len());
         for endpoint in pool.iter() {

@@ -124,7 +124,7 @@ impl Plugin for InFlightLoadProducer {
         build.keys.produce::<()>(IN_FLIGHT);
         Ok(Self {
             name: build.name.to_owned(),
-            series: Arc::default(),
+            series: InFlightSeries::registered(),
             slot: build.keys.in_flight(build.name)?,
             uncached: build.keys.produce(UNCACHED_TOKENS),
             tokens: build.keys.require(TOKENIZED_PROMPT, TOKEN_PRODUCER),

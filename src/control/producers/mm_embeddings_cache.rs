@@ -52,7 +52,7 @@ pub struct MmEmbeddingsCacheProducer {
     media: Column<MediaFeature>,
     items: Column<Item>,
     matches: Column<EncoderCacheMatch>,
-    series: EncoderCacheSeries<{ MODALITIES.len() }>,
+    series: Arc<EncoderCacheSeries<{ MODALITIES.len() }>>,
 }
 
 /// A distinct item of a request.
@@ -126,7 +126,7 @@ impl Plugin for MmEmbeddingsCacheProducer {
             media: build.keys.require(MEDIA_FEATURES, TOKEN_PRODUCER),
             items: build.keys.produce(ITEMS),
             matches: build.keys.produce(ENCODER_CACHE_MATCH),
-            series: EncoderCacheSeries::new(Self::TYPE, build.name, MODALITIES),
+            series: EncoderCacheSeries::registered(Self::TYPE, build.name, MODALITIES),
         })
     }
 }

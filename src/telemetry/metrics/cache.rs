@@ -95,6 +95,20 @@ impl<K, V> HandleCache<K, V> {
     }
 }
 
+impl<K, V> HandleCache<K, V> {
+    /// Drops the handles of all keys but those that `keep` wants.
+    pub(super) fn retain(&self, keep: impl Fn(&K) -> bool) {
+        let _writer = self.writer.lock();
+        let table = self.table.load();
+        if table.iter().all(|entry| keep(&entry.key)) {
+            return;
+        }
+        let mut next = HashTable::clone(&table);
+        next.retain(|entry| keep(&entry.key));
+        self.table.store(Arc::new(next));
+    }
+}
+
 /// Caps on label values that clients choose.
 #[derive(Debug, Default)]
 pub(super) struct NameCaps {

@@ -12,7 +12,13 @@ pub trait Collect: Send + Sync {
 
     /// Writes series that are there only while what they are about is: a registered one stays for good.
     fn expose(&self, _out: &mut String) {}
+
+    /// Lets go of what it keeps of endpoints that have left.
+    fn forget_departed(&self, _is_there: IsThere<'_>) {}
 }
+
+/// Tells whether an endpoint is in the pool, by name and, where it is known, namespace.
+pub type IsThere<'a> = &'a dyn Fn(&str, Option<&str>) -> bool;
 
 /// Collectors that are still alive. Plugins are few, so the list needs no bound of its own.
 static COLLECTORS: Mutex<Vec<Weak<dyn Collect>>> = Mutex::new(Vec::new());
@@ -36,6 +42,13 @@ fn alive() -> Vec<Arc<dyn Collect>> {
 pub(super) fn collect_all() {
     for collector in alive() {
         collector.collect();
+    }
+}
+
+/// Lets all of them forget endpoints that have left. What one holds of another's goes the next time.
+pub fn forget_departed(is_there: IsThere<'_>) {
+    for collector in alive() {
+        collector.forget_departed(is_there);
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use metrics::{Counter, Histogram};
 
 use super::cache::{self, HandleCache};
-use super::labels;
+use super::{Collect, IsThere, labels, register};
 
 /// Series of one producer instance. Label sets are bounded by the pool times the modalities.
 pub struct EncoderCacheSeries<const M: usize> {
@@ -30,19 +30,25 @@ impl<const M: usize> std::fmt::Debug for EncoderCacheSeries<M> {
 
 impl<const M: usize> EncoderCacheSeries<M> {
     /// Handles for the instance `plugin_name`; counts come in the order of `modalities`.
-    pub fn new(plugin_type: &str, plugin_name: &str, modalities: [&'static str; M]) -> Self {
+    pub fn registered(
+        plugin_type: &str,
+        plugin_name: &str,
+        modalities: [&'static str; M],
+    ) -> Arc<Self> {
         let own = [("plugin_type", plugin_type), ("plugin_name", plugin_name)];
         let queries = modalities.map(|modality| {
             let list = labels(&[own[0], own[1], ("modality", modality)]);
             metrics::counter!("llm_d_epp_encoder_cache_queries_total", list)
         });
-        Self {
+        let series = Arc::new(Self {
             plugin: [plugin_type, plugin_name].map(str::to_owned),
             modalities,
             queries,
             hits: HandleCache::default(),
             ratio: metrics::histogram!("llm_d_epp_encoder_cache_hit_ratio", labels(&own)),
-        }
+        });
+        register(&series);
+        series
     }
 
     /// Distinct items of a request that were looked up.
@@ -77,6 +83,13 @@ impl<const M: usize> EncoderCacheSeries<M> {
     /// Share of the request's items that one candidate holds.
     pub fn ratio(&self, share: f64) {
         self.ratio.record(share);
+    }
+}
+
+impl<const M: usize> Collect for EncoderCacheSeries<M> {
+    fn forget_departed(&self, is_there: IsThere<'_>) {
+        self.hits
+            .retain(|key| is_there(&key.name, Some(&key.namespace)));
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod cache;
 mod collect;
+mod departing;
 mod disagg;
 mod encoder_cache;
 mod kubernetes;
@@ -17,7 +18,7 @@ use metrics::{Counter, Gauge, Histogram, Label};
 use tokio::time::Instant;
 
 use cache::{HandleCache, NameCaps};
-pub use collect::{Collect, Follow, register};
+pub use collect::{Collect, Follow, IsThere, forget_departed, register};
 pub use disagg::DecisionSeries;
 pub use encoder_cache::EncoderCacheSeries;
 pub use kubernetes::{LeaseSeries, WatchSeries};
@@ -245,14 +246,16 @@ impl Default for Metrics {
 impl Metrics {
     /// Handles of the installed recorder; without one they record nothing.
     pub fn new() -> Self {
-        Self(Arc::new(Inner {
+        let inner = Arc::new(Inner {
             caps: NameCaps::default(),
             requests: HandleCache::default(),
             attempts: HandleCache::default(),
             rewrites: HandleCache::default(),
             decision: metrics::histogram!("pinpod_decision_duration_seconds"),
             processing: metrics::histogram!("llm_d_epp_request_processing_duration_seconds"),
-        }))
+        });
+        register(&inner);
+        Self(inner)
     }
 
     /// The series of one label set. One hash lookup when it was used before.
@@ -392,6 +395,14 @@ impl Metrics {
     }
 }
 
+impl Collect for Inner {
+    fn forget_departed(&self, is_there: IsThere<'_>) {
+        let there = |e: &EndpointLabels| is_there(&e.name, Some(&e.namespace));
+        self.attempts
+            .retain(|key| key.endpoint.as_ref().is_none_or(there));
+    }
+}
+
 /// Gauges of the load one in-flight producer booked, by endpoint and flow. Label sets are bounded by
 /// the pool times the fairness ids that have a name of their own.
 #[derive(Default)]
@@ -440,7 +451,21 @@ impl InFlightGauges {
     }
 }
 
+impl Collect for InFlightSeries {
+    fn forget_departed(&self, is_there: IsThere<'_>) {
+        self.gauges
+            .retain(|key| is_there(&key.endpoint, Some(&key.namespace)));
+    }
+}
+
 impl InFlightSeries {
+    /// Series that forget endpoints which have left.
+    pub fn registered() -> Arc<Self> {
+        let series = Arc::default();
+        register(&series);
+        series
+    }
+
     /// The gauges of one endpoint and flow. One hash lookup when they were used before.
     pub fn gauges(
         &self,

@@ -1,4 +1,5 @@
-//! The process-wide recorder: counters and gauges are the Prometheus exporter's, histograms are ours.
+//! The process-wide recorder: counters and gauges are the Prometheus exporter's, but for those of single
+//! endpoints (`departing.rs`); histograms are ours.
 //!
 //! The exporter keeps every observation until it is folded into buckets, 90 ns to store one and 16
 //! bytes until then; a decision makes some forty. All our histograms have fixed bounds, so an
@@ -16,6 +17,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, Prometheu
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
+use super::departing::OfEndpoints;
 use super::table::{Kind, Series, TABLE};
 
 /// Bounds of a histogram that the table does not know; only tests make one.
@@ -26,6 +28,7 @@ const DEFAULT_BOUNDS: &[f64] = &[1.0];
 pub(super) struct Recorder {
     plain: PrometheusRecorder,
     histograms: Arc<Histograms>,
+    of_endpoints: Arc<OfEndpoints>,
 }
 
 /// What was recorded, as text.
@@ -33,13 +36,17 @@ pub(super) struct Recorder {
 pub struct Exposition {
     plain: PrometheusHandle,
     histograms: Arc<Histograms>,
+    of_endpoints: Arc<OfEndpoints>,
 }
 
 impl Recorder {
     pub(super) fn new() -> Self {
+        let of_endpoints = Arc::default();
+        super::register(&of_endpoints);
         Self {
             plain: PrometheusBuilder::new().build_recorder(),
             histograms: Arc::default(),
+            of_endpoints,
         }
     }
 
@@ -47,6 +54,7 @@ impl Recorder {
         Exposition {
             plain: self.plain.handle(),
             histograms: Arc::clone(&self.histograms),
+            of_endpoints: Arc::clone(&self.of_endpoints),
         }
     }
 }
@@ -63,6 +71,7 @@ impl Exposition {
         super::collect::collect_all();
         let mut text = self.plain.render();
         self.histograms.render(&mut text);
+        self.of_endpoints.render(&mut text);
         super::collect::expose_all(&mut text);
         text
     }
@@ -83,11 +92,13 @@ impl metrics::Recorder for Recorder {
     }
 
     fn register_counter(&self, key: &Key, metadata: &Metadata<'_>) -> Counter {
-        self.plain.register_counter(key, metadata)
+        let own = self.of_endpoints.counter(key);
+        own.unwrap_or_else(|| self.plain.register_counter(key, metadata))
     }
 
     fn register_gauge(&self, key: &Key, metadata: &Metadata<'_>) -> Gauge {
-        self.plain.register_gauge(key, metadata)
+        let own = self.of_endpoints.gauge(key);
+        own.unwrap_or_else(|| self.plain.register_gauge(key, metadata))
     }
 
     fn register_histogram(&self, key: &Key, _: &Metadata<'_>) -> Histogram {
@@ -234,7 +245,7 @@ pub fn write_gauge(name: &str, rows: &[(Vec<Label>, f64)], out: &mut String) {
 }
 
 /// `name="value"` pairs, values escaped.
-fn label_text<'a>(labels: impl Iterator<Item = &'a Label>) -> String {
+pub(super) fn label_text<'a>(labels: impl Iterator<Item = &'a Label>) -> String {
     let mut out = String::new();
     for label in labels {
         if !out.is_empty() {
