@@ -217,9 +217,9 @@ async fn what_the_engine_cached_before_the_picker_came_raises_no_alarm() {
     for first in [201, 301, 401, 501, 601] {
         gateway.ask(&prompt(first)).await;
         let blocks = Engine::blocks(&prompt(first));
-        blocks.iter().for_each(|block| {
-            gateway.engine.cached.remove(block);
-        });
+        for block in blocks {
+            gateway.engine.cached.remove(&block);
+        }
         gateway.ask(&prompt(first)).await;
     }
     assert_eq!(gateway.broken("base", false, MISSES).as_deref(), Some("1"));

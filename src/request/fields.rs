@@ -109,6 +109,10 @@ pub(super) fn raw_segment(range: Range<usize>) -> Segment {
 }
 
 /// Top-level fields that the payload reports. Of duplicate keys the last wins, as in every engine.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a field of the body by itself"
+)]
 #[derive(Debug, Default)]
 pub(super) struct Common {
     model: Option<Text>,

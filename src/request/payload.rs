@@ -35,6 +35,7 @@ pub enum ApiKind {
 }
 
 /// Result of parsing one body.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts")]
 #[derive(Debug, Clone)]
 pub struct Payload {
     /// The API.

@@ -85,7 +85,10 @@ fn indent(state: &State<'_, '_>, value: &Value, args: Args) -> Result<String, Er
     Ok(out)
 }
 
-fn trim(state: &State<'_, '_>, value: &Value, chars: Option<String>) -> Result<Value, Error> {
+fn trim(state: &State<'_, '_>, value: &Value, args: Args) -> Result<Value, Error> {
+    let options = named(args, &["chars"])?;
+    let chars: Option<String> = options.get("chars")?;
+    options.assert_all_used()?;
     if let Some(text) = value.as_str() {
         let trimmed = methods::strip(text, chars.as_deref());
         let same = trimmed.len() == text.len();

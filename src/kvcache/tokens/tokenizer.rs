@@ -124,6 +124,14 @@ impl ModelTokenizer {
         if config["split_special_tokens"] == true {
             tokenizer.set_encode_special_tokens(true);
         }
+        let class = config["tokenizer_class"].as_str().unwrap_or_default();
+        if class.starts_with("LlamaTokenizer") && !json["normalizer"].is_null() {
+            tracing::warn!(
+                class,
+                "engines with transformers 5 build this tokenizer anew, with other ids for spaces behind \
+                 special tokens; these are those of its file"
+            );
+        }
         let splitter = Splitter::detect(&json, &added);
         let affixes = affixes(&tokenizer)?;
         Ok(Self {
