@@ -100,15 +100,11 @@ fn endpoint_of(key: &Key) -> Option<(&str, Option<&str>)> {
             .map(metrics::Label::value)
     };
     let name = label("endpoint_name").or_else(|| label("pod_name"));
-    match (name, label("pod")) {
-        (Some(""), _) => None,
-        (Some(name), _) => Some((name, label("namespace"))),
-        (None, Some(pod)) => {
-            let (namespace, name) = pod.split_once('/')?;
-            Some((name, Some(namespace)))
-        }
-        (None, None) => None,
+    if let Some(name) = name {
+        return (!name.is_empty()).then(|| (name, label("namespace")));
     }
+    let (namespace, name) = label("pod")?.split_once('/')?;
+    Some((name, Some(namespace)))
 }
 
 #[cfg(test)]
