@@ -31,8 +31,13 @@ const SPACE: KeySpace<'static> = KeySpace {
 };
 const LOOKUPS: usize = 50_000;
 const WRITERS: usize = 8;
+const ROUNDS: usize = 7;
 /// Prompts that measurements go through in turn.
 const ASKED: u32 = 128;
+
+/// That of the binary.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() {
     keys();
@@ -57,7 +62,10 @@ fn keys() {
         times.push(start.elapsed());
         black_box(&keys);
     }
-    show(&format!("7,200 tokens to keys: {}", percentiles(times)));
+    let [p50, p99, _] = percentiles(times);
+    show(&format!(
+        "7,200 tokens to keys: p50 {p50:.2} us, p99 {p99:.2} us"
+    ));
 }
 
 /// Conversations of all endpoints, in no order.
@@ -137,27 +145,41 @@ fn wire() {
     }
 }
 
-/// Look-ups of 450 blocks on all endpoints, first alone, then while eight threads apply removals and
-/// stores as fast as they can. Threads share the processors: a look-up during which the kernel took the
-/// processor away says nothing about the index, so those are told by the thread's count of time slices
-/// and left out of the last line. Waiting for a lock would count: a thread that waits is not left out by
-/// it until it sleeps, and look-ups never sleep.
-fn beside_writers() {
+/// An index with all conversations of all endpoints.
+fn filled() -> (KvIndex, Vec<EndpointWriter>) {
     let index = KvIndex::new(&IndexSettings::default(), BlockHasher::default());
     let mut writers = writers(&index);
     let mut scratch = Scratch::default();
-    let mut churn: Vec<Vec<(Vec<u8>, Vec<u8>)>> = Vec::new();
     for (e, writer) in (0..).zip(&mut writers) {
-        let mut own = Vec::new();
         for n in 0..GROUPS_EACH {
             let prompt = conversation(e, group_of(e, n), Hashes::Shared);
             let message = store([prompt.tail(0)]);
             let decoded = scratch.decode(&message, |batch| writer.apply(batch));
             assert!(decoded.is_ok());
-            let (tail, names, parent) = prompt.tail(SHARED);
-            own.push((removals(names), store([(tail, names, parent)])));
         }
-        churn.push(own);
+    }
+    (index, writers)
+}
+
+/// Look-ups of 450 blocks on all endpoints: alone, while eight threads apply removals and stores to
+/// another index as fast as they can, and while they do to this one. The second tells what it costs to
+/// share processors and their caches with busy threads, whatever these do. Medians of rounds, since a
+/// machine that is shared has bad moments.
+///
+/// A look-up during which the kernel took the processor away says nothing about the index, so those are
+/// told by the thread's count of time slices and left out. Waiting for a lock would count: a thread that
+/// waits is not left out by it until it sleeps, and look-ups never sleep.
+fn beside_writers() {
+    let (index, mut own) = filled();
+    let (_other_index, mut others) = filled();
+    let mut churn: Vec<Vec<(Vec<u8>, Vec<u8>)>> = Vec::new();
+    for e in 0..ENDPOINTS {
+        let tails = (0..GROUPS_EACH).map(|n| {
+            let prompt = conversation(e, group_of(e, n), Hashes::Shared);
+            let (tail, names, parent) = prompt.tail(SHARED);
+            (removals(names), store([(tail, names, parent)]))
+        });
+        churn.push(tails.collect());
     }
     let prompts: Vec<_> = asked()
         .map(|prompt| {
@@ -167,30 +189,52 @@ fn beside_writers() {
             keys
         })
         .collect();
-    let (alone, _) = look(&index, &prompts);
-    show(&format!("look-ups of 450 blocks: {}", percentiles(alone)));
+    let (mut alone, mut beside_others, mut beside_own) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        alone.push((look(&index, &prompts), 0.0));
+        beside_others.push(beside(&mut others, &churn, &index, &prompts));
+        beside_own.push(beside(&mut own, &churn, &index, &prompts));
+    }
+    let report = |what: &str, rounds: &[([f64; 3], f64)]| {
+        let [p50, p99, p999] = [0, 1, 2].map(|at| median(rounds.iter().map(|round| round.0[at])));
+        show(&format!(
+            "look-ups of 450 blocks, {what}: p50 {p50:.2} us, p99 {p99:.2} us, p99.9 {p999:.2} us"
+        ));
+    };
+    let rate = median(beside_own.iter().map(|round| round.1));
+    report("alone", &alone);
+    report("beside 8 writers of another index", &beside_others);
+    report("beside 8 writers", &beside_own);
+    show(&format!("  which apply {rate:.1} million blocks a second"));
+}
 
+/// Look-ups while the writers are at work: percentiles, and millions of blocks applied a second.
+fn beside(
+    writers: &mut [EndpointWriter],
+    churn: &[Vec<(Vec<u8>, Vec<u8>)>],
+    index: &KvIndex,
+    prompts: &[Vec<BlockKey>],
+) -> ([f64; 3], f64) {
     let stop = AtomicBool::new(false);
     let applied = AtomicU64::new(0);
     let (each, start) = (ENDPOINTS as usize / WRITERS, Instant::now());
-    let (all, whole) = std::thread::scope(|scope| {
+    let times = std::thread::scope(|scope| {
         for (writers, churn) in writers.chunks_mut(each).zip(churn.chunks(each)) {
             let (stop, applied) = (&stop, &applied);
             scope.spawn(move || work(writers, churn, stop, applied));
         }
-        let times = look(&index, &prompts);
+        let times = look(index, prompts);
         stop.store(true, Ordering::Relaxed);
         times
     });
     let rate = applied.load(Ordering::Relaxed) as f64 / start.elapsed().as_secs_f64() / 1e6;
-    show(&format!(
-        "beside {WRITERS} writers ({rate:.1} million blocks a second): {}",
-        percentiles(all)
-    ));
-    show(&format!(
-        "  of these, not interrupted: {}",
-        percentiles(whole)
-    ));
+    (times, rate)
+}
+
+fn median(numbers: impl Iterator<Item = f64>) -> f64 {
+    let mut numbers: Vec<f64> = numbers.collect();
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied().unwrap_or(0.0)
 }
 
 /// Removes and stores tails in turn until told to stop.
@@ -219,12 +263,12 @@ fn work(
     }
 }
 
-/// Times of all look-ups, and of those that ran in one piece.
-fn look(index: &KvIndex, prompts: &[Vec<BlockKey>]) -> (Vec<Duration>, Vec<Duration>) {
+/// Percentiles of the look-ups that ran in one piece.
+fn look(index: &KvIndex, prompts: &[Vec<BlockKey>]) -> [f64; 3] {
     let candidates: Vec<_> = (0..ENDPOINTS).map(EndpointIndex).collect();
     let mut lookup = Lookup::new();
     let slices = Slices::new();
-    let (mut all, mut whole) = (Vec::new(), Vec::new());
+    let mut whole = Vec::new();
     for keys in prompts.iter().cycle().take(LOOKUPS) {
         let before = slices.count();
         let start = Instant::now();
@@ -232,12 +276,11 @@ fn look(index: &KvIndex, prompts: &[Vec<BlockKey>]) -> (Vec<Duration>, Vec<Durat
         let took = start.elapsed();
         let best = lookup.matches().iter().map(|found| found.blocks).max();
         assert!(best >= Some(SHARED));
-        all.push(took);
         if slices.count() == before {
             whole.push(took);
         }
     }
-    (all, whole)
+    percentiles(whole)
 }
 
 /// How often this thread was given a processor; always the same where the system does not say.
@@ -260,19 +303,13 @@ impl Slices {
     }
 }
 
-fn percentiles(mut times: Vec<Duration>) -> String {
+/// Median, 99th and 99.9th in microseconds.
+fn percentiles(mut times: Vec<Duration>) -> [f64; 3] {
     times.sort_unstable();
-    let us = |share: usize| {
+    [500, 990, 999].map(|share| {
         let at = times.get(times.len().saturating_sub(1) * share / 1000);
         at.map_or(0.0, |time| time.as_secs_f64() * 1e6)
-    };
-    format!(
-        "p50 {:.2} us, p99 {:.2} us, p99.9 {:.2} us of {}",
-        us(500),
-        us(990),
-        us(999),
-        times.len()
-    )
+    })
 }
 
 fn ns(time: Duration, n: usize) -> f64 {

@@ -12,17 +12,23 @@ use parking_lot::{RwLock, RwLockReadGuard};
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Copies<T> {
-    both: [RwLock<T>; 2],
+    both: [Apart<RwLock<T>>; 2],
     /// Where readers are sent.
-    front: AtomicUsize,
+    front: Apart<AtomicUsize>,
 }
+
+/// Shares no line of the processors' caches with anything else, nor the pair of lines that are fetched
+/// together: what the writer changes is not taken from readers of something beside it.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Apart<T>(T);
 
 impl<T> Copies<T> {
     /// Both values must be equal.
     pub(super) fn new(one: T, other: T) -> Self {
         Self {
-            both: [RwLock::new(one), RwLock::new(other)],
-            front: AtomicUsize::new(0),
+            both: [one, other].map(|copy| Apart(RwLock::new(copy))),
+            front: Apart(AtomicUsize::new(0)),
         }
     }
 
@@ -30,7 +36,7 @@ impl<T> Copies<T> {
     /// when the other copy was published while the first try went on.
     pub(super) fn read(&self) -> RwLockReadGuard<'_, T> {
         loop {
-            if let Some(guard) = self.read_copy(self.front.load(Ordering::Acquire)) {
+            if let Some(guard) = self.read_copy(self.front.0.load(Ordering::Acquire)) {
                 return guard;
             }
             std::hint::spin_loop();
@@ -42,24 +48,24 @@ impl<T> Copies<T> {
     /// an older value than this one did.
     fn read_copy(&self, number: usize) -> Option<RwLockReadGuard<'_, T>> {
         let [first, second] = &self.both;
-        let copy = if number == 0 { first } else { second };
+        let Apart(copy) = if number == 0 { first } else { second };
         let guard = copy.try_read()?;
-        (self.front.load(Ordering::Acquire) == number).then_some(guard)
+        (self.front.0.load(Ordering::Acquire) == number).then_some(guard)
     }
 
     /// Has `change` bring the other copy up to date and further, and publishes it. One writer at a time:
     /// the caller holds a lock that says so.
     pub(super) fn publish<R>(&self, change: impl FnOnce(&mut T) -> R) -> R {
         let [first, second] = &self.both;
-        let (back, number) = match self.front.load(Ordering::Relaxed) {
+        let (back, number) = match self.front.0.load(Ordering::Relaxed) {
             0 => (second, 1),
             _ => (first, 0),
         };
-        let mut guard = back.write();
+        let mut guard = back.0.write();
         let result = change(&mut guard);
         // Left before readers are sent there.
         drop(guard);
-        self.front.store(number, Ordering::Release);
+        self.front.0.store(number, Ordering::Release);
         result
     }
 }

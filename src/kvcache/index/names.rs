@@ -120,6 +120,10 @@ impl Names {
     /// tells how many of the following blocks will be named too.
     pub(super) fn add_own(&mut self, column: u32, offset: u32, names: &[u64], more: usize) {
         let at = self.find(column).unwrap_or_else(|at| {
+            if self.own.is_empty() {
+                // Most runs are one endpoint's; a vector by itself begins with room for four.
+                self.own.reserve_exact(1);
+            }
             self.own.insert(
                 at,
                 Own {

@@ -31,19 +31,21 @@ pub(super) struct Column {
     pub(super) block_size: u32,
 }
 
-/// One state of what look-ups read.
+/// One state of what look-ups read. What every look-up needs is in front, beside the lock: one line of the
+/// processors' caches, and the only one of these that writers change often.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct View {
-    pub(super) runs: Vec<Run>,
     /// First key of each run. Keys are hashes already.
     pub(super) heads: HashMap<BlockKey, u32, KeyHash>,
+    pub(super) runs: Vec<Run>,
     /// Of a dropped column only the number is left.
     pub(super) columns: Vec<Column>,
+    /// Changes with the columns and their states, and is never that of another index.
+    pub(super) stamp: u64,
     /// Columns of each endpoint; more than one when ranks share an endpoint.
     pub(super) endpoints: Vec<SmallVec<[u32; 1]>>,
     pub(super) tiers: Tiers,
-    /// Changes with the columns and their states, and is never that of another index.
-    pub(super) stamp: u64,
     /// A block stored again is the same copy.
     idempotent: bool,
 }
