@@ -58,12 +58,13 @@ impl Span {
 /// Consecutive blocks. Every key commits to the blocks before it, so a run is entered at its first
 /// block only, and two lists that agree at one place agree before it.
 #[derive(Debug, Default)]
+#[repr(align(64))]
 pub(super) struct Run {
     pub(super) keys: Vec<BlockKey>,
     /// Ordered by plane, then start; spans of a plane do not overlap.
     pub(super) spans: Vec<Span>,
-    /// Ordered by column.
-    pub(super) expected: Vec<Expected>,
+    /// Ordered by column. They change seldom, and a run is one line of the processors' caches.
+    pub(super) expected: Box<[Expected]>,
 }
 
 impl Run {
@@ -190,13 +191,15 @@ impl Run {
 
     /// Adds a prediction in place of those of its column that it covers and outlives.
     pub(super) fn expect(&mut self, new: Expected) {
-        self.expected.retain(|old| {
-            old.column != new.column
-                || old.start < new.start
-                || old.end > new.end
-                || old.deadline_ms > new.deadline_ms
+        self.change_expected(|expected| {
+            expected.retain(|old| {
+                old.column != new.column
+                    || old.start < new.start
+                    || old.end > new.end
+                    || old.deadline_ms > new.deadline_ms
+            });
+            insert(expected, new);
         });
-        self.insert(new);
     }
 
     /// The column's predictions.
@@ -207,30 +210,31 @@ impl Run {
         own.get(..n).unwrap_or_default()
     }
 
-    fn insert(&mut self, expected: Expected) {
-        let at = self
-            .expected
-            .partition_point(|e| e.column <= expected.column);
-        self.expected.insert(at, expected);
+    fn change_expected(&mut self, change: impl FnOnce(&mut Vec<Expected>)) {
+        let mut expected = std::mem::take(&mut self.expected).into_vec();
+        change(&mut expected);
+        self.expected = expected.into();
     }
 
     /// Predictions for `start..end` of the column came true.
     pub(super) fn confirm(&mut self, column: u32, start: u32, end: u32) {
-        let mut rest: SmallVec<[Expected; 2]> = SmallVec::new();
-        self.expected.retain_mut(|expected| {
-            if expected.column != column || expected.end <= start || expected.start >= end {
-                return true;
+        self.change_expected(|list| {
+            let mut rest: SmallVec<[Expected; 2]> = SmallVec::new();
+            list.retain_mut(|expected| {
+                if expected.column != column || expected.end <= start || expected.start >= end {
+                    return true;
+                }
+                let old = *expected;
+                expected.end = old.end.min(start);
+                if old.end > end {
+                    rest.push(Expected { start: end, ..old });
+                }
+                expected.start < expected.end
+            });
+            for expected in rest {
+                insert(list, expected);
             }
-            let old = *expected;
-            expected.end = old.end.min(start);
-            if old.end > end {
-                rest.push(Expected { start: end, ..old });
-            }
-            expected.start < expected.end
         });
-        for expected in rest {
-            self.insert(expected);
-        }
     }
 
     /// Nothing of the column is here.
@@ -243,7 +247,7 @@ impl Run {
         let from = self.spans.partition_point(|span| span.column < column);
         let to = self.spans.partition_point(|span| span.column <= column);
         self.spans.drain(from..to);
-        self.expected.retain(|expected| expected.column != column);
+        self.change_expected(|list| list.retain(|expected| expected.column != column));
     }
 
     /// Forgets what the column holds in the tier.
@@ -254,8 +258,7 @@ impl Run {
 
     /// Drops predictions whose deadline has passed.
     pub(super) fn expire(&mut self, now_ms: u64) {
-        self.expected
-            .retain(|expected| expected.deadline_ms > now_ms);
+        self.change_expected(|list| list.retain(|expected| expected.deadline_ms > now_ms));
     }
 
     /// Blocks up to the last one somebody holds or is expected to hold.
@@ -278,6 +281,12 @@ impl Run {
             from + own.partition_point(|span| span.plane() == plane),
         )
     }
+}
+
+/// Adds a prediction behind those of its column.
+fn insert(list: &mut Vec<Expected>, expected: Expected) {
+    let at = list.partition_point(|e| e.column <= expected.column);
+    list.insert(at, expected);
 }
 
 /// Truncates, and gives memory back once most of it is unused.
@@ -404,7 +413,7 @@ mod tests {
             expected(5, 6, 4),
             expected(5, 6, 3),
         ];
-        assert_eq!(run.expected, kept);
+        assert_eq!(*run.expected, kept);
         assert_eq!(run.expected_of(5), &kept[1..]);
         assert!(run.expected_of(4).is_empty());
     }
@@ -418,9 +427,9 @@ mod tests {
             end,
             deadline_ms: 9,
         };
-        run.expected.push(expected(0, 10));
+        run.expect(expected(0, 10));
         run.confirm(3, 4, 6);
-        assert_eq!(run.expected, [expected(0, 4), expected(6, 10)]);
+        assert_eq!(*run.expected, [expected(0, 4), expected(6, 10)]);
         run.confirm(3, 0, 10);
         assert!(run.expected.is_empty());
     }

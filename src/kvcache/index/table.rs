@@ -361,7 +361,7 @@ impl Table {
             if self.meta(id).map(|meta| meta.generation) != Some(generation) {
                 continue;
             }
-            let expected = draft.view.run(id).map_or(&[][..], |run| &run.expected);
+            let expected = draft.view.run(id).map_or(&[][..], |run| &*run.expected);
             let expired = expected.iter().filter(|e| e.deadline_ms <= now_ms);
             let columns: SmallVec<[u32; 4]> = expired.map(|e| e.column).collect();
             if columns.is_empty() {

@@ -1,6 +1,7 @@
 //! The memory bound: what things take, and what goes when there is no room.
 
 use super::{Meta, Table, View, short};
+use crate::kvcache::index::run::Run;
 use crate::kvcache::index::view::Draft;
 
 // Memory at the worst fill: vectors half empty, hash tables just grown (7 in 16 slots used, of tables of
@@ -10,15 +11,15 @@ use crate::kvcache::index::view::Draft;
 pub(super) const BLOCK_BYTES: usize = 71;
 /// One span (16, twice, in either copy) and the run's entry in its column (9 a slot).
 pub(super) const SPAN_BYTES: usize = 85;
-/// A run beside its blocks: itself (72, twice, in either copy), its entry in `heads` (17 a slot, in
+/// A run beside its blocks: itself (64, twice, in either copy), its entry in `heads` (17 a slot, in
 /// either copy), what writers keep of it ([`META_BYTES`], twice) and a sheet that it begins (8, twice).
-pub(super) const RUN_BYTES: usize = 382 + 2 * META_BYTES;
+pub(super) const RUN_BYTES: usize = 350 + 2 * META_BYTES;
 const META_BYTES: usize = 112;
 /// One name an endpoint does not share with the others: itself (8, twice), its entry in the column's table
 /// (8 a slot) and its part of a list.
 const OWN_BYTES: usize = 39;
 
-const _: () = assert!(size_of::<Meta>() == META_BYTES);
+const _: () = assert!(size_of::<Meta>() == META_BYTES && size_of::<Run>() == 64);
 
 impl Table {
     pub(super) fn used_bytes(&self, view: &View) -> usize {
