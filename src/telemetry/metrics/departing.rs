@@ -85,13 +85,14 @@ impl Collect for OfEndpoints {
     /// What is still held is still counted, as by a request to an endpoint that has left.
     fn forget_departed(&self, is_there: IsThere<'_>) {
         self.0.lock().retain(|key, series| {
-            let there = endpoint_of(key).is_none_or(|(name, namespace)| is_there(name, namespace));
-            there || Arc::strong_count(&series.value) > 1
+            let (name, namespace) = endpoint_of(key).unwrap_or_default();
+            name.is_empty() || is_there(name, namespace) || Arc::strong_count(&series.value) > 1
         });
     }
 }
 
-/// Name and, where the labels tell, namespace of the endpoint that a series is about.
+/// Name and, where the labels tell, namespace of the endpoint that a series is about. The name is empty for
+/// what of such a family is about none: a family is written in one place.
 fn endpoint_of(key: &Key) -> Option<(&str, Option<&str>)> {
     let label = |wanted: &str| {
         let mut labels = key.labels();
@@ -99,9 +100,8 @@ fn endpoint_of(key: &Key) -> Option<(&str, Option<&str>)> {
             .find(|l| l.key() == wanted)
             .map(metrics::Label::value)
     };
-    let name = label("endpoint_name").or_else(|| label("pod_name"));
-    if let Some(name) = name {
-        return (!name.is_empty()).then(|| (name, label("namespace")));
+    if let Some(name) = label("endpoint_name").or_else(|| label("pod_name")) {
+        return Some((name, label("namespace")));
     }
     let (namespace, name) = label("pod")?.split_once('/')?;
     Some((name, Some(namespace)))
@@ -161,7 +161,14 @@ mod tests {
             assert_eq!(values, ["1", "2", "5", "1"], "attempts, requests, tokens");
             drop(booked);
             let failures = r#"llm_d_epp_scheduler_attempts_total{status="failure""#;
-            assert_eq!(count(failures), 1, "a failure has no endpoint");
+            assert_eq!(count(failures), 1, "a failure has no endpoint, and stays");
+            let text = recorder.exposition().render();
+            let mut families: Vec<&str> =
+                text.lines().filter(|l| l.starts_with("# TYPE")).collect();
+            let all = families.len();
+            families.sort_unstable();
+            families.dedup();
+            assert_eq!(families.len(), all, "a family is written once:\n{text}");
         });
     }
 
