@@ -60,52 +60,42 @@ pub(super) struct Draft {
 impl Draft {
     /// Runs producers until all are done or one has to wait.
     pub(super) fn produce(&mut self) -> Option<Work> {
-        let Self {
-            config,
-            request,
-            candidates,
-            attributes,
-            produced,
-            ..
-        } = self;
-        let candidates = &candidates.list;
         let mut lap = Lap::start();
-        while let Some(producer) = config.producers.get(*produced) {
+        while let Some(producer) = self.config.producers.get(self.produced) {
+            let (request, candidates) = (&self.request, &self.candidates.list);
+            let attributes = &mut self.attributes;
             if let Some(preparation) = producer.plugin.prepare(request, candidates, attributes) {
                 return Some(Box::pin(in_time(preparation)));
             }
             let result = producer.timed_after(&mut lap, |plugin| {
                 plugin.produce(request, candidates, attributes)
             });
-            *produced += 1;
-            if let Err(error) = result {
-                give_up_on_producers(&producer.name.name, &error);
-                *produced = config.producers.len();
-            }
+            self.settle(&result);
         }
         None
     }
 
     /// Takes what the producer that had to wait has prepared.
     pub(super) fn take(&mut self, prepared: Result<Prepared, ProducerError>) {
-        let Self {
-            config,
-            request,
-            candidates,
-            attributes,
-            produced,
-            ..
-        } = self;
-        let Some(producer) = config.producers.get(*produced) else {
+        let Some(producer) = self.config.producers.get(self.produced) else {
             return;
         };
-        let result = producer.timed(|plugin| {
-            plugin.produce_prepared(prepared?, request, &candidates.list, attributes)
-        });
-        *produced += 1;
-        if let Err(error) = result {
-            give_up_on_producers(&producer.name.name, &error);
-            *produced = config.producers.len();
+        let (request, candidates) = (&self.request, &self.candidates.list);
+        let attributes = &mut self.attributes;
+        let result = producer
+            .timed(|plugin| plugin.produce_prepared(prepared?, request, candidates, attributes));
+        self.settle(&result);
+    }
+
+    /// Goes on to the next producer; after one that failed there is none.
+    fn settle(&mut self, result: &Result<(), ProducerError>) {
+        let producers = &self.config.producers;
+        if let (Err(error), Some(failed)) = (result, producers.get(self.produced)) {
+            let producer = &*failed.name.name;
+            tracing::warn!(producer, %error, "data producer failed, the rest is skipped");
+            self.produced = producers.len();
+        } else {
+            self.produced += 1;
         }
     }
 
@@ -155,10 +145,6 @@ pub(super) async fn in_time(preparation: Preparation) -> Result<Prepared, Produc
     tokio::time::timeout(timeout, work)
         .await
         .map_err(|_| ProducerError(format!("not ready within {timeout:?}")))
-}
-
-fn give_up_on_producers(name: &str, error: &ProducerError) {
-    tracing::warn!(producer = name, %error, "data producer failed, the rest is skipped");
 }
 
 /// Keeps the candidates that every screener keeps.

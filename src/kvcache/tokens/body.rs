@@ -296,13 +296,22 @@ mod tests {
 
     #[test]
     fn a_text_that_looks_like_a_mark_is_a_text() {
-        let like = [mark(0), SECRET.clone(), format!("{}zz", *SECRET)];
-        let known = request(&chat(&"x".repeat(2000).into()), 100, true).unwrap();
-        assert_eq!(Source::of(&known).long.len(), 1);
-        // Nobody outside can know the secret; even then a mark is what it says or an error.
-        let body = chat(&like[2].as_str().into());
-        let request = request(&body, 100, true).unwrap();
-        assert_eq!(parsed(&Source::of(&request)), plain(&body).ok());
+        let beside_a_long_one = |text: &str| {
+            let part = |text: &str| serde_json::json!({"type": "text", "text": text});
+            let body = chat(&serde_json::json!([part(&"x".repeat(2000)), part(text)]));
+            let request = request(&body, 100, true).unwrap();
+            (parsed(&Source::of(&request)), plain(&body).ok())
+        };
+        for text in [
+            SECRET.clone(),
+            format!("{}zz", *SECRET),
+            format!(" {}", mark(0)),
+        ] {
+            let (read, wanted) = beside_a_long_one(&text);
+            assert_eq!(read, wanted, "{text}");
+        }
+        // Nobody outside can know the secret; a number that stands for nothing is an error even then.
+        assert_eq!(beside_a_long_one(&mark(7)).0, None);
     }
 
     #[test]
